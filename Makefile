@@ -1,0 +1,67 @@
+# make demo          set up, then open the page on http://127.0.0.1:7860
+# make test          ruff and the whole test suite
+# make lint          ruff alone
+# make train-smoke   every training script for two steps
+# make weights MINUTES=40 DATA=DIR OUT=DIR [DEVICE=cuda]
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# The versions everything was tested with. They exist for every Python from 3.10 on, and PyPI's Linux wheel of
+# that torch runs on CUDA as well as on the CPU, so a user is given what CI ran, not whatever came out last.
+# `make demo CONSTRAINTS=` takes the newest versions that requirements.txt allows instead.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+MINUTES ?= 40
+SMOKE := build/smoke
+TRAINING = $(basename $(notdir $(shell grep -l '^if __name__' patchscaler/training/*.py)))
+
+.PHONY: demo test lint train-smoke weights
+
+demo: $(VENV)/.demo
+	$(BIN)/python app.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+# Every module of patchscaler/training that can be run, two steps each, on eight images of noise in two classes.
+train-smoke: $(VENV)/.dev
+	$(BIN)/python -c 'import numpy, pathlib, PIL.Image as P; \
+		folder = pathlib.Path("$(SMOKE)"); folder.mkdir(parents=True, exist_ok=True); \
+		draw = numpy.random.default_rng(0).integers; \
+		[P.fromarray(draw(0, 256, (256, 256, 3), "uint8")).save(folder / f"{name}_{i}.png") \
+		for name in ("brick", "grass") for i in range(4)]'
+	set -e; for script in $(TRAINING); do echo "== $$script --dry-run"; \
+		$(BIN)/python -m patchscaler.training.$$script --data $(SMOKE) --out $(SMOKE)/out --dry-run; done
+
+weights: $(VENV)/.dev
+	@test -n "$(DATA)" && test -n "$(OUT)" || \
+		{ echo "usage: make weights MINUTES=40 DATA=DIR OUT=DIR [DEVICE=cuda]" >&2; exit 2; }
+	$(BIN)/python -m patchscaler.training.weights --minutes $(MINUTES) --data $(DATA) --out $(OUT) \
+		$(if $(DEVICE),--device $(DEVICE))
+
+# Each stamp is touched only when its step went through, so a broken install is tried again
+# and a finished one costs nothing.
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version), PatchScaler needs Python 3.10 or newer;" \
+		"name another with make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: install its venv module" \
+		"(Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.made requirements.txt $(CONSTRAINTS)
+	$(PIP_INSTALL) -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo pyproject.toml
+	$(PIP_INSTALL) -e ".[train,eval,dev]"
+	touch $@
