@@ -1,0 +1,101 @@
+"""Overlapping square patches of a latent: where they lie, cutting them out and blending them back.
+
+C channels, h w latents, N patches, V patch side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A square of `size` latent cells whose first row and column are `top` and `left`."""
+
+    index: int
+    top: int
+    left: int
+    size: int
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Patches that cover a latent of `height` x `width` cells.
+
+    They are evenly spaced, at most `stride` apart, the first and the last flush with the edges. Raises
+    ValueError if the latent is smaller than a patch or if `stride` would leave gaps.
+    """
+
+    height: int
+    width: int
+    size: int = 16
+    stride: int = 12
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.size:
+            raise ValueError(f"stride {self.stride} is not in 1..{self.size}")
+        if min(self.height, self.width) < self.size:
+            raise ValueError(f"latent {self.height}x{self.width} is smaller than a patch of {self.size}")
+
+    @cached_property
+    def patches(self) -> tuple[Patch, ...]:
+        """The patches in row-major order; `index` is the place in this tuple."""
+        corners = [(top, left) for top in self._starts(self.height) for left in self._starts(self.width)]
+        return tuple(Patch(index, top, left, self.size) for index, (top, left) in enumerate(corners))
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def _starts(self, length: int) -> list[int]:
+        spare = length - self.size
+        gaps = math.ceil(spare / self.stride)
+        return [0] + [round(i * spare / gaps) for i in range(1, gaps + 1)]
+
+
+def split(latents: Tensor, grid: PatchGrid) -> Tensor:
+    """Cut Cxhxw into the NxCxVxV patches of the grid. Raises ValueError if the grid is for another size."""
+    if latents.shape[-2:] != (grid.height, grid.width):
+        raise ValueError(f"latents {tuple(latents.shape)} do not fit a grid of {grid.height}x{grid.width}")
+    return torch.stack([latents[:, _rows(patch), _columns(patch)] for patch in grid.patches])
+
+
+def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
+    """Blend NxCxVxV into Cxhxw by the mean under Gaussian weights; `merge(split(x, grid), grid)` is x.
+
+    Sums are kept in float32, whatever the patches' dtype; the result has that dtype again. Raises ValueError
+    if number or size of the patches are not those of the grid.
+    """
+    if len(patches) != len(grid) or patches.shape[-2:] != (grid.size, grid.size):
+        expected = f"{len(grid)} of {grid.size}x{grid.size}"
+        raise ValueError(f"patches {tuple(patches.shape)} do not fit a grid of {expected}")
+    weight = gaussian_weight(grid.size).to(patches.device)  # V V
+    total = torch.zeros(patches.shape[1], grid.height, grid.width, device=patches.device)  # C h w
+    weights = torch.zeros(grid.height, grid.width, device=patches.device)  # h w
+    for patch, values in zip(grid.patches, patches):
+        total[:, _rows(patch), _columns(patch)] += values.float() * weight
+        weights[_rows(patch), _columns(patch)] += weight
+    return (total / weights).to(patches.dtype)
+
+
+def gaussian_weight(size: int) -> Tensor:
+    """VxV float32 weights in (0, 1]: a Gaussian of variance .01 in units of the patch width.
+
+    Along the edges of a 16-wide patch they fall to 1.6e-5 and in its corners to 3e-10: too little for half
+    precision, and never zero, so that a cell under one patch alone keeps that patch's value.
+    """
+    offset = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / size
+    line = torch.exp(-offset.square() / (2 * 0.01))
+    return line[:, None] * line[None, :]
+
+
+def _rows(patch: Patch) -> slice:
+    return slice(patch.top, patch.top + patch.size)
+
+
+def _columns(patch: Patch) -> slice:
+    return slice(patch.left, patch.left + patch.size)
