@@ -1,0 +1,122 @@
+"""The frozen autoencoder around the method: images ↔ latents at an eighth of the size (d = 8, Section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .blocks import residual_stack
+
+DOWNSAMPLING = 8
+
+
+class CompactAutoencoder(ModelMixin, ConfigMixin):
+    """Deterministic f8 autoencoder of plain convolutions, made for CPUs.
+
+    Takes images B×3×H×W in [-1, 1] with H and W multiples of 8; gives latents B×c×H/8×W/8. Runs in float32,
+    bfloat16 or float16. The pixels are unshuffled by 4 first, because convolutions at full resolution are
+    what costs on a CPU.
+
+    Args:
+        latent_channels: c.
+        widths: channels at a quarter and at an eighth of the size.
+        encoder_depth, decoder_depth: residual blocks at a quarter and at an eighth of the size.
+        latents_mean, latents_std: c numbers each, measured over training images; `encode_latents` uses them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        widths: tuple[int, int] = (96, 192),
+        encoder_depth: tuple[int, int] = (1, 2),
+        decoder_depth: tuple[int, int] = (2, 3),
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        quarter, eighth = widths
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, quarter, 3, padding=1),
+            residual_stack(quarter, encoder_depth[0]),
+            nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),
+            residual_stack(eighth, encoder_depth[1]),
+            nn.Conv2d(eighth, latent_channels, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, eighth, 3, padding=1),
+            residual_stack(eighth, decoder_depth[1]),
+            nn.Conv2d(eighth, quarter * 4, 3, padding=1),
+            nn.PixelShuffle(2),
+            residual_stack(quarter, decoder_depth[0]),
+            nn.Conv2d(quarter, 48, 3, padding=1),
+            nn.PixelShuffle(4),
+        )
+
+    def encode(self, images: Tensor) -> AutoencoderTinyOutput:
+        """B×3×H×W in [-1, 1] → `.latents` B×c×H/8×W/8. Raises ValueError if H or W is no multiple of 8."""
+        height, width = images.shape[-2:]
+        if height % DOWNSAMPLING or width % DOWNSAMPLING:
+            raise ValueError(f"image is {height}×{width}; height and width must be multiples of {DOWNSAMPLING}")
+        return AutoencoderTinyOutput(latents=self.encoder(images))
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """B×c×h×w → `.sample` B×3×8h×8w, about [-1, 1]; not clamped, so that losses keep their gradient."""
+        return DecoderOutput(sample=self.decoder(latents))
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Training pass: B×3×H×W → reconstruction B×3×H×W and latents B×c×h×w.
+
+        `noise` (B×c×h×w, standard normal times its strength) is added in units of each channel's deviation:
+        the decoder learns to bear the small errors that GRM and Patch-DiT will make.
+        """
+        latents = self.encode(images).latents
+        noisy = latents
+        if noise is not None:
+            noisy = latents + noise * latents.detach().float().std((0, 2, 3), keepdim=True)
+        return self.decode(noisy).sample, latents
+
+
+def encode_latents(vae: nn.Module, images: Tensor) -> Tensor:
+    """B×3×H×W in [-1, 1] → B×c×H/8×W/8, float32, zero mean and unit variance, for any diffusers autoencoder.
+
+    AutoencoderKL is read at its distribution's mode. The statistics come from the config, by diffusers' names:
+    `latents_mean` and `latents_std` per channel, or `shift_factor` and `scaling_factor` for all.
+    """
+    encoded = vae.encode(images.to(vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    mean, std = _statistics(vae, latents.device)
+    return (latents.float() - mean) / std
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """B×c×h×w with zero mean and unit variance → B×3×8h×8w in [-1, 1], float32: undoes `encode_latents`."""
+    mean, std = _statistics(vae, latents.device)
+    return vae.decode((latents * std + mean).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def _statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    config = vae.config
+    if getattr(config, "latents_mean", None) is not None:
+        mean, std = config.latents_mean, config.latents_std
+    else:
+        shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
+        mean, std = [shift or 0.0], [1.0 / (scale or 1.0)]
+    return tuple(torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 of the pixels plus L1 of their horizontal and vertical differences, B×3×H×W in [-1, 1] → scalar."""
+    output, target = output.float(), target.float()
+    error = output - target
+    return (
+        error.abs().mean()
+        + F.l1_loss(error.diff(dim=-1), torch.zeros_like(error[..., 1:]))
+        + F.l1_loss(error.diff(dim=-2), torch.zeros_like(error[..., 1:, :]))
+    )

@@ -1,0 +1,150 @@
+"""Patch-DiT: the diffusion transformer that refines one latent patch at a time (Sections 3.1 to 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, get_2d_sincos_pos_embed, get_timestep_embedding
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PromptKeys = list[tuple[Tensor, Tensor]]
+
+
+class PatchDiT(ModelMixin, ConfigMixin):
+    """x̂₀ = f_θ(x_t, y₀, t, prompt): predicts the clean patch, as y₀ plus what the network adds.
+
+    x_t and y₀ are concatenated along the channels (Figure 4 feeds the pair); t enters by adaLN with one map
+    shared by all blocks and a table per block; every block attends to the texture prompt, and the time
+    embedding scales each dimension of that attention's result, so that the prompt itself does not depend on
+    t and is encoded once per patch (Section 3.3). Patches never see each other.
+
+    Args:
+        channels: c of the latents.
+        size: V, side of a patch in latent cells.
+        patch: side of a token in latent cells.
+        width, depth, heads: D, number of blocks, attention heads.
+        prompt_width: width of the prompt's tokens.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 16,
+        size: int = 16,
+        patch: int = 2,
+        width: int = 256,
+        depth: int = 8,
+        heads: int = 4,
+        prompt_width: int = 192,
+    ):
+        super().__init__()
+        self.embed = nn.Linear(2 * channels * patch**2, width)
+        positions = get_2d_sincos_pos_embed(width, size // patch, output_type="pt")
+        self.register_buffer("positions", positions.float(), persistent=False)
+        self.time = TimestepEmbedding(width, width)
+        self.modulation = nn.Linear(width, 7 * width)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, prompt_width) for _ in range(depth))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, channels * patch**2)
+        self.null_prompt = nn.Parameter(torch.zeros(1, 1, prompt_width))
+        self._zero_init()
+
+    def _zero_init(self) -> None:
+        """adaLN-zero: every block starts as the identity and the network as x̂₀ = y₀."""
+        for layer in (self.modulation, self.final_modulation, self.final):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_out.weight)
+            nn.init.zeros_(block.cross_out.bias)
+
+    def prompt_keys(self, prompt: Tensor | None) -> PromptKeys:
+        """Keys and values of all blocks for a prompt N×L×prompt_width: what every step shares.
+
+        None stands for "no prompt" and gives those of one learned token, which broadcasts over N.
+        """
+        prompt = (self.null_prompt if prompt is None else prompt).to(self.dtype)
+        return [block.prompt_keys(prompt) for block in self.blocks]
+
+    def forward(self, x_t: Tensor, y0: Tensor, t: Tensor, prompt: Tensor | PromptKeys | None = None) -> Tensor:
+        """Predict the clean patches.
+
+        Args:
+            x_t: noisy patches, N×c×V×V.
+            y0: coarse patches, N×c×V×V.
+            t: times, N integers in 1…1000.
+            prompt: tokens N×L×prompt_width, or their `prompt_keys`, or None for no prompt.
+
+        Returns:
+            x̂₀, N×c×V×V.
+        """
+        size, patch, width = self.config.size, self.config.patch, self.config.width
+        keys = prompt if isinstance(prompt, list) else self.prompt_keys(prompt)
+        pair = torch.cat([x_t, y0], dim=1).to(self.dtype)  # N×2c×V×V
+        tokens = F.pixel_unshuffle(pair, patch).flatten(2).transpose(1, 2)  # N×L'×2c·p²
+        x = self.embed(tokens) + self.positions.to(self.dtype)  # N×L'×D
+        time = self.time(get_timestep_embedding(t, width, flip_sin_to_cos=True).to(self.dtype))  # N×D
+        time = F.silu(time)
+        modulation = self.modulation(time).unflatten(1, (7, width))  # N×7×D
+        for block, pair_of_keys in zip(self.blocks, keys, strict=True):
+            x = block(x, modulation, pair_of_keys)  # N×L'×D
+        shift, scale = self.final_modulation(time).unsqueeze(1).chunk(2, dim=-1)  # N×1×D
+        x = self.final(F.layer_norm(x, (width,)) * (1 + scale) + shift)  # N×L'×c·p²
+        side = size // patch
+        added = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), patch)  # N×c×V×V
+        return y0 + added.to(y0.dtype)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, MLP: N×L'×D → N×L'×D."""
+
+    def __init__(self, width: int, heads: int, prompt_width: int):
+        super().__init__()
+        self.heads = heads
+        self.table = nn.Parameter(torch.randn(7, width) / width**0.5 * 0.1)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.cross_query = nn.Linear(width, width)
+        self.cross_keys = nn.Linear(prompt_width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def prompt_keys(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """N×L×prompt_width → keys and values, each N×heads×L×D/heads."""
+        keys, values = self.cross_keys(prompt).chunk(2, dim=-1)
+        return self._split(keys), self._split(values)
+
+    def forward(self, x: Tensor, modulation: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
+        shift, scale, gate, cross_scale, mlp_shift, mlp_scale, mlp_gate = (
+            (self.table + modulation).unsqueeze(2).unbind(1)
+        )  # each N×1×D
+        width = x.shape[-1]
+        h = F.layer_norm(x, (width,)) * (1 + scale) + shift
+        query, key, value = (self._split(part) for part in self.qkv(h).chunk(3, dim=-1))
+        x = x + gate * self.out(self._attend(query, key, value))
+        keys, values = (part.expand(len(x), -1, -1, -1) for part in prompt)
+        seen = self.cross_out(self._attend(self._split(self.cross_query(x)), keys, values))
+        x = x + (1 + cross_scale) * seen  # the dimension-wise scaling from the time embedding
+        h = F.layer_norm(x, (width,)) * (1 + mlp_scale) + mlp_shift
+        return x + mlp_gate * self.mlp(h)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # N×heads×L×D/heads
+
+    @staticmethod
+    def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # N×L'×D
+
+
+def denoising_loss(predicted: Tensor, target: Tensor, alphas: Tensor) -> Tensor:
+    """Squared error of x̂₀, weighted by the signal-to-noise ratio ᾱ/(1 − ᾱ) clamped to [0.05, 5].
+
+    Args:
+        predicted, target: x̂₀ and x₀, N×c×V×V.
+        alphas: ᾱ_t of each patch, N numbers in (0, 1).
+    """
+    weight = (alphas / (1 - alphas)).clamp(0.05, 5.0)
+    error = (predicted.float() - target.float()).square().mean((1, 2, 3))
+    return (weight * error).mean()

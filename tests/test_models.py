@@ -1,0 +1,183 @@
+"""One contract for all models: shapes, determinism, dtypes, save and load, declared sizes."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from patchscaler.models import (
+    GRM,
+    CompactAutoencoder,
+    PatchDiT,
+    TextureClassifier,
+    TextureEncoder,
+    TextureMemory,
+    decode_latents,
+    encode_latents,
+)
+from patchscaler.models.grm import GRMOutput, confidence_loss
+from patchscaler.models.texture_encoder import match_statistics
+
+N, K, C, V = 3, 2, 4, 16
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def _autoencoder() -> tuple:
+    model = CompactAutoencoder(C, (8, 16), (1, 1), (1, 1))
+    return model, lambda m: m.decode(m.encode(_random(2, 3, 32, 40).to(m.dtype)).latents).sample
+
+
+def _grm() -> tuple:
+    model = GRM(C, (8, 16), (1, 1, 1))
+    torch.nn.init.normal_(model.restore.weight, std=0.1)
+    return model, lambda m: m(_random(2, C, 5, 7)).latents
+
+
+def _patch_dit() -> tuple:
+    model = PatchDiT(C, V, 2, 32, 2, 2, 16)
+    for layer in (model.modulation, model.final, model.blocks[0].cross_out):  # leave the identity behind
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    times = torch.tensor([1, 400, 1000])
+    return model, lambda m: m(_random(N, C, V, V), _random(N, C, V, V), times, _random(N, 6, 16))
+
+
+def _classifier() -> tuple:
+    return TextureClassifier(C, ("bubbly", "woven"), (8, 8, 16)), lambda m: m(_random(N, C, V, V))
+
+
+def _encoder() -> tuple:
+    model = TextureEncoder(C, V, 4, 16, 2, K)
+    return model, lambda m: m(_random(N, K, C, V, V), _random(N, K).clamp(-1, 1), _random(N, C, V, V))
+
+
+def _memory() -> tuple:
+    return TextureMemory.from_patches(_random(9, C, V, V), _random(9, 12)), lambda m: m.patches(torch.arange(9))
+
+
+MODELS = {f.__name__[1:]: f for f in (_autoencoder, _grm, _patch_dit, _classifier, _encoder, _memory)}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    torch.manual_seed(0)
+    model, run = MODELS[request.param]()
+    return model.eval(), run
+
+
+@torch.no_grad()
+def test_the_same_input_gives_the_same_output(case):
+    model, run = case
+    assert torch.equal(run(model), run(model))
+
+
+@torch.no_grad()
+def test_save_and_load_round_trip(case, tmp_path):
+    model, run = case
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, use_safetensors=True)
+    for name in inspect.signature(type(model)).parameters:
+        assert loaded.config[name] == model.config[name] or list(loaded.config[name]) == list(model.config[name])
+    assert torch.equal(run(loaded), run(model))
+
+
+@torch.no_grad()
+def test_bfloat16_stays_close_to_float32(case):
+    model, run = case
+    exact = run(model).float()
+    model.to(torch.bfloat16)
+    close = run(model).float()
+    assert (close - exact).abs().mean() < 0.03 * exact.abs().mean().clamp(min=0.1)
+
+
+def test_every_parameter_gets_a_gradient(case):
+    model, run = case
+    if not list(model.parameters()):
+        pytest.skip("the memory has no parameters")
+    model.train()
+    run(model).float().square().sum().backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None}
+    assert idle <= {"null_prompt"} | {name for name in idle if name.startswith("judge")}
+
+
+def test_autoencoder_refuses_sizes_off_the_grid():
+    with pytest.raises(ValueError, match="33×40.*multiples of 8"):
+        CompactAutoencoder(C, (8, 16), (1, 1), (1, 1)).encode(torch.zeros(1, 3, 33, 40))
+
+
+@torch.no_grad()
+def test_latent_statistics_are_applied_and_undone():
+    vae = CompactAutoencoder(2, (8, 16), (1, 1), (1, 1), latents_mean=[1.0, -2.0], latents_std=[2.0, 0.5])
+    images = _random(1, 3, 16, 16).clamp(-1, 1)
+    raw = vae.encode(images).latents
+    latents = encode_latents(vae, images)
+    assert torch.allclose(latents[:, 1], (raw[:, 1] + 2) / 0.5, atol=1e-5)
+    assert torch.allclose(decode_latents(vae, latents), vae.decode(raw).sample.clamp(-1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (8, 3), (16, 16)])
+def test_grm_takes_any_size_and_starts_as_the_identity(size):
+    latents = _random(1, C, *size)
+    output = GRM(C, (8, 16), (1, 1, 1))(latents)
+    assert torch.equal(output.latents, latents)
+    assert output.confidence.shape == (1, 1, *size)
+    assert 0 < output.confidence.min() and output.confidence.max() < 1
+
+
+def test_confidence_loss_is_least_at_eta_over_error():
+    target = torch.zeros(1, C, 1, 1)
+    latents = torch.full_like(target, 2.0)  # e² = 4
+    confidences = torch.linspace(0.01, 0.99, 99)
+    losses = [
+        confidence_loss(GRMOutput(latents=latents, confidence_logits=c.logit().view(1, 1, 1, 1)), target, eta=1.0)
+        for c in confidences
+    ]
+    assert confidences[torch.stack(losses).argmin()] == pytest.approx(0.25, abs=0.011)
+
+
+def test_confidence_does_not_trade_the_restoration():
+    latents = torch.full((1, C, 1, 1), 2.0, requires_grad=True)
+    output = GRMOutput(latents=latents, confidence_logits=torch.zeros(1, 1, 1, 1))
+    confidence_loss(output, torch.zeros_like(latents), eta=1.0, weight=100.0).backward()
+    assert torch.allclose(latents.grad, torch.full_like(latents, 1 / C))  # that of the L1 term alone
+
+
+@torch.no_grad()
+def test_prompt_keys_equal_the_prompt_they_were_made_from():
+    model, _ = _patch_dit()
+    x, y0, t, prompt = _random(N, C, V, V), _random(N, C, V, V), torch.tensor([5, 5, 5]), _random(N, 6, 16)
+    assert torch.equal(model(x, y0, t, prompt), model(x, y0, t, model.prompt_keys(prompt)))
+    assert not torch.allclose(model(x, y0, t, prompt), model(x, y0, t, None))
+
+
+@torch.no_grad()
+def test_patches_of_a_batch_do_not_see_each_other():
+    model, _ = _patch_dit()
+    x, y0, t, prompt = _random(N, C, V, V), _random(N, C, V, V), torch.tensor([5, 400, 1000]), _random(N, 6, 16)
+    together = model(x, y0, t, prompt)
+    alone = torch.cat([model(x[i : i + 1], y0[i : i + 1], t[i : i + 1], prompt[i : i + 1]) for i in range(N)])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_patch_dit_starts_as_y0():
+    y0 = _random(N, C, V, V)
+    assert torch.equal(PatchDiT(C, V, 2, 32, 2, 2, 16)(_random(N, C, V, V), y0, torch.tensor([1, 2, 3])), y0)
+
+
+def test_priors_take_the_statistics_of_their_query():
+    priors, query = 3 + 5 * _random(N, K, C, V, V), _random(N, C, V, V)
+    matched = match_statistics(priors, query)
+    assert torch.allclose(matched.mean((-2, -1)), query.mean((-2, -1))[:, None].expand(-1, K, -1), atol=1e-4)
+    assert torch.allclose(matched.std((-2, -1)), query.std((-2, -1))[:, None].expand(-1, K, -1), rtol=1e-2)
+
+
+def test_memory_keeps_values_within_half_a_step_and_unit_keys():
+    patches, features = _random(9, C, V, V), 7 * _random(9, 12)
+    memory = TextureMemory.from_patches(patches, features)
+    scales = torch.tensor(memory.config.scales).view(1, -1, 1, 1)
+    assert ((memory.patches(torch.arange(9)) - patches).abs() <= 0.501 * scales).all()
+    assert torch.allclose(memory.features, torch.nn.functional.normalize(features, dim=1), atol=1e-4)
