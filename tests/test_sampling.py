@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from patchscaler.sampling import alphas_cumprod, denoise, sample, shortcut_start, timesteps
+
+PAIRS = [(1, 1), (2, 1), (2, 2), (7, 7), (7, 3), (400, 8), (700, 14), (1000, 20), (1000, 1), (999, 31)]
+
+
+def ddim(**options):
+    return DDIMScheduler(prediction_type="sample", clip_sample=False, **options)
+
+
+def dpm(order=2, **options):
+    return DPMSolverMultistepScheduler(prediction_type="sample", solver_order=order, **options)
+
+
+def draws(n=2):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 4, 16, 16, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize(("start", "steps"), [*PAIRS, (1000, 1000)])
+def test_timesteps_fall_strictly_from_start(start, steps):
+    times = timesteps(start, steps)
+    assert len(times) == steps
+    assert times[0] == start and times[-1] >= 1
+    assert times == sorted(set(times), reverse=True)
+
+
+def test_timesteps_exhaustively_for_small_starts():
+    for start in range(1, 60):
+        for steps in range(1, start + 1):
+            times = timesteps(start, steps)
+            assert times == sorted(set(times), reverse=True) and len(times) == steps and min(times) >= 1
+
+
+def test_paper_groups_share_one_grid():
+    hard = timesteps(1000, 20)
+    assert timesteps(400, 8) == hard[-8:] and timesteps(700, 14) == hard[-14:]
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0, 0), (10, 0), (10, 11), (10, -1), (1001, 10)])
+def test_timesteps_refuses(start, steps):
+    with pytest.raises(ValueError, match=f"steps={steps}, start={start}"):
+        timesteps(start, steps)
+
+
+def test_shortcut_start_is_eq6():
+    y0, noise, _ = draws()
+    alphas = torch.linspace(0.9999, 0.0001, 1000, dtype=torch.float64)
+    expected = alphas[399].sqrt() * y0.double() + (1 - alphas[399]).sqrt() * noise.double()
+    torch.testing.assert_close(shortcut_start(y0, noise, 400, alphas), expected.float())
+
+
+@pytest.mark.parametrize(("start", "steps"), PAIRS)
+@pytest.mark.parametrize(
+    "scheduler",
+    [ddim(), ddim(beta_schedule="scaled_linear"), dpm(1), dpm(2), dpm(3), dpm(2, solver_type="heun")],
+    ids=["ddim", "ddim-scaled", "dpm1", "dpm2", "dpm3", "dpm2-heun"],
+)
+def test_oracle_keeps_every_intermediate_on_the_path(scheduler, start, steps):
+    """With the true x0 predicted and y0 = x0, x_t = sqrt(abar) x0 + sqrt(1 - abar) noise at every t."""
+    x0, noise, _ = draws()
+    alphas = alphas_cumprod(scheduler)
+    asked = []
+
+    def oracle(x_t, t):
+        torch.testing.assert_close(x_t, shortcut_start(x0, noise, t, alphas), atol=2e-4, rtol=1e-4)
+        asked.append(t)
+        return x0
+
+    result = sample(oracle, x0, noise, start, steps, scheduler)
+    assert asked == timesteps(start, steps)
+    assert torch.equal(result, x0)
+
+
+def test_ddim_from_a_coarse_start_keeps_the_implied_noise():
+    """From y0 != x0 the first step sees another noise; DDIM then keeps exactly that one."""
+    x0, noise, y0 = draws()
+    scheduler = ddim()
+    alphas = alphas_cumprod(scheduler)
+    abar = alphas[699].item()
+    implied = (shortcut_start(y0, noise, 700, alphas) - abar**0.5 * x0) / (1 - abar) ** 0.5
+    times = timesteps(700, 14)
+    for k, prediction, x_next in denoise(lambda x_t, t: x0, y0, noise, 700, 14, scheduler):
+        assert torch.equal(prediction, x0)
+        if k + 1 < 14:
+            expected = shortcut_start(x0, implied, times[k + 1], alphas)
+            torch.testing.assert_close(x_next, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dpm_order_two_is_the_better_solver():
+    """For x0 ~ N(0, 0.25) the ideal prediction is linear, and exactly x_t keeps its size in deviations."""
+    noise = draws()[1]
+    prior = 0.25
+
+    def spread(t, alphas):
+        return (alphas[t - 1] * prior + 1 - alphas[t - 1]).sqrt().item()
+
+    errors = {}
+    for name, scheduler in {"ddim": ddim(), "dpm1": dpm(1), "dpm2": dpm(2)}.items():
+        alphas = alphas_cumprod(scheduler)
+
+        def ideal(x_t, t, alphas=alphas):
+            return x_t * (alphas[t - 1].sqrt() * prior / spread(t, alphas) ** 2).item()
+
+        start, steps, zero = 900, 12, torch.zeros_like(noise)
+        states = [x_next for _, _, x_next in denoise(ideal, zero, noise, start, steps, scheduler)]
+        t = timesteps(start, steps)[-1]
+        begin = shortcut_start(zero, noise, start, alphas)
+        errors[name] = (states[-2] - begin * spread(t, alphas) / spread(start, alphas)).abs().max().item()
+    assert errors["dpm2"] < 0.5 * errors["ddim"]
+    assert errors["dpm1"] == pytest.approx(errors["ddim"], rel=1e-2)  # first order is DDIM
+
+
+@pytest.mark.parametrize("scheduler", [ddim(), dpm(2), dpm(3)], ids=["ddim", "dpm2", "dpm3"])
+def test_batches_runs_and_interleaving_do_not_matter(scheduler):
+    y0, noise, _ = draws(4)
+
+    def predict(x_t, t):
+        return torch.tanh(x_t) * (1 - t / 2000)
+
+    whole = sample(predict, y0, noise, 500, 9, scheduler)
+    assert torch.equal(whole, sample(predict, y0, noise, 500, 9, scheduler))
+    runs = [denoise(predict, y0[i : i + 1], noise[i : i + 1], 500, 9, scheduler) for i in range(4)]
+    *_, last = zip(*runs, strict=True)
+    assert torch.equal(whole, torch.cat([x_next for _, _, x_next in last]))
+
+
+def test_callback_sees_every_step_and_may_stop():
+    y0, noise, _ = draws()
+    seen = []
+    result = sample(lambda x, t: x / 2, y0, noise, 10, 3, ddim(), lambda k, x0, x: seen.append((k, x0, x)))
+    assert [k for k, _, _ in seen] == [0, 1, 2]
+    assert torch.equal(seen[-1][1], result) and torch.equal(seen[-1][2], result)
+
+    def stop(k, x0, x_next):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(lambda x, t: x, y0, noise, 10, 3, ddim(), stop)
+
+
+def test_half_precision_predictions_do_not_lower_the_state():
+    y0, noise, _ = draws()
+    for scheduler in (ddim(), dpm()):
+        for _, x0, x_next in denoise(lambda x, t: x.bfloat16(), y0, noise, 100, 4, scheduler):
+            assert x0.dtype == x_next.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDPMScheduler(prediction_type="sample"), "DDPMScheduler"),
+        (DDIMScheduler(clip_sample=False), "prediction_type='epsilon'"),
+        (DDIMScheduler(prediction_type="sample"), "clip_sample=True"),
+        (ddim(num_train_timesteps=500), "num_train_timesteps=500"),
+        (ddim(thresholding=True), "thresholding=True"),
+        (dpm(algorithm_type="sde-dpmsolver++"), "algorithm_type='sde-dpmsolver"),
+    ],
+)
+def test_unfit_schedulers_are_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        alphas_cumprod(scheduler)
