@@ -1,0 +1,22 @@
+"""PatchScaler: x4 super-resolution of photographs that spends diffusion steps only where they are needed."""
+
+from patchscaler.checkpoints import CheckpointError, load_pipeline
+from patchscaler.grouping import SamplingPlan
+from patchscaler.images import ImageError, Picture, read_picture, to_pil, write_png
+from patchscaler.pipeline import PatchScalerPipeline, Progress, Result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ImageError",
+    "PatchScalerPipeline",
+    "Picture",
+    "Progress",
+    "Result",
+    "SamplingPlan",
+    "load_pipeline",
+    "read_picture",
+    "to_pil",
+    "write_png",
+]

@@ -1,0 +1,102 @@
+"""Loading a pipeline from a folder or the Hugging Face Hub, strictly: nothing missing, nothing left over."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from huggingface_hub import snapshot_download
+
+from patchscaler.devices import pick_device, pick_dtype
+from patchscaler.pipeline import PatchScalerPipeline
+
+DEFAULT_WEIGHTS = Path(__file__).parent.parent / "assets" / "weights" / "compact"
+
+
+class CheckpointError(ValueError):
+    """A pipeline folder that is incomplete, damaged or not one of ours; the message says what is wrong."""
+
+
+def load_pipeline(
+    source: str | Path = DEFAULT_WEIGHTS,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PatchScalerPipeline:
+    """Load what ``PatchScalerPipeline.save_pretrained`` wrote, ready to run.
+
+    ``source`` is a folder or a Hub id "owner/name". Device and dtype are the best there are unless given.
+    Only safetensors are read, only classes of this package and of diffusers are built, and a missing or
+    unexpected component, config key or weight raises CheckpointError, where diffusers would only warn.
+    """
+    device = pick_device(device)
+    dtype = dtype or pick_dtype(device)
+    folder = _folder(source)
+    kinds = _component_classes(folder / PatchScalerPipeline.config_name)
+    components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
+    return PatchScalerPipeline(**components).to(device)
+
+
+def _folder(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or source.count("/") != 1:
+        raise CheckpointError(f"{source} is neither a folder nor a Hub id like owner/name")
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source} is no folder, and the Hub does not give it: {error}") from error
+
+
+def _component_classes(index_file: Path) -> dict[str, type]:
+    """What model_index.json says that each component is."""
+    try:
+        entries = json.loads(index_file.read_text())
+        entries = {name: tuple(entry) for name, entry in entries.items() if not name.startswith("_")}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index_file} cannot be read: {error}") from error
+    expected = inspect.signature(PatchScalerPipeline).parameters.keys()
+    _refuse_differences(f"{index_file}: components", expected - entries.keys(), entries.keys() - expected)
+    return {name: _component_class(name, entry) for name, entry in entries.items()}
+
+
+def _component_class(name: str, entry: tuple) -> type:
+    try:
+        module, class_name = entry
+        if module == "diffusers" or module.startswith("patchscaler.models."):
+            kind = getattr(import_module(module), class_name)
+            if issubclass(kind, (ModelMixin, SchedulerMixin)):
+                return kind
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} is {entry}, which there is not: {error}") from error
+    raise CheckpointError(f"{name} is {entry}, not a model or scheduler of patchscaler.models or diffusers")
+
+
+def _load_component(folder: Path, kind: type, dtype: torch.dtype) -> torch.nn.Module | SchedulerMixin:
+    try:
+        config = {key for key in kind.load_config(folder) if not key.startswith("_")}
+        if not kind.__module__.startswith(
+            "diffusers.models."
+        ):  # AutoencoderTiny saves a key it does not take
+            _refuse_differences(
+                f"{folder}: config keys", (), config - inspect.signature(kind).parameters.keys()
+            )
+        if issubclass(kind, SchedulerMixin):
+            return kind.from_pretrained(folder)
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, info = kind.from_pretrained(folder, **options)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    _refuse_differences(f"{folder}: weights", info["missing_keys"], info["unexpected_keys"])
+    return model
+
+
+def _refuse_differences(what: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    if missing or unexpected:
+        raise CheckpointError(f"{what}: missing {sorted(missing)}, unexpected {sorted(unexpected)}")

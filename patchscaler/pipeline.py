@@ -1,0 +1,350 @@
+"""The pipeline of the paper's Figure 2: restore coarsely, judge, and refine each patch by its difficulty.
+
+B batch, N patches, C channels, H W pixels, h w latents, V patch side, T timesteps, K priors, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModelMixin
+from PIL import Image
+from torch import Tensor
+
+import patchscaler
+from patchscaler.color import wavelet_color_fix
+from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
+from patchscaler.models import (
+    GRM,
+    PatchDiT,
+    TextureClassifier,
+    TextureEncoder,
+    TextureMemory,
+    decode_latents,
+    encode_latents,
+)
+from patchscaler.models.autoencoder import DOWNSAMPLING
+from patchscaler.patches import PatchGrid, merge, split
+from patchscaler.retrieval import Priors, retrieve
+from patchscaler.sampling import Predict, Scheduler, denoise
+
+SCALE = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """All that is known of a picture before sampling, on the CPU in float32, so that it can be kept and sent.
+
+    H W are the sides of the upscaled picture; h w are those of the latent, whose 8h x 8w pixels may reach
+    beyond H and W. ``seconds`` has encode, restore, retrieve and decode (of the coarse image).
+    """
+
+    picture: Picture
+    latents: Tensor  # y0 Cxhxw, the restored latent
+    confidence: Tensor  # 1xhxw in [0, 1]
+    grid: PatchGrid
+    patch_confidence: Tensor  # N in [0, 1], the mean over each patch
+    priors: Priors
+    prompt: Tensor  # NxLxD
+    bicubic: Tensor  # 3xHxW in [-1, 1]
+    coarse: Tensor  # 3xHxW in [-1, 1]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One denoising step of one batch is done. ``done`` and ``total`` count evaluations, in patches."""
+
+    group: int  # index into GROUPS
+    step: int  # 1..steps
+    steps: int
+    patches: int  # in this batch
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What one group cost. ``seconds`` is time at work: not the time a consumer of the events took."""
+
+    name: str
+    patches: int
+    start: int
+    steps: int
+    evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The upscaled picture, on the CPU, and how it came about.
+
+    ``seconds`` has encode, restore, retrieve, refine, decode (coarse and final) and color; their sum is the
+    time of the whole run, of which encode to the coarse decode come from the analysis.
+    """
+
+    picture: Picture
+    plan: SamplingPlan
+    seed: int
+    assignment: Tensor  # LongTensor N, indices into GROUPS
+    groups: list[GroupReport]
+    seconds: dict[str, float]
+    device: str
+    dtype: str
+
+    def report(self) -> dict:
+        """Everything but the pixels, as values that JSON can hold."""
+        return {
+            "version": patchscaler.__version__,
+            "plan": asdict(self.plan),
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "groups": [asdict(group) for group in self.groups],
+            "stages": self.seconds,
+        }
+
+
+class PatchScalerPipeline(DiffusionPipeline):
+    """x4 super-resolution of photographs of any size, by patch-adaptive group sampling.
+
+    Each network runs in its own dtype; latents between them are float32. ``vae`` may be any diffusers
+    autoencoder with 8 pixels per latent cell; ``scheduler`` is one that `patchscaler.sampling` takes. No call
+    changes the pipeline, so threads may share it.
+    """
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        grm: GRM,
+        transformer: PatchDiT,
+        texture_classifier: TextureClassifier,
+        texture_encoder: TextureEncoder,
+        texture_memory: TextureMemory,
+        scheduler: Scheduler,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            grm=grm,
+            transformer=transformer,
+            texture_classifier=texture_classifier,
+            texture_encoder=texture_encoder,
+            texture_memory=texture_memory,
+            scheduler=scheduler,
+        )
+
+    def __call__(
+        self,
+        image: Picture | Image.Image | str | Path,
+        plan: SamplingPlan | None = None,
+        generator: torch.Generator | int | None = None,
+        batch_size: int = 64,
+    ) -> Result:
+        """Upscale one image x4. ``plan`` is the paper's unless given.
+
+        ``generator`` is a seed or a source of one; without it the seed is 0, so that the same image gives the
+        same result. Raises ImageError for an unreadable image and RuntimeError if the networks give NaN.
+        """
+        # 1. Read the image.
+        if isinstance(image, (str, Path)):
+            image = read_picture(image)
+        elif isinstance(image, Image.Image):
+            image = picture_from_pil(image)
+        # 2. Restore it coarsely, judge the restoration and look up texture priors.
+        analysis = self.analyze(image, batch_size)
+        # 3. Refine the patches, group by group, and assemble them.
+        if isinstance(generator, torch.Generator):
+            generator = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
+        *_, result = self.refine(analysis, plan or SamplingPlan.paper(), generator or 0, batch_size)
+        return result
+
+    @torch.inference_mode()
+    def analyze(self, picture: Picture, batch_size: int = 64) -> Analysis:
+        """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
+        device = self._execution_device
+        clock = _Stopwatch(device)
+        seconds = {}
+
+        # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
+        size = self.transformer.config.size
+        upscaled = bicubic(picture.rgb[None].to(device), SCALE)  # 1x3xHxW
+        height, width = upscaled.shape[-2:]
+        padded = _pad(upscaled, DOWNSAMPLING, DOWNSAMPLING * size)  # 1x3x8hx8w
+        y_lr = encode_latents(self.vae, padded)  # 1xCxhxw
+        seconds["encode"] = clock.lap()
+
+        # 2. Restore, with a confidence (Eq. 1).
+        restored = self.grm(y_lr)
+        y0, confidence = restored.latents.float(), restored.confidence  # 1xCxhxw, 1x1xhxw
+        _require_finite("the restored latent", y0)
+        _require_finite("the confidence", confidence)
+        seconds["restore"] = clock.lap()
+
+        # 3. Cut into overlapping patches and prompt each with the texture priors that it resembles.
+        grid = PatchGrid(*y0.shape[-2:], size=size)
+        patches = split(y0[0], grid)  # NxCxVxV
+        patch_confidence = split(confidence[0], grid).mean((1, 2, 3))  # N
+        priors, prompt = self._prompt(patches, batch_size)
+        seconds["retrieve"] = clock.lap()
+
+        # 4. Decode the coarse image.
+        coarse = decode_latents(self.vae, y0)[0, :, :height, :width]  # 3xHxW
+        seconds["decode"] = clock.lap()
+
+        return Analysis(
+            picture=picture,
+            latents=y0[0].cpu(),
+            confidence=confidence[0].cpu(),
+            grid=grid,
+            patch_confidence=patch_confidence.cpu(),
+            priors=priors,
+            prompt=prompt,
+            bicubic=upscaled[0].cpu(),
+            coarse=coarse.cpu(),
+            seconds=seconds,
+        )
+
+    @torch.inference_mode()
+    def refine(
+        self,
+        analysis: Analysis,
+        plan: SamplingPlan,
+        seed: int = 0,
+        batch_size: int = 64,
+        color_fix: bool = True,
+    ) -> Iterator[Progress | Result]:
+        """Yield Progress after every denoising step of every batch, and last the Result.
+
+        A patch's result depends on its content, prompt, (T, N) and the seed only. Close the generator to stop
+        early. ``color_fix`` gives the output the low frequencies of the bicubic upscale. Raises RuntimeError
+        rather than return pixels that are NaN.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is below 1")
+        device = self._execution_device
+        clock = _Stopwatch(device)
+        grid, (height, width) = analysis.grid, analysis.bicubic.shape[-2:]
+
+        # 1. Group the patches by confidence (Eq. 2).
+        assignment = assign(analysis.patch_confidence, plan)  # N
+        total = plan.evaluations(assignment.bincount(minlength=len(GROUPS)).tolist())
+
+        # 2. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = split(torch.randn(analysis.latents.shape, generator=generator), grid)  # NxCxVxV
+
+        # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
+        y0 = split(analysis.latents, grid)  # NxCxVxV
+        x0 = torch.empty_like(y0, device=device)  # NxCxVxV
+        done, groups = 0, []
+        for group, (name, start, steps) in enumerate(zip(GROUPS, plan.start, plan.steps, strict=True)):
+            members = (assignment == group).nonzero()[:, 0]
+            clock.lap()
+            spent = 0.0
+            for first in range(0, len(members), batch_size):
+                batch = members[first : first + batch_size]
+                y0_batch = y0[batch].to(device)
+                noise_batch = noise[batch].to(device)
+                predict = self._predictor(y0_batch, analysis.prompt[batch].to(device))
+                run = denoise(predict, y0_batch, noise_batch, start, steps, self.scheduler)
+                for step, prediction, _ in run:
+                    x0[batch] = prediction  # the last one counts
+                    done += len(batch)
+                    spent += clock.lap()
+                    yield Progress(group, step + 1, steps, len(batch), done, total)
+                    clock.lap()
+            evaluations = steps * len(members)
+            groups.append(GroupReport(name, len(members), start, steps, evaluations, spent + clock.lap()))
+
+        # 4. Blend the overlapping patches once, and decode.
+        x_hr = merge(x0, grid)  # Cxhxw
+        _require_finite("the refined latent", x_hr)
+        merging = clock.lap()
+        output = decode_latents(self.vae, x_hr[None])[..., :height, :width]  # 1x3xHxW
+        decode = clock.lap()
+
+        # 5. Take the colours of the input, and give back its transparency.
+        if color_fix:
+            output = wavelet_color_fix(output, analysis.bicubic[None].to(device)).clamp(-1, 1)
+        _require_finite("the output", output)
+        alpha = analysis.picture.alpha
+        if alpha is not None:
+            alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
+        picture = Picture(output[0].cpu(), alpha, analysis.picture.notes)
+        color = clock.lap()
+
+        yield Result(
+            picture=picture,
+            plan=plan,
+            seed=seed,
+            assignment=assignment,
+            groups=groups,
+            seconds={
+                **{name: analysis.seconds[name] for name in ("encode", "restore", "retrieve")},
+                "refine": sum(group.seconds for group in groups) + merging,
+                "decode": analysis.seconds["decode"] + decode,
+                "color": color,
+            },
+            device=str(device),
+            dtype=str(self.transformer.dtype).removeprefix("torch."),
+        )
+
+    @torch.inference_mode()
+    def decode_priors(self, priors: Tensor) -> Tensor:
+        """Latent patches KxCxVxV (of one patch's priors) as images Kx3x8Vx8V in [-1, 1], on the CPU."""
+        return decode_latents(self.vae, priors.to(self._execution_device)).cpu()
+
+    def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
+        """Algorithm 1 and the texture encoder, in batches: NxCxVxV -> Priors and prompt NxLxD, on the CPU."""
+        found, prompts = [], []
+        for batch in patches.split(batch_size):
+            queries = self.texture_classifier.features(batch)  # NxD
+            priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
+            prompt = self.texture_encoder(priors.values, priors.similarities, batch)  # NxLxD
+            prompts.append(prompt.float().cpu())
+            found.append((priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu()))
+        return Priors(*(torch.cat(parts) for parts in zip(*found, strict=True))), torch.cat(prompts)
+
+    def _predictor(self, y0: Tensor, prompt: Tensor) -> Predict:
+        """f_theta for one batch: y0 NxCxVxV and prompt NxLxD, whose keys are computed once, not per step."""
+        keys = self.transformer.prompt_keys(prompt)
+
+        def predict(x_t: Tensor, t: int) -> Tensor:
+            times = torch.full((len(x_t),), t, device=x_t.device)  # N
+            return self.transformer(x_t, y0, times, keys)
+
+        return predict
+
+
+class _Stopwatch:
+    """Seconds between laps, counting what the device was asked to do and has not yet finished."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.last = 0.0
+        self.lap()
+
+    def lap(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
+def _pad(image: Tensor, multiple: int, least: int) -> Tensor:
+    """Repeat the last row and column until both sides are multiples and at least ``least``. BxCxHxW."""
+    height, width = (max(least, -(-side // multiple) * multiple) for side in image.shape[-2:])
+    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), mode="replicate")
+
+
+def _require_finite(name: str, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise RuntimeError(f"{name} has values that are NaN or infinite; try dtype=torch.float32")

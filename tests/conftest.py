@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from patchscaler.images import Picture
+from patchscaler.models import (
+    GRM,
+    CompactAutoencoder,
+    PatchDiT,
+    TextureClassifier,
+    TextureEncoder,
+    TextureMemory,
+)
+from patchscaler.pipeline import PatchScalerPipeline
+
+
+def make_tiny_pipeline(vae=None, channels: int = 4) -> PatchScalerPipeline:
+    """Every component at its smallest, with random weights: fast, and no output is trivially zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = {
+            "vae": vae or CompactAutoencoder(channels, (16, 24), (1, 1), (1, 1)),
+            "grm": GRM(channels, (16, 24), (1, 1, 1)),
+            "transformer": PatchDiT(channels, width=32, depth=2, heads=2, prompt_width=16),
+            "texture_classifier": TextureClassifier(channels, ("brick", "grass"), (8, 12, 16)),
+            "texture_encoder": TextureEncoder(channels, patch=8, width=16, heads=2, top_k=3),
+            "texture_memory": TextureMemory.from_patches(
+                torch.randn(20, channels, 16, 16), torch.randn(20, 16)
+            ),
+        }
+        for model in models.values():
+            for parameter in model.parameters():
+                if not parameter.any():  # zero-initialised layers would hide what lies before them
+                    torch.nn.init.normal_(parameter, std=0.1)
+        scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
+    pipeline = PatchScalerPipeline(**models, scheduler=scheduler)
+    for model in models.values():
+        model.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline() -> PatchScalerPipeline:
+    """A random pipeline in float32 on the CPU. Shared: do not change it."""
+    return make_tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def picture() -> Picture:
+    """64x80 of smooth colour on the left and noise on the right: nine patches unlike each other."""
+    generator = torch.Generator().manual_seed(3)
+    smooth = torch.linspace(-0.8, 0.8, 64)[None, :, None].expand(3, 64, 80)
+    noise = torch.rand(3, 64, 80, generator=generator) - 0.5
+    return Picture((smooth + noise * torch.linspace(-0.2, 1, 80).clamp(0)).clamp(-1, 1))

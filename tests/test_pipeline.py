@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_tiny_pipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler
+
+import patchscaler
+from patchscaler.grouping import GROUPS, SamplingPlan
+from patchscaler.images import ImageError, Picture, bicubic, to_pil, write_png
+from patchscaler.patches import split
+from patchscaler.pipeline import Progress, Result
+
+PLAN = SamplingPlan(0.95, 0.75, start=(200, 500, 900), steps=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def analysis(tiny_pipeline, picture):
+    return tiny_pipeline.analyze(picture)
+
+
+@pytest.fixture(scope="module")
+def plan(analysis):
+    """PLAN with thresholds that put three patches into each group."""
+    ordered = analysis.patch_confidence.sort().values.double()
+    return replace(PLAN, gamma1=ordered[5].item(), gamma2=ordered[2].item())
+
+
+def run(pipeline, analysis, plan, **options) -> Result:
+    *_, result = pipeline.refine(analysis, plan, **options)
+    return result
+
+
+def sampled_patches(monkeypatch, pipeline, analysis, plan, **options):
+    """The x0 of every patch, before they are blended."""
+    caught = []
+    real = patchscaler.pipeline.merge
+    monkeypatch.setattr(patchscaler.pipeline, "merge", lambda x0, grid: caught.append(x0) or real(x0, grid))
+    run(pipeline, analysis, plan, **options)
+    monkeypatch.undo()
+    return caught[0]
+
+
+def test_analysis_is_complete_and_on_the_cpu(analysis, picture):
+    count, (height, width) = len(analysis.grid), (256, 320)
+    assert analysis.picture is picture and count == 9
+    assert analysis.latents.shape == (4, height // 8, width // 8)
+    assert analysis.confidence.shape == (1, height // 8, width // 8)
+    assert analysis.bicubic.shape == analysis.coarse.shape == (3, height, width)
+    assert analysis.priors.values.shape == (count, 3, 4, 16, 16)
+    assert analysis.prompt.shape == (count, 12, 16)
+    expected = split(analysis.confidence, analysis.grid).mean((1, 2, 3))
+    torch.testing.assert_close(analysis.patch_confidence, expected)
+    assert set(analysis.seconds) == {"encode", "restore", "retrieve", "decode"}
+    for name in ("latents", "confidence", "patch_confidence", "prompt", "bicubic", "coarse"):
+        tensor = getattr(analysis, name)
+        assert tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def test_events_count_up_to_the_plans_cost(tiny_pipeline, analysis, plan):
+    *events, result = tiny_pipeline.refine(analysis, plan, batch_size=2)
+    assert isinstance(result, Result) and all(isinstance(event, Progress) for event in events)
+    total = plan.evaluations([3, 3, 3])
+    assert {event.total for event in events} == {total}
+    done = [sum(event.patches for event in events[: i + 1]) for i in range(len(events))]
+    assert [event.done for event in events] == done and done[-1] == total
+    # groups, then batches of two and one patches, then steps
+    seen = [(event.group, event.patches, event.step) for event in events]
+    assert seen == [(g, n, s + 1) for g in range(3) for n in (2, 1) for s in range(plan.steps[g])]
+
+
+def test_result_reports_what_was_done(tiny_pipeline, analysis, plan):
+    result = run(tiny_pipeline, analysis, plan, seed=5)
+    report = json.loads(json.dumps(result.report(), allow_nan=False))
+    assert report["version"] == patchscaler.__version__
+    assert SamplingPlan.from_json(json.dumps(report["plan"])) == plan
+    assert (report["seed"], report["device"], report["dtype"]) == (5, "cpu", "float32")
+    assert [group["name"] for group in report["groups"]] == list(GROUPS)
+    assert [group["evaluations"] for group in report["groups"]] == [3 * steps for steps in plan.steps]
+    assert list(report["stages"]) == ["encode", "restore", "retrieve", "refine", "decode", "color"]
+    assert report["stages"]["refine"] >= sum(group["seconds"] for group in report["groups"]) > 0
+    assert result.assignment.bincount().tolist() == [3, 3, 3]
+
+
+def test_time_of_a_slow_consumer_is_not_counted(tiny_pipeline, analysis, plan):
+    events = []
+    for event in tiny_pipeline.refine(analysis, plan):
+        events.append(event)
+        time.sleep(0.1)
+    assert events[-1].seconds["refine"] < 0.1 * (len(events) - 1)
+
+
+def test_same_seed_is_bit_equal_and_another_is_not(tiny_pipeline, analysis, plan):
+    before = torch.get_rng_state()
+    first, again = (run(tiny_pipeline, analysis, plan, seed=1) for _ in range(2))
+    other = run(tiny_pipeline, analysis, plan, seed=2)
+    assert torch.equal(first.picture.rgb, again.picture.rgb)
+    assert not torch.equal(first.picture.rgb, other.picture.rgb)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_analysis_survives_a_change_of_process(tiny_pipeline, analysis, plan):
+    sent = pickle.loads(pickle.dumps(analysis))
+    result = pickle.loads(pickle.dumps(run(tiny_pipeline, sent, plan)))
+    assert torch.equal(result.picture.rgb, run(tiny_pipeline, analysis, plan).picture.rgb)
+
+
+def test_batch_size_does_not_matter(tiny_pipeline, picture, plan):
+    results = [
+        run(tiny_pipeline, tiny_pipeline.analyze(picture, size), plan, batch_size=size) for size in (1, 7, 64)
+    ]
+    for result in results[1:]:
+        torch.testing.assert_close(result.picture.rgb, results[0].picture.rgb, atol=1e-4, rtol=1e-4)
+
+
+def test_one_group_alone_equals_the_full_run(monkeypatch, tiny_pipeline, analysis, plan):
+    """Only its own (T, N) matters to a patch: other groups may change or be empty."""
+    full = sampled_patches(monkeypatch, tiny_pipeline, analysis, plan)
+    groups = run(tiny_pipeline, analysis, plan).assignment
+    alone = {0: (0.01, 0.0), 1: (1.0, 0.0), 2: (1.0, 0.99)}
+    for group, (gamma1, gamma2) in alone.items():
+        other = replace(plan, gamma1=gamma1, gamma2=gamma2)
+        assert set(run(tiny_pipeline, analysis, other).assignment.tolist()) == {group}
+        x0 = sampled_patches(monkeypatch, tiny_pipeline, analysis, other)
+        members = groups == group
+        torch.testing.assert_close(x0[members], full[members], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(x0[~members], full[~members], atol=1e-3)
+
+
+def test_a_patch_does_not_see_its_neighbours(monkeypatch, tiny_pipeline, analysis, plan):
+    full = sampled_patches(monkeypatch, tiny_pipeline, analysis, plan)
+    latents = analysis.latents.clone()
+    latents[:, :4, :4] += 3  # only the first patch reaches there
+    changed = sampled_patches(monkeypatch, tiny_pipeline, replace(analysis, latents=latents), plan)
+    torch.testing.assert_close(changed[1:], full[1:], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(changed[0], full[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 300), (130, 97)])
+def test_any_size(tiny_pipeline, height, width):
+    picture = Picture(torch.rand(3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    result = tiny_pipeline(picture, PLAN)
+    rgb = result.picture.rgb
+    assert rgb.shape == (3, 4 * height, 4 * width) and rgb.dtype == torch.float32
+    assert rgb.isfinite().all() and rgb.min() >= -1 and rgb.max() <= 1
+    assert result.picture.alpha is None
+
+
+def test_alpha_and_notes_come_back(tiny_pipeline):
+    alpha = torch.zeros(1, 10, 12)
+    alpha[:, :, 6:] = 1
+    result = tiny_pipeline(Picture(torch.zeros(3, 10, 12), alpha, ("a note",)), PLAN)
+    upscaled = result.picture.alpha
+    assert upscaled.shape == (1, 40, 48) and upscaled.min() == 0 and upscaled.max() == 1
+    assert upscaled[:, :, :20].max() < 0.05 and upscaled[:, :, 28:].min() > 0.95
+    assert result.picture.notes == ("a note",)
+    assert to_pil(result.picture).mode == "RGBA"
+
+
+def test_color_fix_keeps_the_inputs_low_frequencies(tiny_pipeline, analysis, plan):
+    def error(result):
+        blurred = bicubic((result.picture.rgb - analysis.bicubic)[None], 1 / 32)
+        return blurred.abs().mean().item()
+
+    fixed, raw = (run(tiny_pipeline, analysis, plan, color_fix=fix) for fix in (True, False))
+    assert error(fixed) < 0.2 * error(raw)
+
+
+def test_closing_the_generator_stops_at_once(tiny_pipeline, analysis, plan):
+    calls = []
+    handle = tiny_pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        events = tiny_pipeline.refine(analysis, plan, batch_size=1)
+        next(events), next(events)
+        events.close()
+        assert len(calls) == 2 and list(events) == []
+    finally:
+        handle.remove()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_inputs_and_seeds_of_call(tiny_pipeline, picture, tmp_path):
+    small = Picture((picture.rgb[:, :20, :24] * 127.5 + 127.5).round() / 127.5 - 1)
+    path = write_png(small, tmp_path / "small.png")
+    expected = tiny_pipeline(small, PLAN).picture.rgb
+    for image in (path, str(path), to_pil(small)):
+        assert torch.equal(tiny_pipeline(image, PLAN, generator=0).picture.rgb, expected)
+    generators = [torch.Generator().manual_seed(8) for _ in range(2)]
+    first, same = (tiny_pipeline(small, PLAN, generator) for generator in generators)
+    second = tiny_pipeline(small, PLAN, generators[0])
+    assert first.seed == same.seed != second.seed
+    assert torch.equal(tiny_pipeline(small, PLAN, first.seed).picture.rgb, first.picture.rgb)
+    with pytest.raises(ImageError):
+        tiny_pipeline(tmp_path / "missing.png", PLAN)
+
+
+def test_paper_plan_is_the_default(tiny_pipeline):
+    assert tiny_pipeline(Picture(torch.zeros(3, 4, 4))).plan == SamplingPlan.paper()
+
+
+def test_batch_size_below_one_is_refused(tiny_pipeline, analysis, plan):
+    with pytest.raises(ValueError, match="batch_size=0"):
+        run(tiny_pipeline, analysis, plan, batch_size=0)
+
+
+@pytest.mark.parametrize("part", ["grm", "transformer", "vae"])
+def test_nan_raises_instead_of_a_black_image(part):
+    pipeline = make_tiny_pipeline()
+    with torch.no_grad():
+        list(getattr(pipeline, part).parameters())[-1].fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
+        pipeline(Picture(torch.zeros(3, 8, 8)), PLAN)
+
+
+def test_threads_may_share_a_pipeline(tiny_pipeline, analysis, plan):
+    expected = [run(tiny_pipeline, analysis, plan, seed=seed).picture.rgb for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda seed: run(tiny_pipeline, analysis, plan, seed=seed), range(4)))
+    for result, rgb in zip(results, expected, strict=True):
+        assert torch.equal(result.picture.rgb, rgb)
+
+
+def test_dpm_solver_in_the_scheduler_slot(tiny_pipeline, analysis, plan):
+    pipeline = copy.copy(tiny_pipeline)
+    config = tiny_pipeline.scheduler.config
+    pipeline.register_modules(scheduler=DPMSolverMultistepScheduler.from_config(config))
+    many = replace(plan, steps=(20, 40, 60))
+    result, reference = (run(pipe, analysis, many) for pipe in (pipeline, tiny_pipeline))
+    assert not torch.equal(result.picture.rgb, reference.picture.rgb)
+    torch.testing.assert_close(result.picture.rgb, reference.picture.rgb, atol=0.05, rtol=0)
+
+
+def test_bfloat16_stays_close(picture):
+    pipeline = make_tiny_pipeline()
+    reference = pipeline(picture, PLAN)
+    result = pipeline.to(torch.bfloat16)(picture, PLAN)
+    assert result.report()["dtype"] == "bfloat16" and result.picture.rgb.dtype == torch.float32
+    assert (result.picture.rgb - reference.picture.rgb).abs().mean() < 0.02
+
+
+def tiny_kl():
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+
+
+def tiny_taesd():
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=4
+    )
+
+
+@pytest.mark.parametrize("make_vae", [tiny_kl, tiny_taesd])
+def test_diffusers_autoencoders_in_the_vae_slot(make_vae):
+    pipeline = make_tiny_pipeline(make_vae())
+    first, again = (pipeline(Picture(torch.zeros(3, 20, 33)), PLAN) for _ in range(2))
+    assert first.picture.rgb.shape == (3, 80, 132)
+    assert torch.equal(first.picture.rgb, again.picture.rgb)
+
+
+def test_decoded_priors_are_images(tiny_pipeline, analysis):
+    images = tiny_pipeline.decode_priors(analysis.priors.values[0])
+    assert images.shape == (3, 3, 128, 128) and images.abs().max() <= 1
