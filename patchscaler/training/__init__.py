@@ -1,0 +1,1 @@
+"""Training: data, degradation, losses and one script per model."""

@@ -1,0 +1,67 @@
+"""Train the compact autoencoder: python -m patchscaler.training.autoencoder --data DIR --out DIR --minutes 40
+
+Loss: L1 of pixels and of their differences. Noise of a twentieth of each latent channel's deviation is added
+before decoding, so that the decoder bears the small errors that GRM and Patch-DiT make.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+from ..models.autoencoder import CompactAutoencoder, decode_latents, encode_latents, reconstruction_loss
+from .data import ImageBank
+from .fit import bf16, fit, make_accelerator, parser, save_component, step_generator
+
+CONFIGS = {
+    "compact": {"latent_channels": 16, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)},
+    "paper": {"latent_channels": 16, "widths": (192, 384), "encoder_depth": (2, 4), "decoder_depth": (4, 6)},
+}
+LATENT_NOISE = 0.05
+CROP = 128
+
+
+def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
+    """Train, measure the latents' statistics, save to OUT/vae and return the held-out PSNR."""
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    batch = 2 if args.dry_run else args.batch or (16 if device.type == "cpu" else 256)
+    bank = bank or ImageBank(args.data, device)
+    torch.manual_seed(args.seed)
+    model = CompactAutoencoder(**CONFIGS[args.config]).to(device, memory_format=torch.channels_last)
+
+    def loss(model: nn.Module, step: int, progress: float) -> dict[str, torch.Tensor]:
+        generator = step_generator(args.seed, step, accelerator.process_index)
+        images, _ = bank.crops(batch, CROP, generator)
+        shape = (batch, CONFIGS[args.config]["latent_channels"], CROP // 8, CROP // 8)
+        noise = LATENT_NOISE * torch.randn(shape, generator=generator).to(device)
+        with bf16(device):
+            output, _ = model(images.contiguous(memory_format=torch.channels_last), noise)
+        return {"loss": reconstruction_loss(output, images)}
+
+    average = fit("autoencoder", model, loss, args, accelerator, batch=batch, peak_rate=5e-4)
+    measure_statistics(average, bank, args.seed)
+    if accelerator.is_main_process:
+        save_component(average, args.out / "vae")
+    held_out = ImageBank(args.data, device, held_out=True)
+    images, _ = held_out.crops(4 if args.dry_run else 128, CROP, step_generator(args.seed, 0, 1))
+    with torch.inference_mode(), bf16(device):
+        error = decode_latents(average, encode_latents(average, images)) - images
+    return {"autoencoder, RGB PSNR on held-out crops, dB": (-10 * (error / 2).square().mean().log10()).item()}
+
+
+@torch.no_grad()
+def measure_statistics(vae: CompactAutoencoder, bank: ImageBank, seed: int) -> None:
+    """Set the config's latents_mean and latents_std, c numbers each, from 256 training crops."""
+    images = torch.cat([bank.crops(32, CROP, step_generator(seed, part, 1))[0] for part in range(8)])
+    with bf16(images.device):
+        latents = vae.encode(images).latents.float()
+    vae.register_to_config(
+        latents_mean=latents.mean((0, 2, 3)).tolist(), latents_std=latents.std((0, 2, 3)).tolist()
+    )
+
+
+if __name__ == "__main__":
+    train(parser(__doc__).parse_args())

@@ -1,0 +1,160 @@
+"""What all training scripts share: options, budget, learning rate, EMA, checkpoints, log."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+WARMUP = 0.03  # part of the budget over which the learning rate rises
+CHECKPOINT_SECONDS = 120
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every training script takes."""
+    options = argparse.ArgumentParser(description=description.splitlines()[0])
+    options.add_argument("--data", type=Path, required=True, help="folder of tar shards or of images")
+    options.add_argument("--out", type=Path, required=True, help="pipeline folder to write components into")
+    options.add_argument("--config", choices=("compact", "paper"), default="compact")
+    options.add_argument("--minutes", type=float, default=30.0, help="time budget")
+    options.add_argument("--steps", type=int, help="budget in steps instead of minutes")
+    options.add_argument("--batch", type=int, help="samples per step and device")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--dry-run", action="store_true", help="two steps on a few samples, no checkpoint")
+    return options
+
+
+def pool_size(args: argparse.Namespace, most: int) -> int:
+    """Rows of a sample pool: `most`, fewer for budgets of a few minutes, so that drawing leaves time to train."""
+    return min(most, 128 * max(1, int(args.minutes * most / 2560)))
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The CPU, or one process per GPU under `accelerate launch`."""
+    return Accelerator(cpu=args.device == "cpu")
+
+
+def bf16(device: torch.device) -> torch.autocast:
+    """Convolutions and products in bfloat16, which needs no loss scaling; for the calls of networks alone."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    """A CPU generator that depends on seed, step and process alone, so that a resumed run draws the same."""
+    return torch.Generator().manual_seed((seed << 40) ^ (rank << 32) ^ step)
+
+
+def learning_rate(peak: float, progress: float) -> float:
+    """Linear warm-up, then a half cosine down to 2 % of the peak; `progress` in [0, 1]."""
+    if progress < WARMUP:
+        return peak * max(progress, 1e-3) / WARMUP
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))))
+
+
+def fit(
+    stage: str,
+    model: nn.Module,
+    loss: Callable[[nn.Module, int, float], dict[str, Tensor]],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    *,
+    batch: int,
+    peak_rate: float,
+    decay: float = 0.999,
+) -> nn.Module:
+    """Train `model` within the budget and return its exponential moving average.
+
+    Args:
+        stage: names the checkpoint `OUT/training/STAGE.pt` and the TensorBoard log beside it. A checkpoint
+            that lies there is resumed; with a budget in steps the result equals that of a run never stopped.
+        loss: (model, step, progress in [0, 1]) → named scalar tensors, of which `loss` is minimised. All of
+            its randomness must come from `step_generator`.
+        batch: samples per step and process, for the progress bar.
+        peak_rate: Adam's highest learning rate.
+        decay: of the moving average; lower at the start, when the weights still move fast.
+    """
+    set_seed(args.seed)
+    folder = args.out / "training"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    state = {"step": 0, "elapsed": 0.0}
+    checkpoint = folder / f"{stage}.pt"
+    if checkpoint.exists() and not args.dry_run:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        accelerator.unwrap_model(model).load_state_dict(saved["model"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+
+    def progress() -> float:
+        if args.dry_run:
+            return state["step"] / 2
+        return state["step"] / args.steps if args.steps else state["elapsed"] / (60 * args.minutes)
+
+    def save() -> None:
+        if args.dry_run or not accelerator.is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = checkpoint.with_suffix(".tmp")
+        weights = accelerator.unwrap_model(model).state_dict()
+        torch.save({"model": weights, "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+                    "state": state}, temporary)  # fmt: skip
+        os.replace(temporary, checkpoint)
+
+    log = None if args.dry_run or not accelerator.is_main_process else SummaryWriter(folder / "logs" / stage)
+    bar = tqdm(desc=stage, unit=" samples", disable=not accelerator.is_main_process, mininterval=5)
+    saved_at = clock = time.perf_counter()
+    while progress() < 1:
+        rate = learning_rate(peak_rate, progress())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        values = loss(model, state["step"], progress())
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(values["loss"])
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        state["step"] += 1
+        _follow(average, accelerator.unwrap_model(model), min(decay, (1 + state["step"]) / (10 + state["step"])))
+        if log and state["step"] % 20 == 0:
+            figures = {name: float(value.detach()) for name, value in values.items()}
+            for name, value in {**figures, "rate": rate}.items():
+                log.add_scalar(name, value, state["step"])
+            bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
+        bar.update(batch * accelerator.num_processes)
+        now = time.perf_counter()
+        state["elapsed"], clock = state["elapsed"] + now - clock, now
+        if accelerator.num_processes > 1:  # every process must leave the loop at the same step
+            state["elapsed"] = float(accelerator.reduce(torch.tensor(state["elapsed"], device=accelerator.device),
+                                                        "mean"))  # fmt: skip
+        if now - saved_at > CHECKPOINT_SECONDS:
+            save()
+            saved_at = now
+    bar.close()
+    save()
+    return average
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+    torch._foreach_lerp_([a for a, _ in pairs], [m.detach() for _, m in pairs], 1 - decay)
+    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(current)
+
+
+def save_component(model: nn.Module, folder: Path) -> None:
+    """Write a model as fp16 safetensors, in shards below the Hub's 10 MB limit for files without LFS."""
+    copy.deepcopy(model).to("cpu", torch.float16).save_pretrained(folder, max_shard_size="9MB")

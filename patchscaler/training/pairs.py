@@ -1,0 +1,43 @@
+"""Pairs of degraded and clean latents: what the GRM and Patch-DiT learn from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..images import bicubic
+from ..models.autoencoder import encode_latents
+from .data import ImageBank
+from .degradation import degrade
+from .fit import bf16
+
+# Shares of the degradations: the strong one for what the internet holds, the mild one of the paper's test
+# pairs, and plain downscaling, so that a clean input is not over-smoothed.
+SHARES = {"real-esrgan": 0.4, "resshift": 0.45, "bicubic": 0.15}
+
+
+@torch.inference_mode()
+def draw_pairs(
+    vae: nn.Module,
+    bank: ImageBank,
+    count: int,
+    size: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Draw `count` crops and degrade each by one kind of `SHARES`.
+
+    Returns:
+        y_lr and x_hr, count×c×size/8×size/8 in fp16, and `images`, the clean crops, count×3×size×size uint8.
+    """
+    images, _ = bank.crops(count, size, generator)
+    counts = [round(count * share) for share in SHARES.values()]
+    counts[0] += count - sum(counts)
+    parts = images.split(counts)
+    small = torch.cat([
+        degrade(part, generator, kind) for part, kind in zip(parts, SHARES, strict=True) if len(part)
+    ])  # fmt: skip
+    with bf16(images.device):
+        y_lr = encode_latents(vae, bicubic(small, 4))
+        x_hr = encode_latents(vae, images)
+    pixels = images.add(1).mul(127.5).round().clamp(0, 255).byte()
+    return {"y_lr": y_lr.half(), "x_hr": x_hr.half(), "images": pixels}

@@ -1,0 +1,141 @@
+"""Train Patch-DiT and the texture encoder: python -m patchscaler.training.patch_dit --data DIR --out DIR --minutes 40
+
+x₀ prediction on patches of (y₀ from the GRM, x₀), with the priors that the memory gives for y₀; one prompt in
+ten is dropped. Both networks are trained together, everything else is frozen.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from ..models.autoencoder import CompactAutoencoder
+from ..models.grm import GRM
+from ..models.patch_dit import PatchDiT, denoising_loss
+from ..models.texture_classifier import TextureClassifier
+from ..models.texture_encoder import TextureEncoder
+from ..models.texture_memory import TextureMemory
+from ..patches import PatchGrid, split
+from ..retrieval import retrieve
+from ..sampling import alphas_cumprod
+from .data import ImageBank
+from .fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
+from .pairs import draw_pairs
+from .pool import Pool
+
+CONFIGS = {
+    "compact": {"dit": {"width": 256, "depth": 8, "heads": 4}, "encoder": {"top_k": 4}},
+    "paper": {"dit": {"width": 768, "depth": 12, "heads": 12}, "encoder": {"top_k": 4}},
+}
+CROP = 256  # gives four patches that do not overlap
+DROPPED_PROMPTS = 0.1
+
+
+def make_scheduler() -> DDIMScheduler:
+    """DDPM's linear schedule: at τ = 1000 nothing is left of x₀, as Eq. 6 wants (√ᾱ = .44, .08, .006)."""
+    return DDIMScheduler(
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction_type="sample", clip_sample=False
+    )
+
+
+class Prompted(nn.Module):
+    """Texture encoder and Patch-DiT as one network, so that they are trained together."""
+
+    def __init__(self, encoder: TextureEncoder, transformer: PatchDiT):
+        super().__init__()
+        self.encoder, self.transformer = encoder, transformer
+
+    def forward(self, x_t: Tensor, y0: Tensor, t: Tensor, priors: Tensor, scores: Tensor, drop: Tensor) -> Tensor:
+        """x_t, y0 N×c×V×V, t N, priors N×K×c×V×V, scores N×K, drop N booleans → x̂₀ N×c×V×V."""
+        prompt = self.encoder(priors, scores, y0)  # N×L×D
+        nothing = self.transformer.null_prompt.to(prompt.dtype)
+        return self.transformer(x_t, y0, t, torch.where(drop.view(-1, 1, 1), nothing, prompt))
+
+
+def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
+    """Train, save to OUT/transformer, OUT/texture_encoder and OUT/scheduler; return held-out losses."""
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    batch = 4 if args.dry_run else args.batch or (64 if device.type == "cpu" else 512)
+    bank = bank or ImageBank(args.data, device)
+    frozen = [
+        kind.from_pretrained(args.out / name).to(device).eval().requires_grad_(False)
+        for kind, name in (
+            (CompactAutoencoder, "vae"),
+            (GRM, "grm"),
+            (TextureClassifier, "texture_classifier"),
+            (TextureMemory, "texture_memory"),
+        )
+    ]
+    vae, grm, classifier, memory = frozen
+    config = CONFIGS[args.config]
+    channels = vae.config.latent_channels
+    torch.manual_seed(args.seed)
+    encoder = TextureEncoder(channels, **config["encoder"])
+    transformer = PatchDiT(channels, prompt_width=encoder.config.width, **config["dit"])
+    model = Prompted(encoder, transformer).to(device)
+    scheduler = make_scheduler()
+    alphas = alphas_cumprod(scheduler).float().to(device)
+
+    def draw(count: int, generator: torch.Generator, bank: ImageBank = bank) -> dict[str, Tensor]:
+        return draw_patches(vae, grm, classifier, memory, bank, count, generator, encoder.config.top_k)
+
+    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 8 if device.type == "cpu" else 2)
+    pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
+
+    def denoise(model: nn.Module, rows: dict[str, Tensor], t: Tensor, noise: Tensor, drop: Tensor) -> Tensor:
+        x0, y0, abar = rows["x0"].float(), rows["y0"].float(), alphas[t - 1]
+        signal = abar.view(-1, 1, 1, 1)
+        x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * noise  # Eq. 4
+        priors = memory.patches(rows["indices"])
+        with bf16(device):
+            predicted = model(x_t, y0, t, priors, rows["similarities"], drop)
+        return denoising_loss(predicted, x0, abar)
+
+    def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
+        rows = pool.samples(step)
+        generator = step_generator(args.seed, step, accelerator.process_index)
+        t = torch.randint(1, len(alphas) + 1, (batch,), generator=generator).to(device)
+        noise = torch.randn(rows["x0"].shape, generator=generator).to(device)
+        drop = (torch.rand(batch, generator=generator) < DROPPED_PROMPTS).to(device)
+        return {"loss": denoise(model, rows, t, noise, drop)}
+
+    average = fit("patch_dit", model, loss, args, accelerator, batch=batch, peak_rate=4e-4)
+
+    held_out = ImageBank(args.data, device, held_out=True)
+    generator = step_generator(args.seed, 0, 1)
+    rows = draw(32 if args.dry_run else 256, generator, held_out)
+    noise = torch.randn(rows["x0"].shape, generator=generator).to(device)
+    nothing = torch.zeros(len(noise), dtype=torch.bool, device=device)
+    figures = {}
+    with torch.inference_mode():
+        for t in (400, 700, 1000):
+            times = torch.full((len(noise),), t, device=device)
+            figures[f"Patch-DiT, weighted error at t = {t}"] = denoise(average, rows, times, noise, nothing).item()
+    if accelerator.is_main_process:
+        save_component(average.transformer, args.out / "transformer")
+        save_component(average.encoder, args.out / "texture_encoder")
+        scheduler.save_pretrained(args.out / "scheduler")
+    return figures
+
+
+@torch.inference_mode()
+def draw_patches(
+    vae, grm, classifier, memory, bank: ImageBank, count: int, generator, top_k: int
+) -> dict[str, Tensor]:
+    """`count` patches (a multiple of 4): y0 and x0 N×c×16×16 fp16, and the priors' indices and similarities."""
+    pairs = draw_pairs(vae, bank, count // 4, CROP, generator)
+    with bf16(bank.device):
+        restored = grm(pairs["y_lr"].float()).latents.float()
+    grid = PatchGrid(CROP // 8, CROP // 8, stride=16)
+    y0 = torch.cat([split(latents, grid) for latents in restored])
+    x0 = torch.cat([split(latents, grid) for latents in pairs["x_hr"].float()])
+    priors = retrieve(classifier.features(y0), memory, min(top_k, memory.config.size))
+    return {"y0": y0.half(), "x0": x0.half(), "indices": priors.indices, "similarities": priors.similarities}
+
+
+if __name__ == "__main__":
+    print(train(parser(__doc__).parse_args()))

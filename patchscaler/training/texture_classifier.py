@@ -1,0 +1,89 @@
+"""Train the texture classifier.
+
+    python -m patchscaler.training.texture_classifier --data DIR --out DIR --minutes 3
+
+Cross-entropy over the texture classes (`ImageBank.classes`) on latents of 128×128 crops. Half of the crops are
+blurred by shrinking and enlarging first, since the queries at run time are restored, not pristine, patches.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..images import bicubic
+from ..models.autoencoder import CompactAutoencoder, encode_latents
+from ..models.texture_classifier import TextureClassifier
+from .data import ImageBank
+from .fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
+from .pool import Pool
+
+CONFIGS = {"compact": {"widths": (64, 128, 192)}, "paper": {"widths": (128, 256, 384)}}
+CROP = 128
+ZOOM = 1.5
+
+
+def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
+    """Train, save to OUT/texture_classifier and return its top-1 accuracy on crops of held-out images."""
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    batch = 2 if args.dry_run else args.batch or 64
+    bank = bank or ImageBank(args.data, device)
+    classes = bank.classes()
+    vae = CompactAutoencoder.from_pretrained(args.out / "vae").to(device).eval()
+    torch.manual_seed(args.seed)
+    model = TextureClassifier(vae.config.latent_channels, tuple(classes), **CONFIGS[args.config]).to(device)
+
+    def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return labelled_latents(vae, bank, classes, count, generator)
+
+    size, passes = (64, 1) if args.dry_run else (pool_size(args, 4096), 10)
+    pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
+
+    def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
+        rows = pool.samples(step)
+        noise = torch.randn(rows["latents"].shape, generator=step_generator(args.seed, step))
+        with bf16(device):
+            logits = model(rows["latents"] + 0.1 * noise.to(device))
+        return {"loss": F.cross_entropy(logits.float(), rows["labels"], label_smoothing=0.1)}
+
+    average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
+    held_out = ImageBank(args.data, device, held_out=True)
+    rows = labelled_latents(
+        vae, held_out, classes, 32 if args.dry_run else 512, step_generator(args.seed, 0, 1)
+    )
+    with torch.inference_mode():
+        hits = average(rows["latents"]).argmax(1) == rows["labels"]
+    accuracy = {"texture classifier, top-1 on held-out crops": hits.float().mean().item()}
+    if accelerator.is_main_process:
+        save_component(average, args.out / "texture_classifier")
+    return accuracy
+
+
+@torch.inference_mode()
+def labelled_latents(vae, bank, classes, count, generator) -> dict[str, Tensor]:
+    """Latents count×c×16×16 of random crops, every class equally often, and their labels."""
+    held = bank.classes()
+    names = list(classes)
+    labels = torch.tensor([
+        label for label in torch.randint(len(names), (4 * count,), generator=generator).tolist()
+        if names[label] in held
+    ][:count])  # fmt: skip
+    picks = torch.rand(count, generator=generator)
+    among = torch.tensor([
+        held[names[label]][int(pick * len(held[names[label]]))]
+        for label, pick in zip(labels.tolist(), picks.tolist(), strict=True)
+    ])  # fmt: skip
+    images, _ = bank.crops(count, CROP, generator, among, ZOOM)
+    blurred = torch.rand(count, generator=generator) < 0.5
+    images[blurred] = bicubic(bicubic(images[blurred], 0.25), 4)
+    with bf16(images.device):
+        latents = encode_latents(vae, images)
+    return {"latents": latents.half().float(), "labels": labels.to(images.device)}
+
+
+if __name__ == "__main__":
+    print(train(parser(__doc__).parse_args()))

@@ -1,0 +1,119 @@
+"""Train everything in order: python -m patchscaler.training.weights --data DIR --out DIR --minutes 40
+
+Autoencoder, texture classifier, GRM, texture memory, Patch-DiT: each gets its share of the minutes that are
+left. Run it again after an interruption: it goes on in the stage where it was cut off. OUT is then a pipeline
+folder with a model card, and OUT/training, which is not part of it, may be deleted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from ..models import GRM, CompactAutoencoder, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory
+from ..pipeline import PatchScalerPipeline
+from . import autoencoder, build_memory, grm, patch_dit, texture_classifier
+from .data import ImageBank
+from .fit import make_accelerator, parser
+from .patch_dit import make_scheduler
+
+Stage = Callable[[argparse.Namespace, ImageBank], dict[str, float]]
+# name → (function, share of the minutes)
+STAGES: dict[str, tuple[Stage, float]] = {
+    "autoencoder": (autoencoder.train, 0.35),
+    "texture_classifier": (texture_classifier.train, 0.03),
+    "grm": (grm.train, 0.31),
+    "build_memory": (build_memory.build, 0.03),
+    "patch_dit": (patch_dit.train, 0.28),
+}
+COMPONENTS = {
+    "vae": CompactAutoencoder,
+    "grm": GRM,
+    "transformer": PatchDiT,
+    "texture_classifier": TextureClassifier,
+    "texture_encoder": TextureEncoder,
+    "texture_memory": TextureMemory,
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the stages that have not ended yet, then write model_index.json and the model card."""
+    began = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    bank = ImageBank(args.data, make_accelerator(args).device)
+    records = {name: _read(args.out, name) for name in STAGES}
+    # what finished and interrupted stages used counts, so that all runs together keep to the minutes
+    started_minutes = {name: 0.0 if records[name] else _elapsed(args.out, name) for name in STAGES}
+    spent = sum(record.get("minutes", 0.0) for record in records.values()) + sum(started_minutes.values())
+    budget = args.minutes - spent
+    for name, (stage, _) in STAGES.items():
+        if records[name] and not args.dry_run:
+            continue
+        left = budget - (time.perf_counter() - began) / 60
+        shares = [share for other, (_, share) in STAGES.items() if not records[other]]
+        minutes = (left + started_minutes[name]) * STAGES[name][1] / sum(shares)
+        started = time.perf_counter()
+        figures = stage(argparse.Namespace(**{**vars(args), "minutes": max(0.1, minutes)}), bank)
+        took = (time.perf_counter() - started) / 60 + started_minutes[name]
+        records[name] = {"minutes": took, "figures": figures}
+        path = _record(args.out, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(records[name], indent=2))
+    assemble(args.out)
+    (args.out / "README.md").write_text(model_card(args, records, len(bank)))
+    print(f"{args.out} is a pipeline folder: python -m patchscaler upscale IMAGE -o DIR --weights {args.out}")
+
+
+def assemble(out: Path) -> None:
+    """Write the model_index.json that makes a pipeline of the components in `out`."""
+    models = {name: kind.from_pretrained(out / name, use_safetensors=True) for name, kind in COMPONENTS.items()}
+    PatchScalerPipeline(**models, scheduler=make_scheduler()).save_config(out)
+
+
+def model_card(args: argparse.Namespace, records: dict[str, dict], images: int) -> str:
+    """The card beside the weights: data, time, hardware and what each stage measured on held-out images."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    lines = [
+        "---", "license: apache-2.0", "library_name: diffusers", "pipeline_tag: image-to-image",
+        "tags: [super-resolution, patchscaler]", "---", "",
+        f"# PatchScaler weights, configuration `{args.config}`", "",
+        "Trained from scratch by `python -m patchscaler.training.weights`.", "",
+        "| | |", "|---|---|",
+        f"| date | {date.today()} |",
+        f"| data | {images} training images; one image in twenty held out |",
+        f"| hardware | {device}, {platform.machine()} |",
+        f"| seed | {args.seed} |", "",
+        "| stage | minutes |", "|---|---|",
+        *(f"| {name} | {record['minutes']:.1f} |" for name, record in records.items()), "",
+        "Measured by the training itself, on held-out images:", "",
+        "| figure | value |", "|---|---|",
+        *(f"| {name} | {value:.4g} |" for record in records.values() for name, value in record["figures"].items()),
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _record(out: Path, name: str) -> Path:
+    return out / "training" / f"{name}.json"
+
+
+def _read(out: Path, name: str) -> dict:
+    path = _record(out, name)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _elapsed(out: Path, name: str) -> float:
+    """Minutes that an interrupted stage had trained for when it wrote its last checkpoint."""
+    path = out / "training" / f"{name}.pt"
+    return torch.load(path, weights_only=True, mmap=True)["state"]["elapsed"] / 60 if path.exists() else 0.0
+
+
+if __name__ == "__main__":
+    run(parser(__doc__).parse_args())
