@@ -1,0 +1,218 @@
+"""Upscale files and folders: ``python -m patchscaler upscale INPUT... -o OUT``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from patchscaler import __version__
+from patchscaler.checkpoints import DEFAULT_WEIGHTS, CheckpointError, load_pipeline
+from patchscaler.devices import pick_device
+from patchscaler.figures import LATENT_PIXELS, priors_sheet, qmap_overlay
+from patchscaler.grouping import PRESETS, SamplingPlan
+from patchscaler.images import FORMATS, Picture, picture_from_pil, read_picture, write_png
+from patchscaler.pipeline import Analysis, PatchScalerPipeline, Progress, Result
+
+STAGES = ("coarse", "qmap", "priors")
+PRIOR_ROWS = 8  # patches on the priors sheet
+
+
+class UsageError(ValueError):
+    """The arguments cannot be carried out; nothing was run or written."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns 0, or 1 if any input failed; exits with 2 on a usage error."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        plan = _plan(args)
+        sources = _sources(args.inputs)
+        outputs = _outputs(sources, args.out, args.save_stages, args.report)
+        device = pick_device(args.device)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        pipeline = load_pipeline(args.weights, device=device)
+    except CheckpointError as error:
+        return _complain(str(args.weights), error)
+
+    reports, failed = [], 0
+    for source, output in zip(sources, outputs, strict=True):
+        # Whatever befalls one file (unreadable, too large, out of memory, disk full) ends that file only.
+        try:
+            reports.append(_upscale(pipeline, source, output, plan, args))
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            failed |= _complain(str(source), error)
+    if args.report and reports:
+        one = len(args.inputs) == 1 and not args.inputs[0].is_dir()
+        try:
+            _write_text(args.report, json.dumps(reports[0] if one else reports, indent=2) + "\n")
+        except OSError as error:
+            failed |= _complain(str(args.report), error)
+    return failed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="patchscaler", description="PatchScaler x4 super-resolution")
+    upscale = parser.add_subparsers(dest="command", required=True).add_parser(
+        "upscale", help="upscale image files and folders by 4"
+    )
+    add = upscale.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file, or a folder of them")
+    add("-o", "--out", type=Path, required=True, help="folder for NAME.png")
+    add("--plan", default="paper", help=f"{', '.join(PRESETS)} or FILE.json (default: paper)")
+    add("--gamma1", type=float, help="confidence above which a patch is simple")
+    add("--gamma2", type=float, help="confidence up to which a patch is hard")
+    add("--start", type=_three, metavar="T1,T2,T3", help="start time of simple, medium, hard: 1 to 1000")
+    add("--steps", type=_three, metavar="N1,N2,N3", help="sampling steps of simple, medium, hard")
+    add("--seed", type=_seed, default=0, help="whole number from 0 to 2^63 - 1 (default: 0)")
+    add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
+    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
+    add("--batch-size", type=_positive, default=64, help="patches at once (default: 64)")
+    add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
+    add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
+    return parser
+
+
+def _three(text: str) -> tuple[int, ...]:
+    values = tuple(int(part) for part in text.split(","))
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three whole numbers A,B,C")
+    return values
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is outside 0..2^63-1")
+    return value
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _plan(args: argparse.Namespace) -> SamplingPlan:
+    """The preset or file, with the single values given beside it put in its place."""
+    if args.plan in PRESETS:
+        plan = PRESETS[args.plan]
+    elif Path(args.plan).is_file():
+        plan = SamplingPlan.from_json(Path(args.plan).read_text(encoding="utf-8"))
+    else:
+        raise UsageError(f"plan {args.plan!r} is neither one of {', '.join(PRESETS)} nor a file")
+    given = {name: getattr(args, name) for name in ("gamma1", "gamma2", "start", "steps")}
+    return dataclasses.replace(plan, **{name: value for name, value in given.items() if value is not None})
+
+
+def _sources(inputs: list[Path]) -> list[Path]:
+    """The files meant: a folder stands for the images directly in it, by name."""
+    sources = []
+    for path in inputs:
+        found = [path]
+        if path.is_dir():
+            kinds = Image.registered_extensions()
+            found = sorted(file for file in path.iterdir() if kinds.get(file.suffix.lower()) in FORMATS)
+            if not found:
+                raise UsageError(f"no {', '.join(FORMATS)} file in the folder {path}")
+        sources += found
+    return sources
+
+
+def _outputs(sources: list[Path], out: Path, stages: bool, report: Path | None) -> list[Path]:
+    """``out/NAME.png`` for each source. Refuses whatever would overwrite an input or another output."""
+    if report and not report.parent.is_dir() and report.parent.resolve() != out.resolve():
+        raise UsageError(f"the report's folder {report.parent} does not exist")
+    taken = {_key(source): f"the input {source}" for source in sources}
+    if report:
+        _claim(taken, report, "the report")
+    for source in sources:
+        _claim(taken, out / f"{source.stem}.png", f"the output of {source}")
+        for stage in STAGES if stages else ():
+            _claim(taken, out / f"{source.stem}.{stage}.png", f"the {stage} stage of {source}")
+    return [out / f"{source.stem}.png" for source in sources]
+
+
+def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
+    if _key(path) in taken:
+        raise UsageError(f"{path} would be both {taken[_key(path)]} and {owner}")
+    taken[_key(path)] = owner
+
+
+def _key(path: Path) -> str:
+    """One name for one file, on file systems that ignore case too."""
+    return str(path.resolve()).casefold()
+
+
+def _upscale(
+    pipeline: PatchScalerPipeline, source: Path, output: Path, plan: SamplingPlan, args: argparse.Namespace
+) -> dict:
+    """Upscale one file, write its pictures, and return its report."""
+    began = time.perf_counter()
+    picture = read_picture(source)
+    for note in picture.notes:
+        print(f"{source}: {note}", file=sys.stderr)
+    analysis = pipeline.analyze(picture, args.batch_size)
+    result = _refine(pipeline, analysis, plan, args)
+    text = {"Software": f"PatchScaler {__version__}", "plan": plan.to_json(), "seed": str(args.seed)}
+    write_png(result.picture, output, text)
+    if args.save_stages:
+        _write_stages(pipeline, analysis, result, output)
+    size = f"{result.picture.width}x{result.picture.height}"
+    print(f"{source} -> {output}  {size}  {time.perf_counter() - began:.1f} s")
+    return {"input": str(source), "output": str(output), **result.report()}
+
+
+def _refine(pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, args: argparse.Namespace) -> Result:
+    show = sys.stderr.isatty()
+    for event in pipeline.refine(analysis, plan, seed=args.seed, batch_size=args.batch_size):
+        if show and isinstance(event, Progress):
+            print(f"\r{event.done}/{event.total} evaluations", end="", file=sys.stderr, flush=True)
+    if show:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return event
+
+
+def _write_stages(pipeline: PatchScalerPipeline, analysis: Analysis, result: Result, output: Path) -> None:
+    coarse, grid = analysis.coarse.float().cpu(), analysis.grid
+    # The least confident patches are those whose priors matter most.
+    hardest = analysis.patch_confidence.argsort()[:PRIOR_ROWS].tolist()
+    side = grid.size * LATENT_PIXELS
+    corners = [(grid.patches[i].top * LATENT_PIXELS, grid.patches[i].left * LATENT_PIXELS) for i in hardest]
+    pictures = {
+        "coarse": Picture(coarse),
+        "qmap": picture_from_pil(qmap_overlay(coarse, grid, result.assignment)),
+        "priors": picture_from_pil(
+            priors_sheet(
+                [pipeline.decode_priors(analysis.priors.values[i]) for i in hardest],
+                analysis.priors.similarities[hardest],
+                queries=[coarse[:, top : top + side, left : left + side] for top, left in corners],
+            )
+        ),
+    }
+    for stage in STAGES:
+        write_png(pictures[stage], output.with_name(f"{output.stem}.{stage}.png"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write through a temporary file beside it, so that the file is whole or absent."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _complain(what: str, error: Exception) -> int:
+    print(f"{what}: {error or type(error).__name__}", file=sys.stderr)
+    return 1

@@ -1,0 +1,98 @@
+"""Pictures of what the pipeline decided: the groups over the coarse image, and the retrieved texture priors.
+
+Shared by the page and the command line; Pillow and numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from torch import Tensor
+
+from patchscaler.images import Picture, to_pil
+from patchscaler.patches import PatchGrid
+
+# Simple, medium, hard. Teal, amber and crimson differ in lightness and stay apart for the
+# colour-blind, which green, amber and red do not.
+GROUP_COLORS = ("#0a9396", "#e9a800", "#c2185b")
+
+LATENT_PIXELS = 8  # output pixels along the side of one latent
+_TINT = 0.5  # share of the group's colour in a cell
+_TILE = 128  # side of one picture on the sheet
+_GAP = 8
+_LABEL = 20  # height of a label under a picture
+
+
+def qmap_overlay(coarse: Tensor, grid: PatchGrid, assignment: Tensor, max_side: int = 1024) -> Image.Image:
+    """Qmap (Eq. 2) drawn over the coarse image in grey.
+
+    Patches overlap, so each one colours the cell that lies nearer to its centre than to any other
+    patch's; the cells tile the image.
+
+    Args:
+        coarse: 3xHxW in [-1, 1], its top left corner at the grid's; H and W may be less than the grid's.
+        assignment: N group numbers 0, 1, 2 in the grid's order.
+        max_side: the drawing is scaled down to at most this many pixels on its longer side.
+
+    Raises:
+        ValueError: the assignment's length is not the grid's.
+    """
+    if len(assignment) != len(grid):
+        raise ValueError(f"{len(assignment)} assigned groups for {len(grid)} patches")
+    image = to_pil(Picture(coarse.float().cpu()))
+    width, height = image.size
+    scale = min(1.0, max_side / max(width, height))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # Grey, so that every colour in the drawing is a group's.
+    image = image.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+    rows = _cell_edges([patch.top for patch in grid.patches], grid.size, size[1], scale)
+    columns = _cell_edges([patch.left for patch in grid.patches], grid.size, size[0], scale)
+    groups = assignment.cpu().numpy().reshape(len(rows) - 1, len(columns) - 1)
+    colors = np.array([ImageColor.getrgb(color) for color in GROUP_COLORS], dtype=np.float32)[groups]
+    tint = colors.repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1)  # HxWx3
+    share = np.full((size[1], size[0], 1), _TINT, dtype=np.float32)
+    share[[edge for edge in rows[1:-1] if edge < size[1]]] = 1.0  # thin borders, in the cell's own colour
+    share[:, [edge for edge in columns[1:-1] if edge < size[0]]] = 1.0
+    pixels = np.asarray(image, dtype=np.float32) * (1 - share) + tint * share
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def priors_sheet(
+    priors: Tensor | Sequence[Tensor],
+    similarities: Tensor | Sequence[Sequence[float]],
+    queries: Sequence[Tensor] | None = None,
+) -> Image.Image:
+    """A contact sheet of retrieved priors (Algorithm 1): a row per patch, the similarity under each prior.
+
+    Args:
+        priors: NxKx3xhxw, or N tensors of Kx3xhxw, in [-1, 1].
+        similarities: NxK.
+        queries: N pictures 3xhxw of the patches themselves, drawn at the start of their rows.
+    """
+    rows = [
+        [(picture, f"{float(value):.3f}") for picture, value in zip(row, values)]
+        for row, values in zip(priors, similarities)
+    ]
+    if queries is not None:
+        rows = [[(query, "patch"), *row] for query, row in zip(queries, rows)]
+    step_x, step_y = _TILE + _GAP, _TILE + _LABEL + _GAP
+    sheet = Image.new("RGB", (step_x * max(map(len, rows)) + _GAP, step_y * len(rows) + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for y, row in enumerate(rows):
+        for x, (picture, label) in enumerate(row):
+            corner = (_GAP + x * step_x, _GAP + y * step_y)
+            tile = to_pil(Picture(picture.float().cpu()))
+            sheet.paste(tile.resize((_TILE, _TILE), Image.Resampling.LANCZOS), corner)
+            draw.text((corner[0] + _TILE // 2, corner[1] + _TILE + 3), label, "black", font, anchor="ma")
+    return sheet
+
+
+def _cell_edges(starts: Sequence[int], patch_size: int, length: int, scale: float) -> list[int]:
+    """Pixel edges of the cells along one axis: halfway between the centres of neighbouring patches."""
+    unique = sorted(set(starts))
+    middles = [(a + b + patch_size) / 2 for a, b in zip(unique, unique[1:])]
+    return [0, *(min(length, round(edge * LATENT_PIXELS * scale)) for edge in middles), length]

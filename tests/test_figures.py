@@ -1,0 +1,44 @@
+"""The drawings of groups and priors."""
+
+import pytest
+import torch
+from PIL import ImageColor
+
+from patchscaler.figures import GROUP_COLORS, priors_sheet, qmap_overlay
+from patchscaler.patches import PatchGrid
+
+
+def test_each_cell_has_its_patch_s_colour():
+    grid = PatchGrid(28, 28)  # 2x2 patches, whose cells meet in the middle: pixel 112 of 224
+    overlay = qmap_overlay(torch.zeros(3, 224, 224), grid, torch.tensor([0, 1, 2, 0]))
+    assert overlay.size == (224, 224)
+    for group, place in zip((0, 1, 2, 0), ((10, 10), (200, 10), (10, 200), (200, 200))):
+        color = ImageColor.getrgb(GROUP_COLORS[group])
+        expected = [round((channel + 127.5) / 2) for channel in color]  # half tint, half mid grey
+        assert overlay.getpixel(place) == pytest.approx(expected, abs=1)
+    assert overlay.getpixel((111, 10)) == overlay.getpixel((10, 10))
+    assert overlay.getpixel((112, 10)) == ImageColor.getrgb(GROUP_COLORS[1])  # the border line of the right cell
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "size"),
+    [(4, 4, 1024, (4, 4)), (28, 1200, 300, (300, 7)), (1600, 800, 1024, (512, 1024))],
+)
+def test_cropped_and_scaled_overlays(height, width, side, size):
+    grid = PatchGrid(max(16, -(-height // 8)), max(16, -(-width // 8)))
+    overlay = qmap_overlay(torch.zeros(3, height, width), grid, torch.zeros(len(grid), dtype=torch.long), side)
+    assert overlay.size == size
+
+
+def test_overlay_wants_a_group_for_every_patch():
+    with pytest.raises(ValueError, match="3 assigned groups for 4 patches"):
+        qmap_overlay(torch.zeros(3, 224, 224), PatchGrid(28, 28), torch.tensor([0, 1, 2]))
+
+
+def test_priors_sheet_has_a_row_for_each_patch():
+    priors, similarities = torch.full((2, 3, 3, 128, 128), -1.0), torch.rand(2, 3)
+    bare = priors_sheet(priors, similarities)
+    queried = priors_sheet(list(priors), similarities.tolist(), queries=[torch.ones(3, 9, 9), torch.zeros(3, 128, 5)])
+    assert queried.height == bare.height and queried.width > bare.width
+    assert bare.getpixel((70, 70)) == (0, 0, 0)  # inside the first prior
+    assert queried.getpixel((70, 70)) == (255, 255, 255)  # inside the first patch
