@@ -1,0 +1,126 @@
+"""Weight-free measures of a restored image against the true one, and of its patch seams.
+
+Images are 3xHxW in [-1, 1]; results are Python floats. H W pixels. All sums run in double precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def luma(image: Tensor) -> Tensor:
+    """BT.601 luma HxW of an image 3xHxW in [-1, 1], from 16 (black) to 235 (white)."""
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image {tuple(image.shape)}: expected 3xHxW")
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=image.device).view(3, 1, 1)
+    return 16 + (weights * (image.double() + 1) / 2).sum(0)
+
+
+def psnr_y(a: Tensor, b: Tensor, crop: int = 0) -> float:
+    """Peak signal-to-noise ratio of the luma in dB, `crop` pixels cut from each edge; inf if equal."""
+    x, y = _pair(a, b, crop)
+    return _psnr(luma(x), luma(y))
+
+
+def psnr_rgb(a: Tensor, b: Tensor, crop: int = 0) -> float:
+    """Peak signal-to-noise ratio of all channels in dB, `crop` pixels cut from each edge; inf if equal."""
+    x, y = _pair(a, b, crop)
+    return _psnr(x.double() * 127.5, y.double() * 127.5)
+
+
+def ssim_y(a: Tensor, b: Tensor, crop: int = 0) -> float:
+    """Structural similarity of the luma (Wang et al. 2004), in -1..1.
+
+    Gaussian window of 11x11 and sigma 1.5 wherever it fits, after `crop` pixels are cut from each edge.
+    ValueError for an image smaller than the window.
+    """
+    x, y = (luma(image) for image in _pair(a, b, crop))
+    if min(x.shape) < 11:
+        raise ValueError(f"image {x.shape[0]}x{x.shape[1]}: SSIM needs 11x11 at least")
+    line = torch.exp(-((torch.arange(11, dtype=torch.float64, device=x.device) - 5) ** 2) / (2 * 1.5**2))
+    line = line / line.sum()
+    moments = torch.stack([x, y, x * x, y * y, x * y]).unsqueeze(1)  # [5, 1, H, W]
+    moments = F.conv2d(F.conv2d(moments, line.view(1, 1, 11, 1)), line.view(1, 1, 1, 11))
+    mean_x, mean_y, xx, yy, xy = moments.squeeze(1)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    numerator = (2 * mean_x * mean_y + c1) * (2 * (xy - mean_x * mean_y) + c2)
+    denominator = (mean_x**2 + mean_y**2 + c1) * (xx - mean_x**2 + yy - mean_y**2 + c2)
+    return (numerator / denominator).mean().item()
+
+
+def spectrum_distance(a: Tensor, b: Tensor) -> float:
+    """How differently detail is spread over frequencies; 0 for equal spectra. Pixels need not be aligned.
+
+    Mean absolute difference of the two luma spectra: the natural logarithm of the power's mean over each ring
+    of integer radius 1..min(H, W)//2 cycles per shorter side (no constant), under a Hann window. Twice or
+    half the power makes log 2 = 0.69. The power of 8-bit rounding is added to both: no file can show less.
+    ValueError for an image smaller than 3x3.
+    """
+    x, y = _pair(a, b, crop=0)
+    if min(x.shape[1:]) < 3:
+        raise ValueError(f"image {x.shape[1]}x{x.shape[2]}: the spectrum needs 3x3 at least")
+    return (_log_spectrum(luma(x)) - _log_spectrum(luma(y))).abs().mean().item()
+
+
+def seam_score(image: Tensor, rows: Sequence[int] = (), columns: Sequence[int] = ()) -> float:
+    """How much patch borders stand out: 1 where they do not, 2 where luma steps twice as far across them.
+
+    Ratio of the mean absolute luma difference of neighbouring pixels across borders to that elsewhere. Row r
+    is the border between pixel rows r - 1 and r; columns alike. Only directions that have borders count.
+    Upscaled images score above 1 on the multiples of their scale: compare with bicubic at the same borders.
+    A flat image scores 1; flat patches with steps between them score inf.
+    ValueError without borders, or for one outside 1..H-1 (rows) or 1..W-1 (columns).
+    """
+    y = luma(image)
+    across, elsewhere = [], []
+    for plane, borders in ((y, rows), (y.T, columns)):
+        if not len(borders):
+            continue
+        if min(borders) < 1 or max(borders) >= len(plane):
+            raise ValueError(f"borders {min(borders)}..{max(borders)}: expected 1..{len(plane) - 1}")
+        steps = plane.diff(dim=0).abs()  # step r - 1 lies between r - 1 and r
+        is_border = torch.zeros(len(steps), dtype=torch.bool, device=y.device)
+        is_border[[border - 1 for border in borders]] = True
+        across.append(steps[is_border].flatten())
+        elsewhere.append(steps[~is_border].flatten())
+    if not across:
+        raise ValueError("no borders: give rows or columns")
+    border, inside = torch.cat(across).mean().item(), torch.cat(elsewhere).mean().item()
+    if inside == 0:
+        return math.inf if border > 0 else 1.0
+    return border / inside
+
+
+def _pair(a: Tensor, b: Tensor, crop: int) -> tuple[Tensor, Tensor]:
+    """Both images without `crop` pixels at each edge; ValueError if their sizes differ or nothing is left."""
+    if a.shape != b.shape or a.ndim != 3 or a.shape[0] != 3:
+        raise ValueError(f"images {tuple(a.shape)} and {tuple(b.shape)}: expected both 3xHxW, of one size")
+    height, width = a.shape[1:]
+    if not 0 <= 2 * crop < min(height, width):
+        raise ValueError(f"crop {crop}: nothing is left of {height}x{width}")
+    inside = (slice(None), slice(crop, height - crop), slice(crop, width - crop))
+    return a[inside], b[inside]
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    error = (a - b).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error > 0 else math.inf
+
+
+def _log_spectrum(y: Tensor) -> Tensor:
+    """Log power of luma HxW per ring of integer radius 1..min(H, W)//2."""
+    height, width = y.shape
+    window = torch.outer(*(torch.hann_window(n, dtype=torch.float64, device=y.device, periodic=False) for n in y.shape))
+    # Without its mean, no constant leaks into the first rings. White noise of variance v has power v.
+    power = torch.fft.fft2((y - y.mean()) * window).abs() ** 2 / (window**2).sum()
+    side = min(height, width)
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=y.device).view(-1, 1) * side
+    horizontal = torch.fft.fftfreq(width, dtype=torch.float64, device=y.device) * side
+    ring = (vertical**2 + horizontal**2).sqrt().round().long().flatten()  # [H*W]
+    total = torch.bincount(ring, power.flatten()) / torch.bincount(ring)
+    return (total[1 : side // 2 + 1] + 1 / 12).log()
