@@ -1,0 +1,187 @@
+"""The page as a visitor meets it: app.py in a process of its own, and Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from patchscaler.grouping import SamplingPlan
+
+ROOT = Path(__file__).parent.parent
+PHOTO = sorted((ROOT / "examples").glob("*.png"))[0]
+# A browser of the system comes before Playwright's own, which CI need not download.
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+PATIENCE = 120_000  # ms; the networks share the machine with whatever else CI does
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("log") / "server.txt"
+
+
+@pytest.fixture(scope="module")
+def address(tiny_pipeline, tmp_path_factory, log):
+    """The page over tiny random weights."""
+    folder = tmp_path_factory.mktemp("page")
+    tiny_pipeline.save_pretrained(folder / "weights")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "PATCHSCALER_WEIGHTS": str(folder / "weights"),
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(folder / "uploads"),
+    }
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=ROOT, env={**os.environ, **settings}, stdout=output, stderr=output
+        )
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        wait_for(address, server, log)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(PATIENCE // 500):
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(address)
+            return
+        except urllib.error.URLError:
+            time.sleep(0.5)
+    pytest.fail(f"no answer from {address}: {log.read_text()}")
+
+
+@pytest.fixture
+def page(address, log):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        page.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        yield page
+        browser.close()
+        assert errors == [] and "Traceback" not in log.read_text()
+
+
+def counts(page: Page) -> list[int]:
+    """Patches in each group, as the legend says."""
+    return [int(text) for text in page.locator("#legend b").all_inner_texts()]
+
+
+def seen(page: Page, panel: str) -> bool:
+    """Whether the panel shows an image that the browser could decode."""
+    image = page.locator(f"#{panel} img")
+    return image.count() == 1 and image.evaluate("image => image.complete && image.naturalWidth > 0")
+
+
+def test_upload_run_and_drag(page):
+    # 1. Upload and run.
+    expect(page.locator("#run")).to_be_disabled()
+    page.set_input_files("#input input[type=file]", PHOTO)
+    page.locator("#run").click()
+    expect(page.locator("#timing table.groups")).to_be_visible()
+    expect(page.locator("#status")).to_contain_text("Done in")
+
+    # 2. Four pictures, the last of them the lossless file itself.
+    for panel in ("coarse", "qmap", "priors", "final"):
+        page.wait_for_function(f"document.querySelector('#{panel} img')?.naturalWidth > 0")
+        assert seen(page, panel)
+    with Image.open(PHOTO) as small:
+        assert page.locator("#final img").evaluate("image => image.naturalWidth") == 4 * small.width
+    response = page.request.get(page.locator("#final img").get_attribute("src"))
+    assert response.body().startswith(b"\x89PNG") and SamplingPlan.paper().to_json().encode() in response.body()
+
+    # 3. The timing of three groups, whose patches are those of the legend.
+    rows = page.locator("#timing table.groups tbody tr")
+    expect(rows).to_have_count(3)
+    assert [int(text) for text in rows.locator("td:nth-child(2)").all_inner_texts()] == counts(page)
+    assert page.locator("#timing table.stages tbody tr").count() == 6
+
+    # 4. Drag gamma 1 to its end: groups and cost follow, gamma 2 keeps below, and the picture is called old.
+    before, cost = counts(page), page.locator("#cost").inner_text()
+    overlay = page.locator("#qmap img").get_attribute("src")
+    slider = page.locator("#gamma1 input[type=range]")
+    slider.focus()
+    slider.press("Home")
+    expect(page.locator("#stale")).to_contain_text("older plan")
+    expect(page.locator("#gamma2 input[type=number]")).to_have_value("0")
+    expect(page.locator("#qmap img")).not_to_have_attribute("src", overlay)
+    assert counts(page) != before and sum(counts(page)) == sum(before)
+    assert page.locator("#cost").inner_text() != cost
+    expect(page.get_by_label("Preset")).to_have_value("custom")
+
+    # 5. The preset brings the dials back, and with them the picture is the latest; another seed makes it old again.
+    page.get_by_label("Preset").click()
+    page.get_by_role("option", name="paper").click()
+    expect(page.locator("#stale")).not_to_contain_text("older plan")
+    assert counts(page) == before
+    page.locator("#seed input").fill("1")
+    expect(page.locator("#stale")).to_contain_text("seed 0")
+
+
+def test_stop_and_run_again(page):
+    page.set_input_files("#input input[type=file]", PHOTO)
+    page.locator("#steps3 input[type=number]").fill("50")
+    page.locator("#run").click()
+    page.locator("#stop").click()
+    expect(page.locator("#status")).to_contain_text("Stopped")
+    expect(page.locator("#stop")).to_be_disabled()
+    page.locator("#run").click()
+    expect(page.locator("#status")).to_contain_text("Done in")
+
+
+def test_a_file_that_is_no_image_is_refused_by_name(page, tmp_path):
+    (tmp_path / "not.png").write_bytes(b"text")
+    page.set_input_files("#input input[type=file]", tmp_path / "not.png")
+    page.locator("#run").click()
+    expect(page.locator("#status")).to_contain_text("PNG, JPEG, WebP, TIFF, BMP or GIF")
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_nothing_is_cut_off(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    expect(page.locator("#run")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_the_api_upscales_and_reads_no_file_but_uploads(address, tmp_path):
+    client = Client(address, verbose=False, download_files=tmp_path)
+    arguments = {"starts": [100, 200, 300], "steps": [1, 2, 3], "seed": 5, "api_name": "/upscale"}
+    path, report = client.predict(handle_file(PHOTO), **arguments)
+    with Image.open(path) as final, Image.open(PHOTO) as small:
+        assert final.format == "PNG" and final.size == (4 * small.width, 4 * small.height)
+        assert json.loads(final.text["plan"])["steps"] == [1, 2, 3]
+    assert report["seed"] == 5 and [group["steps"] for group in report["groups"]] == [1, 2, 3]
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/upscale"}
+
+    for bad in (str(PHOTO), {"path": str(PHOTO)}, {"path": str(PHOTO), "meta": {"_type": "gradio.FileData"}}):
+        body = json.dumps({"data": [bad, 0.95, 0.75, [1, 2, 3], [1, 1, 1], 0]}).encode()
+        headers = {"Content-Type": "application/json"}
+        call = urllib.request.Request(f"{address}gradio_api/call/upscale", body, headers)
+        with urllib.request.urlopen(call) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{address}gradio_api/call/upscale/{event}") as answer:
+            assert "event: error" in answer.read().decode()
