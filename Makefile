@@ -16,7 +16,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CO
 
 MINUTES ?= 40
 SMOKE := build/smoke
-TRAINING = $(basename $(notdir $(shell grep -l '^if __name__' patchscaler/training/*.py)))
+TRAINING := autoencoder texture_classifier grm build_memory patch_dit weights
 
 .PHONY: demo test lint train-smoke weights
 
@@ -29,15 +29,16 @@ test: lint
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
-# Every module of patchscaler/training that can be run, two steps each, on eight images of noise in two classes.
+# On noise in two classes, enough images for the held-out twentieth to have some of each.
 train-smoke: $(VENV)/.dev
+	rm -rf $(SMOKE)
 	$(BIN)/python -c 'import numpy, pathlib, PIL.Image as P; \
-		folder = pathlib.Path("$(SMOKE)"); folder.mkdir(parents=True, exist_ok=True); \
+		folder = pathlib.Path("$(SMOKE)/data/texture"); folder.mkdir(parents=True); \
 		draw = numpy.random.default_rng(0).integers; \
-		[P.fromarray(draw(0, 256, (256, 256, 3), "uint8")).save(folder / f"{name}_{i}.png") \
-		for name in ("brick", "grass") for i in range(4)]'
+		[P.fromarray(draw(0, 256, (160, 160, 3), "uint8")).save(folder / f"{name}_{i}.png") \
+		for name in ("brick", "grass") for i in range(40)]'
 	set -e; for script in $(TRAINING); do echo "== $$script --dry-run"; \
-		$(BIN)/python -m patchscaler.training.$$script --data $(SMOKE) --out $(SMOKE)/out --dry-run; done
+		$(BIN)/python -m patchscaler.training.$$script --data $(SMOKE)/data --out $(SMOKE)/out --dry-run; done
 
 weights: $(VENV)/.dev
 	@test -n "$(DATA)" && test -n "$(OUT)" || \

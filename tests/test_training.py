@@ -16,6 +16,7 @@ from patchscaler.training import weights
 from patchscaler.training.build_memory import farthest_points
 from patchscaler.training.data import ImageBank, is_held_out
 from patchscaler.training.fit import fit, learning_rate, make_accelerator, parser, pool_size, step_generator
+from patchscaler.training.optimizer import MuonAdamW
 from patchscaler.training.pairs import draw_pairs
 from patchscaler.training.pool import Pool
 
@@ -133,13 +134,21 @@ def test_learning_rate_rises_then_falls():
     assert rates[0] < 0.1 and rates[-1] == pytest.approx(0.02)
 
 
-def run_fit(out, steps) -> dict[str, torch.Tensor]:
+def toy_model() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 1))
+
+
+def toy_error(model, generator) -> torch.Tensor:
+    x = torch.randn(16, 2, 4, 4, generator=generator)
+    return (model(x) - x[:, :, 1:3, 1:3].sum((1, 2, 3)).unsqueeze(1)).square().mean()
+
+
+def run_fit(out, steps) -> dict[str, torch.Tensor]:
+    model = toy_model()
 
     def loss(model, step, progress):
-        x = torch.randn(16, 4, generator=step_generator(0, step))
-        return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
+        return {"loss": toy_error(model, step_generator(0, step))}
 
     args = options(out, steps=steps)
     return fit("toy", model, loss, args, make_accelerator(args), batch=16, peak_rate=1e-2).state_dict()
@@ -170,11 +179,15 @@ def _fails_after(steps):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    weights_ = run_fit(tmp_path, 300)
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-    model.load_state_dict(weights_)
-    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
-    assert (model(x) - x.sum(1, keepdim=True)).square().mean() < 0.2 * x.sum(1).square().mean()
+    model = toy_model()
+    before = toy_error(model, step_generator(1, 0))
+    model.load_state_dict(run_fit(tmp_path, 300))
+    assert toy_error(model, step_generator(1, 0)) < 0.2 * before
+
+
+def test_the_optimizer_refuses_kernels_that_it_could_not_update():
+    with pytest.raises(ValueError, match="channels_last"):
+        MuonAdamW(nn.Conv2d(2, 8, 3), 1e-3)
 
 
 def test_farthest_points_against_brute_force():

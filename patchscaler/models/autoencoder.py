@@ -8,7 +8,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .blocks import residual_stack
 
@@ -109,14 +108,3 @@ def _statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
         shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
         mean, std = [shift or 0.0], [1.0 / (scale or 1.0)]
     return tuple(torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
-
-
-def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 of the pixels plus L1 of their horizontal and vertical differences, B×3×H×W in [-1, 1] → scalar."""
-    output, target = output.float(), target.float()
-    error = output - target
-    return (
-        error.abs().mean()
-        + F.l1_loss(error.diff(dim=-1), torch.zeros_like(error[..., 1:]))
-        + F.l1_loss(error.diff(dim=-2), torch.zeros_like(error[..., 1:, :]))
-    )

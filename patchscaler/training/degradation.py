@@ -137,9 +137,7 @@ def degrade(images: Tensor, generator: torch.Generator, kind: str = "real-esrgan
     return _round8(low) * 2 - 1
 
 
-def _degrade_group(
-    images: Tensor, size: tuple[int, int], config: Degradation, generator: torch.Generator
-) -> Tensor:
+def _degrade_group(images: Tensor, size: tuple[int, int], config: Degradation, generator: torch.Generator) -> Tensor:
     full = tuple(images.shape[-2:])
     for base, stage in zip((full, size), config.stages):
         images = blur(images, blur_kernels(stage.blur, len(images), generator))
@@ -203,9 +201,7 @@ def blur_kernels(config: Blur, count: int, generator: torch.Generator) -> Tensor
     return torch.where(used, kernels, _pulse(config.sizes[1]))
 
 
-def sinc_kernels(
-    sizes: tuple[int, int], probability: float, count: int, generator: torch.Generator
-) -> Tensor:
+def sinc_kernels(sizes: tuple[int, int], probability: float, count: int, generator: torch.Generator) -> Tensor:
     """Draw kernels countxSxS: ideal low-pass (cut-off pi/3 to pi) with `probability`, else single pixels."""
     side = _odd_sizes(sizes, count, generator)
     kernels = _normalise(_sinc(_uniform((math.pi / 3, math.pi), count, generator), sizes[1]), side)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .optimizer import MuonAdamW
+
 WARMUP = 0.03  # part of the budget over which the learning rate rises
 CHECKPOINT_SECONDS = 120
 
@@ -82,14 +84,15 @@ def fit(
         loss: (model, step, progress in [0, 1]) → named scalar tensors, of which `loss` is minimised. All of
             its randomness must come from `step_generator`.
         batch: samples per step and process, for the progress bar.
-        peak_rate: Adam's highest learning rate.
+        peak_rate: highest learning rate.
         decay: of the moving average; lower at the start, when the weights still move fast.
     """
     set_seed(args.seed)
     folder = args.out / "training"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    model.to(memory_format=torch.channels_last)
+    optimizer = MuonAdamW(model, peak_rate)
     average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare(model)
     state = {"step": 0, "elapsed": 0.0}
     checkpoint = folder / f"{stage}.pt"
     if checkpoint.exists() and not args.dry_run:
@@ -119,10 +122,9 @@ def fit(
     saved_at = clock = time.perf_counter()
     while progress() < 1:
         rate = learning_rate(peak_rate, progress())
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.set_rate(rate)
         values = loss(model, state["step"], progress())
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         accelerator.backward(values["loss"])
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -57,7 +57,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         pixels = F.l1_loss(decoded, rows["images"][some].float().div(127.5).sub(1))
         return {"loss": judged + PIXEL_WEIGHT * pixels, "eq1": judged.detach(), "pixels": pixels.detach()}
 
-    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=5e-4)
+    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
     figures = validate(average, vae, args, bank.device)
     average.register_to_config(eta=figures["eta, squared latent error"])
     if accelerator.is_main_process:

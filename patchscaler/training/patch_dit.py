@@ -103,7 +103,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         drop = (torch.rand(batch, generator=generator) < DROPPED_PROMPTS).to(device)
         return {"loss": denoise(model, rows, t, noise, drop)}
 
-    average = fit("patch_dit", model, loss, args, accelerator, batch=batch, peak_rate=4e-4)
+    average = fit("patch_dit", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
 
     held_out = ImageBank(args.data, device, held_out=True)
     generator = step_generator(args.seed, 0, 1)
@@ -123,9 +123,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
 
 @torch.inference_mode()
-def draw_patches(
-    vae, grm, classifier, memory, bank: ImageBank, count: int, generator, top_k: int
-) -> dict[str, Tensor]:
+def draw_patches(vae, grm, classifier, memory, bank: ImageBank, count: int, generator, top_k: int) -> dict[str, Tensor]:
     """`count` patches (a multiple of 4): y0 and x0 N×c×16×16 fp16, and the priors' indices and similarities."""
     pairs = draw_pairs(vae, bank, count // 4, CROP, generator)
     with bf16(bank.device):

@@ -52,9 +52,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
     average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
     held_out = ImageBank(args.data, device, held_out=True)
-    rows = labelled_latents(
-        vae, held_out, classes, 32 if args.dry_run else 512, step_generator(args.seed, 0, 1)
-    )
+    rows = labelled_latents(vae, held_out, classes, 32 if args.dry_run else 512, step_generator(args.seed, 0, 1))
     with torch.inference_mode():
         hits = average(rows["latents"]).argmax(1) == rows["labels"]
     accuracy = {"texture classifier, top-1 on held-out crops": hits.float().mean().item()}
