@@ -79,12 +79,8 @@ def _component_class(name: str, entry: tuple) -> type:
 def _load_component(folder: Path, kind: type, dtype: torch.dtype) -> torch.nn.Module | SchedulerMixin:
     try:
         config = {key for key in kind.load_config(folder) if not key.startswith("_")}
-        if not kind.__module__.startswith(
-            "diffusers.models."
-        ):  # AutoencoderTiny saves a key it does not take
-            _refuse_differences(
-                f"{folder}: config keys", (), config - inspect.signature(kind).parameters.keys()
-            )
+        if not kind.__module__.startswith("diffusers.models."):  # AutoencoderTiny saves a key it does not take
+            _refuse_differences(f"{folder}: config keys", (), config - inspect.signature(kind).parameters.keys())
         if issubclass(kind, SchedulerMixin):
             return kind.from_pretrained(folder)
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}

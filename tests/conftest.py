@@ -26,9 +26,7 @@ def make_tiny_pipeline(vae=None, channels: int = 4) -> PatchScalerPipeline:
             "transformer": PatchDiT(channels, width=32, depth=2, heads=2, prompt_width=16),
             "texture_classifier": TextureClassifier(channels, ("brick", "grass"), (8, 12, 16)),
             "texture_encoder": TextureEncoder(channels, patch=8, width=16, heads=2, top_k=3),
-            "texture_memory": TextureMemory.from_patches(
-                torch.randn(20, channels, 16, 16), torch.randn(20, 16)
-            ),
+            "texture_memory": TextureMemory.from_patches(torch.randn(20, channels, 16, 16), torch.randn(20, 16)),
         }
         for model in models.values():
             for parameter in model.parameters():

@@ -113,9 +113,7 @@ def test_an_analysis_survives_a_change_of_process(tiny_pipeline, analysis, plan)
 
 
 def test_batch_size_does_not_matter(tiny_pipeline, picture, plan):
-    results = [
-        run(tiny_pipeline, tiny_pipeline.analyze(picture, size), plan, batch_size=size) for size in (1, 7, 64)
-    ]
+    results = [run(tiny_pipeline, tiny_pipeline.analyze(picture, size), plan, batch_size=size) for size in (1, 7, 64)]
     for result in results[1:]:
         torch.testing.assert_close(result.picture.rgb, results[0].picture.rgb, atol=1e-4, rtol=1e-4)
 
@@ -256,9 +254,7 @@ def tiny_kl():
 
 
 def tiny_taesd():
-    return AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=4
-    )
+    return AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=4)
 
 
 @pytest.mark.parametrize("make_vae", [tiny_kl, tiny_taesd])
