@@ -1,7 +1,7 @@
 # make demo          set up, then open the page on http://127.0.0.1:7860
 # make test          ruff and the whole test suite
 # make lint          ruff alone
-# make train-smoke   every training script for two steps
+# make train-smoke   every stage of training for two steps
 # make weights MINUTES=40 DATA=DIR OUT=DIR [DEVICE=cuda]
 
 PYTHON ?= python3
@@ -29,7 +29,7 @@ test: lint
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
-# On noise in two classes, enough images for the held-out twentieth to have some of each.
+# All stages in order. On noise in two classes, enough images for the held-out twentieth to have some of each.
 train-smoke: $(VENV)/.dev
 	rm -rf $(SMOKE)
 	$(BIN)/python -c 'import numpy, pathlib, PIL.Image as P; \
@@ -37,8 +37,7 @@ train-smoke: $(VENV)/.dev
 		draw = numpy.random.default_rng(0).integers; \
 		[P.fromarray(draw(0, 256, (160, 160, 3), "uint8")).save(folder / f"{name}_{i}.png") \
 		for name in ("brick", "grass") for i in range(40)]'
-	set -e; for script in $(TRAINING); do echo "== $$script --dry-run"; \
-		$(BIN)/python -m patchscaler.training.$$script --data $(SMOKE)/data --out $(SMOKE)/out --dry-run; done
+	$(BIN)/python -m patchscaler.training.weights --data $(SMOKE)/data --out $(SMOKE)/out --dry-run
 
 weights: $(VENV)/.dev
 	@test -n "$(DATA)" && test -n "$(OUT)" || \
