@@ -12,10 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from patchscaler import __version__
 from patchscaler.checkpoints import DEFAULT_WEIGHTS, CheckpointError, load_pipeline
 from patchscaler.devices import pick_device
-from patchscaler.figures import LATENT_PIXELS, priors_sheet, qmap_overlay
+from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import PRESETS, SamplingPlan
 from patchscaler.images import FORMATS, Picture, picture_from_pil, read_picture, write_png
 from patchscaler.pipeline import Analysis, PatchScalerPipeline, Progress, Result
@@ -163,8 +162,7 @@ def _upscale(
         print(f"{source}: {note}", file=sys.stderr)
     analysis = pipeline.analyze(picture, args.batch_size)
     result = _refine(pipeline, analysis, plan, args)
-    text = {"Software": f"PatchScaler {__version__}", "plan": plan.to_json(), "seed": str(args.seed)}
-    write_png(result.picture, output, text)
+    write_png(result.picture, output, result.png_text())
     if args.save_stages:
         _write_stages(pipeline, analysis, result, output)
     size = f"{result.picture.width}x{result.picture.height}"
@@ -183,21 +181,10 @@ def _refine(pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPla
 
 
 def _write_stages(pipeline: PatchScalerPipeline, analysis: Analysis, result: Result, output: Path) -> None:
-    coarse, grid = analysis.coarse.float().cpu(), analysis.grid
-    # The least confident patches are those whose priors matter most.
-    hardest = analysis.patch_confidence.argsort()[:PRIOR_ROWS].tolist()
-    side = grid.size * LATENT_PIXELS
-    corners = [(grid.patches[i].top * LATENT_PIXELS, grid.patches[i].left * LATENT_PIXELS) for i in hardest]
     pictures = {
-        "coarse": Picture(coarse),
-        "qmap": picture_from_pil(qmap_overlay(coarse, grid, result.assignment)),
-        "priors": picture_from_pil(
-            priors_sheet(
-                [pipeline.decode_priors(analysis.priors.values[i]) for i in hardest],
-                analysis.priors.similarities[hardest],
-                queries=[coarse[:, top : top + side, left : left + side] for top, left in corners],
-            )
-        ),
+        "coarse": Picture(analysis.coarse),
+        "qmap": picture_from_pil(qmap_overlay(analysis.coarse, analysis.grid, result.assignment)),
+        "priors": picture_from_pil(pipeline.draw_priors(analysis, PRIOR_ROWS)),
     }
     for stage in STAGES:
         write_png(pictures[stage], output.with_name(f"{output.stem}.{stage}.png"))

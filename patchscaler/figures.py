@@ -12,13 +12,12 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from patchscaler.images import Picture, to_pil
-from patchscaler.patches import PatchGrid
+from patchscaler.patches import LATENT_PIXELS, PatchGrid
 
 # Simple, medium, hard. Teal, amber and crimson differ in lightness and stay apart for the
 # colour-blind, which green, amber and red do not.
 GROUP_COLORS = ("#0a9396", "#e9a800", "#c2185b")
 
-LATENT_PIXELS = 8  # output pixels along the side of one latent
 _TINT = 0.5  # share of the group's colour in a cell
 _TILE = 128  # side of one picture on the sheet
 _GAP = 8

@@ -1,6 +1,6 @@
 """Overlapping square patches of a latent: where they lie, cutting them out and blending them back.
 
-C channels, h w latents, N patches, V patch side.
+C channels, H W pixels, h w latents, N patches, V patch side.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+LATENT_PIXELS = 8  # pixels along the side of a latent cell: d of Section 3.1
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -21,6 +23,11 @@ class Patch:
     top: int
     left: int
     size: int
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """The patch's area of an image ...xHxW: ...x8Vx8V, or less where H and W end before the grid does."""
+        top, left, side = (LATENT_PIXELS * cells for cells in (self.top, self.left, self.size))
+        return image[..., top : top + side, left : left + side]
 
 
 @dataclass(frozen=True)

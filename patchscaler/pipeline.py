@@ -18,6 +18,7 @@ from torch import Tensor
 
 import patchscaler
 from patchscaler.color import wavelet_color_fix
+from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
 from patchscaler.models import (
@@ -29,8 +30,7 @@ from patchscaler.models import (
     decode_latents,
     encode_latents,
 )
-from patchscaler.models.autoencoder import DOWNSAMPLING
-from patchscaler.patches import PatchGrid, merge, split
+from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
 from patchscaler.retrieval import Priors, retrieve
 from patchscaler.sampling import Predict, Scheduler, denoise
 
@@ -97,6 +97,11 @@ class Result:
     seconds: dict[str, float]
     device: str
     dtype: str
+
+    def png_text(self) -> dict[str, str]:
+        """What the lossless PNG carries in its text chunks, for `write_png`."""
+        software = f"PatchScaler {patchscaler.__version__}"
+        return {"Software": software, "plan": self.plan.to_json(), "seed": str(self.seed)}
 
     def report(self) -> dict:
         """Everything but the pixels, as values that JSON can hold."""
@@ -176,7 +181,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         size = self.transformer.config.size
         upscaled = bicubic(picture.rgb[None].to(device), SCALE)  # 1x3xHxW
         height, width = upscaled.shape[-2:]
-        padded = _pad(upscaled, DOWNSAMPLING, DOWNSAMPLING * size)  # 1x3x8hx8w
+        padded = _pad(upscaled, LATENT_PIXELS, LATENT_PIXELS * size)  # 1x3x8hx8w
         y_lr = encode_latents(self.vae, padded)  # 1xCxhxw
         seconds["encode"] = clock.lap()
 
@@ -300,6 +305,14 @@ class PatchScalerPipeline(DiffusionPipeline):
     def decode_priors(self, priors: Tensor) -> Tensor:
         """Latent patches KxCxVxV (of one patch's priors) as images Kx3x8Vx8V in [-1, 1], on the CPU."""
         return decode_latents(self.vae, priors.to(self._execution_device)).cpu()
+
+    def draw_priors(self, analysis: Analysis, rows: int = 4) -> Image.Image:
+        """A sheet of the priors of a few patches, evenly spread from the least to the most confident."""
+        order = analysis.patch_confidence.argsort()
+        chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()].tolist()
+        pictures = [self.decode_priors(analysis.priors.values[index]) for index in chosen]
+        queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen]
+        return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
     def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         """Algorithm 1 and the texture encoder, in batches: NxCxVxV -> Priors and prompt NxLxD, on the CPU."""

@@ -20,7 +20,7 @@ from patchscaler.ui import handlers as module
 from patchscaler.ui.dials import MAX_SEED, RANGES, dials_of, hold_order, in_range, plan_of, preset_of, seed_of
 from patchscaler.ui.handlers import Handlers, Shown, explain
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.studies import Studies, Study, draw_priors
+from patchscaler.ui.studies import Studies, Study
 
 
 @pytest.fixture(autouse=True)
@@ -261,7 +261,7 @@ def test_no_fault_in_a_job_ends_the_thread(fault):
 
 def test_the_oldest_studies_go_first_and_the_newest_always_stays(tiny_pipeline, image):
     analysis = tiny_pipeline.analyze(read_picture(image["path"]))
-    study = Study(analysis, draw_priors(tiny_pipeline, analysis))
+    study = Study(analysis, tiny_pipeline.draw_priors(analysis))
     pixels = analysis.coarse[0].numel()
     studies = Studies(kept_pixels=2 * pixels)
     for name in "abc":

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.evaluation.metrics import psnr_rgb
-from patchscaler.figures import LATENT_PIXELS
 from patchscaler.images import FORMATS, MAX_INPUT_PIXELS, ImageError, Picture, bicubic, read_picture
 from patchscaler.models import decode_latents, encode_latents
-from patchscaler.patches import PatchGrid, split
+from patchscaler.patches import LATENT_PIXELS, PatchGrid, split
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.retrieval import retrieve
 from patchscaler.sampling import alphas_cumprod, shortcut_start
@@ -109,9 +108,8 @@ def patch_errors(image: Tensor, truth: Tensor, grid: PatchGrid) -> Tensor:
 
     H and W may be less than the grid's, as they are for an output that was padded to whole patches.
     """
-    error, side = (image - truth).square().mean(0), grid.size * LATENT_PIXELS  # HxW
-    corners = [(patch.top * LATENT_PIXELS, patch.left * LATENT_PIXELS) for patch in grid.patches]
-    return torch.stack([error[top : top + side, left : left + side].mean() for top, left in corners])
+    error = (image - truth).square().mean(0)  # HxW
+    return torch.stack([patch.pixels(error).mean() for patch in grid.patches])
 
 
 def find_images(folder: Path) -> dict[str, Path]:

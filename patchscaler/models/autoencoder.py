@@ -9,9 +9,8 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from .blocks import residual_stack
-
-DOWNSAMPLING = 8
+from patchscaler.models.blocks import residual_stack
+from patchscaler.patches import LATENT_PIXELS
 
 
 class CompactAutoencoder(ModelMixin, ConfigMixin):
@@ -61,8 +60,8 @@ class CompactAutoencoder(ModelMixin, ConfigMixin):
     def encode(self, images: Tensor) -> AutoencoderTinyOutput:
         """B×3×H×W in [-1, 1] → `.latents` B×c×H/8×W/8. Raises ValueError if H or W is no multiple of 8."""
         height, width = images.shape[-2:]
-        if height % DOWNSAMPLING or width % DOWNSAMPLING:
-            raise ValueError(f"image is {height}×{width}; height and width must be multiples of {DOWNSAMPLING}")
+        if height % LATENT_PIXELS or width % LATENT_PIXELS:
+            raise ValueError(f"image is {height}×{width}; height and width must be multiples of {LATENT_PIXELS}")
         return AutoencoderTinyOutput(latents=self.encoder(images))
 
     def decode(self, latents: Tensor) -> DecoderOutput:

@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import residual_stack
+from patchscaler.models.blocks import residual_stack
 
 
 @dataclass

@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import residual_stack
+from patchscaler.models.blocks import residual_stack
 
 
 class TextureClassifier(ModelMixin, ConfigMixin):

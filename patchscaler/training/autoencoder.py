@@ -11,9 +11,9 @@ import argparse
 import torch
 from torch import nn
 
-from ..models.autoencoder import CompactAutoencoder, decode_latents, encode_latents
-from .data import ImageBank
-from .fit import bf16, fit, make_accelerator, parser, save_component, step_generator
+from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents
+from patchscaler.training.data import ImageBank
+from patchscaler.training.fit import bf16, fit, make_accelerator, parser, save_component, step_generator
 
 CONFIGS = {
     "compact": {"latent_channels": 16, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)},

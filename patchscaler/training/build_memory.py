@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.autoencoder import CompactAutoencoder, encode_latents
-from ..models.texture_classifier import TextureClassifier
-from ..models.texture_memory import TextureMemory
-from .data import ImageBank
-from .fit import bf16, make_accelerator, parser, save_component, step_generator
+from patchscaler.models.autoencoder import CompactAutoencoder, encode_latents
+from patchscaler.models.texture_classifier import TextureClassifier
+from patchscaler.models.texture_memory import TextureMemory
+from patchscaler.training.data import ImageBank
+from patchscaler.training.fit import bf16, make_accelerator, parser, save_component, step_generator
 
 CROP = 128
 CANDIDATES = 20_000

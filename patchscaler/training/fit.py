@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .optimizer import MuonAdamW
+from patchscaler.training.optimizer import MuonAdamW
 
 WARMUP = 0.03  # part of the budget over which the learning rate rises
 CHECKPOINT_SECONDS = 120

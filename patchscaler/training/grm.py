@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.autoencoder import CompactAutoencoder, decode_latents
-from ..models.grm import GRM, confidence_loss, squared_error
-from .data import ImageBank
-from .fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
-from .pairs import draw_pairs
-from .pool import Pool
+from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents
+from patchscaler.models.grm import GRM, confidence_loss, squared_error
+from patchscaler.training.data import ImageBank
+from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
+from patchscaler.training.pairs import draw_pairs
+from patchscaler.training.pool import Pool
 
 CONFIGS = {
     "compact": {"widths": (160, 288), "depths": (2, 5, 3)},

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..images import bicubic
-from ..models.autoencoder import encode_latents
-from .data import ImageBank
-from .degradation import degrade
-from .fit import bf16
+from patchscaler.images import bicubic
+from patchscaler.models.autoencoder import encode_latents
+from patchscaler.training.data import ImageBank
+from patchscaler.training.degradation import degrade
+from patchscaler.training.fit import bf16
 
 # Shares of the degradations: the strong one for what the internet holds, the mild one of the paper's test
 # pairs, and plain downscaling, so that a clean input is not over-smoothed.

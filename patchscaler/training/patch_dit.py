@@ -12,19 +12,19 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from ..models.autoencoder import CompactAutoencoder
-from ..models.grm import GRM
-from ..models.patch_dit import PatchDiT, denoising_loss
-from ..models.texture_classifier import TextureClassifier
-from ..models.texture_encoder import TextureEncoder
-from ..models.texture_memory import TextureMemory
-from ..patches import PatchGrid, split
-from ..retrieval import retrieve
-from ..sampling import alphas_cumprod
-from .data import ImageBank
-from .fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
-from .pairs import draw_pairs
-from .pool import Pool
+from patchscaler.models.autoencoder import CompactAutoencoder
+from patchscaler.models.grm import GRM
+from patchscaler.models.patch_dit import PatchDiT, denoising_loss
+from patchscaler.models.texture_classifier import TextureClassifier
+from patchscaler.models.texture_encoder import TextureEncoder
+from patchscaler.models.texture_memory import TextureMemory
+from patchscaler.patches import PatchGrid, split
+from patchscaler.retrieval import retrieve
+from patchscaler.sampling import alphas_cumprod
+from patchscaler.training.data import ImageBank
+from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
+from patchscaler.training.pairs import draw_pairs
+from patchscaler.training.pool import Pool
 
 CONFIGS = {
     "compact": {"dit": {"width": 256, "depth": 8, "heads": 4}, "encoder": {"top_k": 4}},

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .fit import step_generator
+from patchscaler.training.fit import step_generator
 
 Samples = dict[str, Tensor]
 

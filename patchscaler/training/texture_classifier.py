@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..images import bicubic
-from ..models.autoencoder import CompactAutoencoder, encode_latents
-from ..models.texture_classifier import TextureClassifier
-from .data import ImageBank
-from .fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
-from .pool import Pool
+from patchscaler.images import bicubic
+from patchscaler.models.autoencoder import CompactAutoencoder, encode_latents
+from patchscaler.models.texture_classifier import TextureClassifier
+from patchscaler.training.data import ImageBank
+from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
+from patchscaler.training.pool import Pool
 
 CONFIGS = {"compact": {"widths": (64, 128, 192)}, "paper": {"widths": (128, 256, 384)}}
 CROP = 128

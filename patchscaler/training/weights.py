@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from ..models import GRM, CompactAutoencoder, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory
-from ..pipeline import PatchScalerPipeline
-from . import autoencoder, build_memory, grm, patch_dit, texture_classifier
-from .data import ImageBank
-from .fit import make_accelerator, parser
-from .patch_dit import make_scheduler
+from patchscaler.models import GRM, CompactAutoencoder, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory
+from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.training import autoencoder, build_memory, grm, patch_dit, texture_classifier
+from patchscaler.training.data import ImageBank
+from patchscaler.training.fit import make_accelerator, parser
+from patchscaler.training.patch_dit import make_scheduler
 
 Stage = Callable[[argparse.Namespace, ImageBank], dict[str, float]]
 # name → (function, share of the minutes)

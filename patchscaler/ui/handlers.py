@@ -18,7 +18,6 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
 
-from patchscaler import __version__
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan, assign
 from patchscaler.images import ImageError, Picture, read_picture, to_pil, write_png
@@ -26,7 +25,7 @@ from patchscaler.pipeline import Analysis, PatchScalerPipeline, Progress, Result
 from patchscaler.ui import fragments
 from patchscaler.ui.dials import dials_of, hold_order, in_range, plan_of, preset_of, seed_of
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.studies import Studies, Study, draw_priors
+from patchscaler.ui.studies import Studies, Study
 
 SKIP = gr.skip()
 GPU_SECONDS = 120  # the longest that one run may hold a ZeroGPU device
@@ -157,7 +156,7 @@ class Handlers:
         if analysis is None:
             analysis = self.pipeline.analyze(read_picture(source))
             yield analysis
-            yield draw_priors(self.pipeline, analysis)
+            yield self.pipeline.draw_priors(analysis)
         yield from self.pipeline.refine(analysis, plan, seed=seed)
 
     def _events(self, source: str, plan: SamplingPlan, seed: int) -> Iterator[Analysis | Study | Progress | Result]:
@@ -273,8 +272,7 @@ def _save_preview(image: Image.Image, name: str) -> Path:
 def _save_final(result: Result, source: str) -> Path:
     """The lossless PNG, made once, with its plan and seed inside."""
     stem = re.sub(r"[^\w.-]+", "_", Path(source).stem)[:80] or "image"
-    text = {"Software": f"PatchScaler {__version__}", "plan": result.plan.to_json(), "seed": str(result.seed)}
-    return write_png(result.picture, _new_folder() / f"{stem}_x4.png", text)
+    return write_png(result.picture, _new_folder() / f"{stem}_x4.png", result.png_text())
 
 
 def _new_folder() -> Path:

@@ -6,15 +6,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
 
-import torch
 from PIL import Image
 
-from patchscaler.figures import LATENT_PIXELS, priors_sheet
-from patchscaler.pipeline import Analysis, PatchScalerPipeline
+from patchscaler.pipeline import Analysis
 
 KEPT_PIXELS = 32_000_000  # of output, over all kept analyses: about 1.5 GB
-SHEET_ROWS = 4  # patches on the sheet of priors
-SHEET_PRIORS = 4  # priors beside each
 
 
 @dataclass(frozen=True)
@@ -48,23 +44,6 @@ class Studies:
             self._studies[source] = study
             while len(self._studies) > 1 and sum(map(_pixels, self._studies.values())) > self._kept_pixels:
                 self._studies.popitem(last=False)
-
-
-def draw_priors(pipeline: PatchScalerPipeline, analysis: Analysis) -> Image.Image:
-    """Retrieved priors of a few patches, from the least to the most confident."""
-    order = analysis.patch_confidence.argsort().tolist()
-    last = len(order) - 1
-    rows = [order[round(last * i / (SHEET_ROWS - 1))] for i in range(SHEET_ROWS)] if last >= SHEET_ROWS else order
-    side = analysis.grid.size * LATENT_PIXELS
-    queries = []
-    for index in rows:
-        patch = analysis.grid.patches[index]
-        top, left = patch.top * LATENT_PIXELS, patch.left * LATENT_PIXELS
-        queries.append(analysis.coarse[:, top : top + side, left : left + side])
-    values = analysis.priors.values[rows, :SHEET_PRIORS]  # N K C V V
-    with torch.inference_mode():
-        pictures = pipeline.decode_priors(values.flatten(0, 1)).unflatten(0, values.shape[:2])
-    return priors_sheet(pictures, analysis.priors.similarities[rows, :SHEET_PRIORS], queries)
 
 
 def _pixels(study: Study) -> int:
