@@ -90,13 +90,13 @@ def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
 
 
 def gaussian_weight(size: int) -> Tensor:
-    """VxV float32 weights in (0, 1]: a Gaussian of variance .01 in units of the patch width.
+    """VxV float32 weights in (0, 1]: a Gaussian of variance .04 in units of the patch width.
 
-    Along the edges of a 16-wide patch they fall to 1.6e-5 and in its corners to 3e-10: too little for half
-    precision, and never zero, so that a cell under one patch alone keeps that patch's value.
+    Neighbours 12 cells apart share 4 cells. Variance .04 spreads their disagreement over these, at most 29 % of
+    it between two cells; with the .01 of StableSR's half-overlapping tiles it would be 83 %, a hard seam.
     """
     offset = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / size
-    line = torch.exp(-offset.square() / (2 * 0.01))
+    line = torch.exp(-offset.square() / (2 * 0.04))
     return line[:, None] * line[None, :]
 
 

@@ -1,6 +1,6 @@
 """Train the global restoration module: python -m patchscaler.training.grm --data DIR --out DIR --minutes 40
 
-Loss: Eq. 1 on latents, and for a quarter of each batch the L1 of the decoded pixels, which tells the GRM which
+Loss: Eq. 1 on latents, and for a quarter of each batch the squared error of the decoded pixels, which tells the GRM which
 latent errors are seen. η is the 65th percentile of the squared errors, so that it need not be known before.
 """
 
@@ -25,7 +25,7 @@ CONFIGS = {
 }
 CROP = 160
 ETA_QUANTILE = 0.65
-PIXEL_WEIGHT = 4.0
+PIXEL_WEIGHT = 30.0
 
 
 def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
@@ -54,7 +54,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
             decoded = decode_latents(vae, output.latents[some])
         eta = squared_error(output.latents.detach(), target).quantile(ETA_QUANTILE).item()
         judged = confidence_loss(output, target, eta)
-        pixels = F.l1_loss(decoded, rows["images"][some].float().div(127.5).sub(1))
+        pixels = F.mse_loss(decoded, rows["images"][some].float().div(127.5).sub(1))
         return {"loss": judged + PIXEL_WEIGHT * pixels, "eq1": judged.detach(), "pixels": pixels.detach()}
 
     average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
