@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
@@ -35,7 +36,7 @@ def images(tmp_path_factory):
 
 
 def options(out, **changes) -> argparse.Namespace:
-    values = {"data": None, "out": out, "config": "compact", "minutes": 30.0, "steps": None, "batch": None}
+    values = {"vae": None, "data": None, "out": out, "config": "compact", "minutes": 30.0, "steps": None, "batch": None}
     return argparse.Namespace(**{**values, "seed": 0, "device": "cpu", "dry_run": False, **changes})
 
 
@@ -213,3 +214,14 @@ def test_all_stages_leave_a_pipeline_that_upscales(images, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert f"{len(ImageBank(images))} training images" in card
     assert "| patch_dit |" in card and "top-1 on held-out crops" in card
+
+
+def test_the_paper_configuration_builds_steps_and_saves_on_a_diffusers_autoencoder(images, tmp_path):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(tmp_path / "given")
+    arguments = ["--data", str(images), "--out", str(tmp_path / "out"), "--dry-run", "--device", "cpu"]
+    arguments += ["--config", "paper", "--vae", str(tmp_path / "given")]
+    weights.run(parser(weights.__doc__).parse_args(arguments))
+    pipeline = load_pipeline(tmp_path / "out", device="cpu")
+    assert type(pipeline.vae) is AutoencoderKL and pipeline.transformer.config.width == 768

@@ -1,6 +1,6 @@
 """The networks of the paper's Figure 2, each a diffusers `ModelMixin` with its own config."""
 
-from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents
+from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents, load_autoencoder
 from patchscaler.models.grm import GRM, GRMOutput
 from patchscaler.models.patch_dit import PatchDiT
 from patchscaler.models.texture_classifier import TextureClassifier
@@ -17,4 +17,5 @@ __all__ = [
     "TextureMemory",
     "decode_latents",
     "encode_latents",
+    "load_autoencoder",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -79,6 +82,13 @@ class CompactAutoencoder(ModelMixin, ConfigMixin):
         if noise is not None:
             noisy = latents + noise * latents.detach().float().std((0, 2, 3), keepdim=True)
         return self.decode(noisy).sample, latents
+
+
+def load_autoencoder(source: str | Path) -> ModelMixin:
+    """The autoencoder in a folder, or behind a Hub id: ours or a diffusers class, by its config's class name."""
+    name = CompactAutoencoder.load_config(source)["_class_name"]
+    kind = CompactAutoencoder if name == CompactAutoencoder.__name__ else getattr(diffusers, name)
+    return kind.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
 
 
 def encode_latents(vae: nn.Module, images: Tensor) -> Tensor:

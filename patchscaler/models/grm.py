@@ -48,8 +48,8 @@ class GRM(ModelMixin, ConfigMixin):
     def __init__(
         self,
         channels: int = 16,
-        widths: tuple[int, int] = (160, 288),
-        depths: tuple[int, int, int] = (2, 5, 3),
+        widths: tuple[int, int] = (96, 192),
+        depths: tuple[int, int, int] = (2, 4, 2),
         eta: float | None = None,
     ):
         super().__init__()

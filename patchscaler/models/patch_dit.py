@@ -34,9 +34,9 @@ class PatchDiT(ModelMixin, ConfigMixin):
         channels: int = 16,
         size: int = 16,
         patch: int = 2,
-        width: int = 256,
+        width: int = 192,
         depth: int = 8,
-        heads: int = 4,
+        heads: int = 3,
         prompt_width: int = 192,
     ):
         super().__init__()

@@ -5,9 +5,6 @@ from __future__ import annotations
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-from patchscaler.models.blocks import residual_stack
 
 
 class TextureClassifier(ModelMixin, ConfigMixin):
@@ -31,13 +28,15 @@ class TextureClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         layers: list[nn.Module] = []
         for index, (before, width) in enumerate(zip((channels, *widths[:-1]), widths, strict=True)):
-            layers += [nn.Conv2d(before, width, 3, stride=2 if index else 1, padding=1), residual_stack(width, 1)]
+            for inputs, stride in ((before, 2 if index else 1), (width, 1), (width, 1)):
+                convolution = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+                layers += [convolution, nn.BatchNorm2d(width), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], len(classes))
 
     def features(self, latents: Tensor) -> Tensor:
         """N×c×V×V → N×D, the mean of the last feature map; not normalised."""
-        return F.silu(self.trunk(latents.to(self.dtype))).mean((-2, -1))
+        return self.trunk(latents.to(self.dtype)).mean((-2, -1))
 
     def forward(self, latents: Tensor) -> Tensor:
         """N×c×V×V → logits, N×classes."""

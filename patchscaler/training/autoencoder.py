@@ -11,22 +11,29 @@ import argparse
 import torch
 from torch import nn
 
-from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents
+from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents, load_autoencoder
 from patchscaler.training.data import ImageBank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, save_component, step_generator
 
-CONFIGS = {
-    "compact": {"latent_channels": 16, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)},
-    "paper": {"latent_channels": 16, "widths": (192, 384), "encoder_depth": (2, 4), "decoder_depth": (4, 6)},
-}
+CONFIGS = {"compact": {"latent_channels": 16, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)}}
+# The paper freezes Stable Diffusion's autoencoder (c = 4).
+PRETRAINED = {"paper": "stabilityai/sd-vae-ft-mse"}
 LATENT_NOISE = 0.05
 CROP = 128
 
 
 def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
-    """Train, measure the latents' statistics, save to OUT/vae and return the held-out PSNR."""
+    """Train, measure the latents' statistics, save to OUT/vae and return the held-out PSNR.
+
+    An autoencoder that is given (`--vae`, and always for the configuration `paper`) is only copied there.
+    """
     accelerator = make_accelerator(args)
     device = accelerator.device
+    given = args.vae or PRETRAINED.get(args.config)
+    if given:
+        if accelerator.is_main_process:
+            save_component(load_autoencoder(given), args.out / "vae")
+        return {}
     batch = 2 if args.dry_run else args.batch or (16 if device.type == "cpu" else 256)
     bank = bank or ImageBank(args.data, device)
     torch.manual_seed(args.seed)

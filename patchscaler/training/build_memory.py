@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchscaler.models.autoencoder import CompactAutoencoder, encode_latents
+from patchscaler.models.autoencoder import encode_latents, load_autoencoder
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_memory import TextureMemory
 from patchscaler.training.data import ImageBank
@@ -31,7 +31,7 @@ def build(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     """Draw candidates for at most half of the minutes, sample, save to OUT/texture_memory."""
     accelerator = make_accelerator(args)
     bank = bank or ImageBank(args.data, accelerator.device)
-    vae = CompactAutoencoder.from_pretrained(args.out / "vae").to(accelerator.device).eval()
+    vae = load_autoencoder(args.out / "vae").to(accelerator.device)
     classifier = TextureClassifier.from_pretrained(args.out / "texture_classifier").to(accelerator.device).eval()
     wanted, kept = (64, 16) if args.dry_run else (CANDIDATES, KEPT)
     least = int(kept / (QUANTILES[1] - QUANTILES[0])) + 64

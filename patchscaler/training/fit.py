@@ -29,6 +29,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--data", type=Path, required=True, help="folder of tar shards or of images")
     options.add_argument("--out", type=Path, required=True, help="pipeline folder to write components into")
     options.add_argument("--config", choices=("compact", "paper"), default="compact")
+    options.add_argument("--vae", help="take this diffusers autoencoder (folder or Hub id) and train none")
     options.add_argument("--minutes", type=float, default=30.0, help="time budget")
     options.add_argument("--steps", type=int, help="budget in steps instead of minutes")
     options.add_argument("--batch", type=int, help="samples per step and device")

@@ -13,7 +13,7 @@ from patchscaler.training.fit import bf16
 
 # Shares of the degradations: the strong one for what the internet holds, the mild one of the paper's test
 # pairs, and plain downscaling, so that a clean input is not over-smoothed.
-SHARES = {"real-esrgan": 0.4, "resshift": 0.45, "bicubic": 0.15}
+SHARES = {"real-esrgan": 0.25, "resshift": 0.6, "bicubic": 0.15}
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from patchscaler.models.autoencoder import CompactAutoencoder
+from patchscaler.models.autoencoder import load_autoencoder
 from patchscaler.models.grm import GRM
 from patchscaler.models.patch_dit import PatchDiT, denoising_loss
 from patchscaler.models.texture_classifier import TextureClassifier
@@ -27,7 +27,7 @@ from patchscaler.training.pairs import draw_pairs
 from patchscaler.training.pool import Pool
 
 CONFIGS = {
-    "compact": {"dit": {"width": 256, "depth": 8, "heads": 4}, "encoder": {"top_k": 4}},
+    "compact": {"dit": {"width": 192, "depth": 8, "heads": 3}, "encoder": {"top_k": 4}},
     "paper": {"dit": {"width": 768, "depth": 12, "heads": 12}, "encoder": {"top_k": 4}},
 }
 CROP = 256  # gives four patches that do not overlap
@@ -61,16 +61,11 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     device = accelerator.device
     batch = 4 if args.dry_run else args.batch or (64 if device.type == "cpu" else 512)
     bank = bank or ImageBank(args.data, device)
-    frozen = [
+    vae = load_autoencoder(args.out / "vae").to(device)
+    grm, classifier, memory = (
         kind.from_pretrained(args.out / name).to(device).eval().requires_grad_(False)
-        for kind, name in (
-            (CompactAutoencoder, "vae"),
-            (GRM, "grm"),
-            (TextureClassifier, "texture_classifier"),
-            (TextureMemory, "texture_memory"),
-        )
-    ]
-    vae, grm, classifier, memory = frozen
+        for kind, name in ((GRM, "grm"), (TextureClassifier, "texture_classifier"), (TextureMemory, "texture_memory"))
+    )
     config = CONFIGS[args.config]
     channels = vae.config.latent_channels
     torch.manual_seed(args.seed)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchscaler.images import bicubic
-from patchscaler.models.autoencoder import CompactAutoencoder, encode_latents
+from patchscaler.models.autoencoder import encode_latents, load_autoencoder
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.training.data import ImageBank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
@@ -33,21 +33,23 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     batch = 2 if args.dry_run else args.batch or 64
     bank = bank or ImageBank(args.data, device)
     classes = bank.classes()
-    vae = CompactAutoencoder.from_pretrained(args.out / "vae").to(device).eval()
+    vae = load_autoencoder(args.out / "vae").to(device)
     torch.manual_seed(args.seed)
     model = TextureClassifier(vae.config.latent_channels, tuple(classes), **CONFIGS[args.config]).to(device)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return labelled_latents(vae, bank, classes, count, generator)
 
-    size, passes = (64, 1) if args.dry_run else (pool_size(args, 4096), 10)
+    size, passes = (64, 1) if args.dry_run else (pool_size(args, 8192), 10)
     pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
-        noise = torch.randn(rows["latents"].shape, generator=step_generator(args.seed, step))
+        generator = step_generator(args.seed, step, accelerator.process_index)
+        flips = [axis for axis in (-1, -2) if torch.rand((), generator=generator) < 0.5]
+        noise = torch.randn(rows["latents"].shape, generator=generator)
         with bf16(device):
-            logits = model(rows["latents"] + 0.1 * noise.to(device))
+            logits = model(rows["latents"].flip(flips) + 0.1 * noise.to(device))
         return {"loss": F.cross_entropy(logits.float(), rows["labels"], label_smoothing=0.1)}
 
     average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from patchscaler.models import GRM, CompactAutoencoder, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory
+from patchscaler.models import GRM, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory, load_autoencoder
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.training import autoencoder, build_memory, grm, patch_dit, texture_classifier
 from patchscaler.training.data import ImageBank
@@ -34,7 +34,6 @@ STAGES: dict[str, tuple[Stage, float]] = {
     "patch_dit": (patch_dit.train, 0.28),
 }
 COMPONENTS = {
-    "vae": CompactAutoencoder,
     "grm": GRM,
     "transformer": PatchDiT,
     "texture_classifier": TextureClassifier,
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 def assemble(out: Path) -> None:
     """Write the model_index.json that makes a pipeline of the components in `out`."""
     models = {name: kind.from_pretrained(out / name, use_safetensors=True) for name, kind in COMPONENTS.items()}
-    PatchScalerPipeline(**models, scheduler=make_scheduler()).save_config(out)
+    PatchScalerPipeline(load_autoencoder(out / "vae"), **models, scheduler=make_scheduler()).save_config(out)
 
 
 def model_card(args: argparse.Namespace, records: dict[str, dict], images: int) -> str:
