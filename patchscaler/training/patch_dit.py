@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     def draw(count: int, generator: torch.Generator, bank: ImageBank = bank) -> dict[str, Tensor]:
         return draw_patches(vae, grm, classifier, memory, bank, count, generator, encoder.config.top_k)
 
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 8 if device.type == "cpu" else 2)
+    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 24 if device.type == "cpu" else 2)
     pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
 
     def denoise(model: nn.Module, rows: dict[str, Tensor], t: Tensor, noise: Tensor, drop: Tensor) -> Tensor:

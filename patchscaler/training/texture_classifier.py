@@ -40,7 +40,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return labelled_latents(vae, bank, classes, count, generator)
 
-    size, passes = (64, 1) if args.dry_run else (pool_size(args, 8192), 10)
+    size, passes = (64, 1) if args.dry_run else (pool_size(args, 8192), 20)
     pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
