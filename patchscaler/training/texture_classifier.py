@@ -33,6 +33,8 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     batch = 2 if args.dry_run else args.batch or 64
     bank = bank or ImageBank(args.data, device)
     classes = bank.classes()
+    if len(classes) < 2:
+        raise ValueError(f"{len(classes)} texture classes in {args.data}; name images texture/CLASS_NUMBER.png")
     vae = load_autoencoder(args.out / "vae").to(device)
     torch.manual_seed(args.seed)
     model = TextureClassifier(vae.config.latent_channels, tuple(classes), **CONFIGS[args.config]).to(device)
