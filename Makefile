@@ -16,7 +16,6 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CO
 
 MINUTES ?= 40
 SMOKE := build/smoke
-TRAINING := autoencoder texture_classifier grm build_memory patch_dit weights
 
 .PHONY: demo test lint train-smoke weights
 

@@ -71,17 +71,15 @@ class CompactAutoencoder(ModelMixin, ConfigMixin):
         """B×c×h×w → `.sample` B×3×8h×8w, about [-1, 1]; not clamped, so that losses keep their gradient."""
         return DecoderOutput(sample=self.decoder(latents))
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Training pass: B×3×H×W → reconstruction B×3×H×W and latents B×c×h×w.
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Training pass: B×3×H×W → reconstruction B×3×H×W.
 
         `noise` (B×c×h×w, standard normal times its strength) is added in units of each channel's deviation:
         the decoder learns to bear the small errors that GRM and Patch-DiT will make.
         """
         latents = self.encode(images).latents
-        noisy = latents
-        if noise is not None:
-            noisy = latents + noise * latents.detach().float().std((0, 2, 3), keepdim=True)
-        return self.decode(noisy).sample, latents
+        noisy = latents + noise * latents.detach().float().std((0, 2, 3), keepdim=True)
+        return self.decode(noisy).sample
 
 
 def load_autoencoder(source: str | Path) -> ModelMixin:

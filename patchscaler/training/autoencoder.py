@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents, load_autoencoder
+from patchscaler.patches import LATENT_PIXELS
 from patchscaler.training.data import ImageBank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, save_component, step_generator
 
@@ -37,15 +38,15 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     batch = 2 if args.dry_run else args.batch or (16 if device.type == "cpu" else 256)
     bank = bank or ImageBank(args.data, device)
     torch.manual_seed(args.seed)
-    model = CompactAutoencoder(**CONFIGS[args.config]).to(device, memory_format=torch.channels_last)
+    model = CompactAutoencoder(**CONFIGS[args.config]).to(device)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, torch.Tensor]:
         generator = step_generator(args.seed, step, accelerator.process_index)
         images, _ = bank.crops(batch, CROP, generator)
-        shape = (batch, CONFIGS[args.config]["latent_channels"], CROP // 8, CROP // 8)
+        shape = (batch, CONFIGS[args.config]["latent_channels"], CROP // LATENT_PIXELS, CROP // LATENT_PIXELS)
         noise = LATENT_NOISE * torch.randn(shape, generator=generator).to(device)
         with bf16(device):
-            output, _ = model(images.contiguous(memory_format=torch.channels_last), noise)
+            output = model(images.contiguous(memory_format=torch.channels_last), noise)
         return {"loss": (output.float() - images).square().mean()}
 
     average = fit("autoencoder", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)

@@ -41,7 +41,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     bank = bank or ImageBank(args.data, device)
     vae = load_autoencoder(args.out / "vae").to(device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
-    model = GRM(vae.config.latent_channels, **CONFIGS[args.config]).to(device, memory_format=torch.channels_last)
+    model = GRM(vae.config.latent_channels, **CONFIGS[args.config]).to(device)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return draw_pairs(vae, bank, count, CROP, generator)

@@ -18,7 +18,7 @@ from patchscaler.models.patch_dit import PatchDiT, denoising_loss
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_encoder import TextureEncoder
 from patchscaler.models.texture_memory import TextureMemory
-from patchscaler.patches import PatchGrid, split
+from patchscaler.patches import LATENT_PIXELS, PatchGrid, split
 from patchscaler.retrieval import retrieve
 from patchscaler.sampling import alphas_cumprod
 from patchscaler.training.data import ImageBank
@@ -123,7 +123,7 @@ def draw_patches(vae, grm, classifier, memory, bank: ImageBank, count: int, gene
     pairs = draw_pairs(vae, bank, count // 4, CROP, generator)
     with bf16(bank.device):
         restored = grm(pairs["y_lr"].float()).latents.float()
-    grid = PatchGrid(CROP // 8, CROP // 8, stride=16)
+    grid = PatchGrid(CROP // LATENT_PIXELS, CROP // LATENT_PIXELS, stride=16)
     y0 = torch.cat([split(latents, grid) for latents in restored])
     x0 = torch.cat([split(latents, grid) for latents in pairs["x_hr"].float()])
     priors = retrieve(classifier.features(y0), memory, min(top_k, memory.config.size))
