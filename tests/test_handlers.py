@@ -22,6 +22,8 @@ from patchscaler.ui.handlers import Handlers, Shown, explain
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.studies import Studies, Study
 
+VISITOR = gr.Request(session_hash="visitor")
+
 
 @pytest.fixture(autouse=True)
 def upload_folder(tmp_path, monkeypatch):
@@ -52,7 +54,7 @@ def image(picture, tmp_path):
 
 def run(handlers, image, dials):
     async def collect():
-        return [view async for view in handlers.run(image, *dials)]
+        return [view async for view in handlers.run(VISITOR, image, *dials)]
 
     return asyncio.run(collect())
 
@@ -133,6 +135,45 @@ def test_another_plan_for_the_same_image_needs_no_second_analysis(handlers, imag
     assert len(calls) == 1
     assert "reused" in last(views, "timing")
     assert last(views, "priors").is_file() and last(views, "coarse").is_file()
+
+
+def test_a_stopped_run_says_so_last_and_only_the_visitors_own_run_stops(handlers, image, dials):
+    async def collect():
+        views = []
+        async for view in handlers.run(VISITOR, image, *dials[:5], 30, 40, 50, dials[8]):
+            views.append(view)
+            if view.status is not module.SKIP and "step 2 of 30" in view.status:
+                handlers.stop(gr.Request(session_hash="somebody else"))
+            if view.status is not module.SKIP and "step 5 of 30" in view.status:
+                handlers.stop(VISITOR)
+        return views
+
+    views = asyncio.run(collect())
+    assert "Stopped" in views[-1].status and "step 5 of 30" in views[-2].status
+    assert "Done in" in last(run(handlers, image, dials), "status")
+
+
+def test_a_run_that_waits_for_its_turn_can_be_stopped(handlers, image, dials):
+    async def collect():
+        other = handlers.jobs.stream(lambda: iter(time.sleep(0.1) for _ in range(30)))
+        await anext(other)  # somebody else's job has the thread
+        views = []
+        async for view in handlers.run(VISITOR, image, *dials):
+            views.append(view)
+            handlers.stop(VISITOR)
+        await other.aclose()
+        return views
+
+    began = time.perf_counter()
+    views = asyncio.run(collect())
+    assert ["Waiting" in views[0].status, "Stopped" in views[1].status, len(views)] == [True, True, 2]
+    assert time.perf_counter() - began < 3
+
+
+def test_pictures_that_come_in_behind_another_image_are_taken_away(handlers, image):
+    assert handlers.settle(image, image["path"]) == module.RunView()
+    assert handlers.settle(image, "another").coarse is None
+    assert handlers.settle(None, image["path"]).source is None
 
 
 def test_what_is_wrong_with_a_request_is_said(handlers, image, dials, tmp_path):

@@ -142,13 +142,16 @@ def test_upload_run_and_drag(page):
     expect(page.locator("#stale")).to_contain_text("seed 0")
 
 
-def test_stop_and_run_again(page):
-    page.set_input_files("#input input[type=file]", PHOTO)
+def test_stop_and_run_again(page, tmp_path):
+    with Image.open(PHOTO) as small:  # large enough that the run lasts until Stop is clicked
+        small.resize((400, 400)).save(tmp_path / "large.png")
+    page.set_input_files("#input input[type=file]", tmp_path / "large.png")
     page.locator("#steps3 input[type=number]").fill("50")
     page.locator("#run").click()
     page.locator("#stop").click()
     expect(page.locator("#status")).to_contain_text("Stopped")
     expect(page.locator("#stop")).to_be_disabled()
+    page.locator("#steps3 input[type=number]").fill("1")
     page.locator("#run").click()
     expect(page.locator("#status")).to_contain_text("Done in")
 

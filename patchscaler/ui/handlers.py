@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from html import escape, unescape
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -28,6 +29,7 @@ from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.studies import Studies, Study
 
 SKIP = gr.skip()
+STOPPED = "Stopped. Press Run to start again."
 GPU_SECONDS = 120  # the longest that one run may hold a ZeroGPU device
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class RunView(NamedTuple):
     timing: Any = SKIP
     status: Any = SKIP
     shown: Any = SKIP
+    source: Any = SKIP  # the image whose pictures the panels show
     run: Any = SKIP
     stop: Any = SKIP
 
@@ -83,19 +86,32 @@ class Handlers:
         self.pipeline = pipeline
         self.studies = Studies()
         self.jobs = Jobs()
+        self._stops: dict[str | None, Event] = {}  # by the visitor's session
         self._work = spaces.GPU(self._networks, duration=GPU_SECONDS)  # off ZeroGPU: the same function
 
-    async def run(self, image: dict | None, *dials: Any) -> AsyncIterator[RunView]:
-        """Analyze if the image is new, then refine. Yields what to show as soon as it is there."""
+    async def run(self, request: gr.Request, image: dict | None, *dials: Any) -> AsyncIterator[RunView]:
+        """Analyze if the image is new, then refine. Yields what to show as soon as it is there.
+
+        A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
+        """
         source, plan, seed = _request(image, dials)
-        yield RunView(status=fragments.status("Waiting for the pipeline…"), stop=gr.update(interactive=True))
+        stop = self._stops[request.session_hash] = Event()
+        waiting = fragments.status("Waiting for the pipeline…")
+        yield RunView(status=waiting, source=source, stop=gr.update(interactive=True))
+        done = False
         try:
-            async for view in self.jobs.stream(lambda: self._views(source, plan, seed)):
+            async for view in self.jobs.stream(lambda: self._views(source, plan, seed), stop):
+                done = view.shown is not SKIP
                 yield view
+            if not done:
+                yield RunView(status=fragments.status(STOPPED))
         except Exception as error:
             visible = explain(error)
             yield RunView(status=fragments.status(f"{visible.title}: {unescape(visible.message)}"))
             raise visible from error
+        finally:
+            if self._stops.get(request.session_hash) is stop:
+                del self._stops[request.session_hash]
 
     async def upscale(self, source: str, plan: SamplingPlan, seed: int) -> tuple[Path, dict]:
         """The lossless PNG of a whole run, and its report."""
@@ -106,22 +122,19 @@ class Handlers:
         except Exception as error:
             raise explain(error) from error
 
-    def stopped(self) -> RunView:
-        """Shown when the visitor stops a run; the event itself is cancelled by the page."""
-        return RunView(status=fragments.status("Stopped. Press Run to start again."), stop=gr.update(interactive=False))
+    def stop(self, request: gr.Request) -> None:
+        """Have the visitor's run stop at its next step."""
+        if request.session_hash in self._stops:
+            self._stops[request.session_hash].set()
 
-    def new_image(self, image: dict | None) -> RunView:
-        """Empties the page when another image comes in, or none."""
-        return RunView(
-            *(None,) * 4,
-            legend=fragments.legend(),
-            cost="",
-            stale="",
-            timing=fragments.NO_TIMING,
-            status=fragments.status("Press Run." if image else fragments.NO_IMAGE),
-            shown=None,
-            run=gr.update(interactive=image is not None),
-        )
+    def new_image(self, request: gr.Request, image: dict | None) -> RunView:
+        """Stop the run and empty the page when another image comes in, or none."""
+        self.stop(request)
+        return _emptied(image)
+
+    def settle(self, image: dict | None, source: str | None) -> RunView:
+        """After a run: empty the page again if the run's last pictures came in behind another image."""
+        return RunView() if source == (image or {}).get("path") else _emptied(image)
 
     def dial_moved(self, moved: int, image: dict | None, shown: Shown | None, *dials: Any) -> tuple:
         """Hold the dials' order and group anew. No network runs. `moved` is the dial's place; 8 is the seed."""
@@ -200,6 +213,20 @@ class Handlers:
                     stale="",
                     shown=Shown(source, plan, seed, event.assignment.cpu()),
                 )
+
+
+def _emptied(image: dict | None) -> RunView:
+    return RunView(
+        *(None,) * 4,
+        legend=fragments.legend(),
+        cost="",
+        stale="",
+        timing=fragments.NO_TIMING,
+        status=fragments.status("Press Run." if image else fragments.NO_IMAGE),
+        shown=None,
+        source=(image or {}).get("path"),
+        run=gr.update(interactive=image is not None),
+    )
 
 
 def explain(error: Exception) -> gr.Error:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 _END = object()
+POLL_SECONDS = 0.2  # how soon a reader sees that it was stopped
 
 
 class Jobs:
@@ -24,11 +25,16 @@ class Jobs:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
 
-    async def stream(self, job: Callable[[], Generator[Item, None, None]]) -> AsyncIterator[Item]:
-        """Yield what `job()` yields. Closing this iterator, or cancelling its task, stops the job at its next item."""
+    async def stream(
+        self, job: Callable[[], Generator[Item, None, None]], stopped: Event | None = None
+    ) -> AsyncIterator[Item]:
+        """Yield what `job()` yields, until it ends or `stopped` is set.
+
+        Then, and when this iterator is closed or its task cancelled, the job stops at its next item.
+        """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue = asyncio.Queue()
-        stopped = Event()
+        stopped = stopped or Event()
 
         def work() -> None:
             last = _END
@@ -47,7 +53,13 @@ class Jobs:
         # ZeroGPU finds the visitor's request, whose quota it uses, in the context.
         self._thread.submit(copy_context().run, work)
         try:
-            while (item := await items.get()) is not _END:
+            while not stopped.is_set():
+                try:
+                    item = await asyncio.wait_for(items.get(), POLL_SECONDS)
+                except asyncio.TimeoutError:  # a long step, or a job that waits for its turn
+                    continue
+                if item is _END:
+                    break
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, BaseException):

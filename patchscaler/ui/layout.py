@@ -30,6 +30,7 @@ time T in N steps, guided by textures that resemble the patch and were looked up
 <p>This is an independent implementation. Its weights are small ones, trained from scratch for this demo; they are not
 the paper's, and do not reach its quality. Fine detail is made up: it is plausible, not evidence.</p>
 """
+WAITING = 16  # runs that may wait their turn: `Jobs` lets one work at a time
 PANELS = {"coarse": "Coarse HR", "qmap": "Qmap overlay", "priors": "Texture priors", "final": "Final output"}
 
 # Read by page.css.
@@ -71,8 +72,8 @@ def build_page(pipeline: PatchScalerPipeline) -> gr.Blocks:
                 outputs = _results()
         gr.HTML(FOOTER, elem_id="footer")
         _wire(handlers, image, run, stop, preset, dials, outputs)
-        gr.api(upscale_endpoint(handlers), api_name="upscale", concurrency_id="pipeline", concurrency_limit=1)
-    return page.queue(max_size=16, api_open=False, default_concurrency_limit=1)
+        gr.api(upscale_endpoint(handlers), api_name="upscale", concurrency_id="pipeline", concurrency_limit=WAITING)
+    return page.queue(max_size=WAITING, api_open=False, default_concurrency_limit=1)
 
 
 def _input() -> tuple[gr.Image, gr.Button, gr.Button]:
@@ -147,6 +148,7 @@ def _results() -> dict[str, gr.Blocks]:
     outputs["cost"] = gr.HTML("", elem_id="cost")
     outputs["timing"] = gr.HTML(fragments.NO_TIMING, elem_id="timing")
     outputs["shown"] = gr.State(None)
+    outputs["source"] = gr.State(None)
     return outputs
 
 
@@ -179,12 +181,13 @@ def _wire(
         preprocess=False,
         show_progress_on=outputs["final"],
         concurrency_id="pipeline",
-        concurrency_limit=1,
+        concurrency_limit=WAITING,
         api_visibility="private",
     )
-    running.then(handlers.refresh, live_inputs, [*dial_outputs, stop], **live)
-    stop.click(handlers.stopped, None, run_outputs, cancels=[running], **live)
-    image.change(handlers.new_image, image, run_outputs, cancels=[running], **live)
+    settled = running.then(handlers.settle, [image, outputs["source"]], run_outputs, **live)
+    settled.then(handlers.refresh, live_inputs, [*dial_outputs, stop], **live)
+    stop.click(handlers.stop, None, None, **live)
+    image.change(handlers.new_image, image, run_outputs, **live)
 
     for place, dial in enumerate(dials):
         dial.input(partial(handlers.dial_moved, place), live_inputs, dial_outputs, **live)
