@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from patchscaler.models import (
     decode_latents,
     encode_latents,
 )
-from patchscaler.models.grm import GRMOutput, confidence_loss
+from patchscaler.models.autoencoder import pixel_metric
+from patchscaler.models.grm import GRMOutput, confidence_loss, restoration_loss
 from patchscaler.models.texture_encoder import match_statistics
 
 N, K, C, V = 3, 2, 4, 16
@@ -140,8 +142,27 @@ def test_confidence_loss_is_least_at_eta_over_error():
 def test_confidence_does_not_trade_the_restoration():
     latents = torch.full((1, C, 1, 1), 2.0, requires_grad=True)
     output = GRMOutput(latents=latents, confidence_logits=torch.zeros(1, 1, 1, 1))
-    confidence_loss(output, torch.zeros_like(latents), eta=1.0, weight=100.0).backward()
-    assert torch.allclose(latents.grad, torch.full_like(latents, 1 / C))  # that of the L1 term alone
+    loss = confidence_loss(output, torch.zeros_like(latents), eta=1.0) + 0 * latents.sum()
+    loss.backward()
+    assert torch.equal(latents.grad, torch.zeros_like(latents))
+
+
+def test_restoration_loss_is_the_log_of_each_images_squared_error():
+    latents = torch.stack([torch.full((C, 2, 3), 0.5), torch.full((C, 2, 3), 2.0)])
+    metric = torch.eye(C) * 0.01  # squared pixel errors of .01 C 0.25 and .01 C 4
+    expected = sum(math.log(0.01 * C * square + 3e-4) for square in (0.25, 4.0)) / 2
+    assert restoration_loss(latents, torch.zeros_like(latents), metric).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pixel_metric_foretells_the_error_of_the_decoded_image():
+    model = CompactAutoencoder(C, (8, 16), (1, 1), (1, 1)).eval()
+    latents, error = 0.1 * _random(4, C, 8, 8), 0.01 * _random(4, C, 8, 8).flip(0)
+    metric = pixel_metric(model, latents)
+    assert torch.allclose(metric, metric.T) and torch.linalg.eigvalsh(metric).min() > -1e-7
+    with torch.no_grad():
+        seen = (decode_latents(model, latents + error) - decode_latents(model, latents)).square().mean()
+    told = torch.einsum("bchw,cd,bdhw->", error, metric, error) / error[:, 0].numel()
+    assert told.item() == pytest.approx(seen.item(), rel=0.3)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
@@ -84,20 +85,34 @@ def squared_error(latents: Tensor, target: Tensor) -> Tensor:
     return (latents.float() - target.float()).square().mean(1, keepdim=True)
 
 
-def confidence_loss(output: GRMOutput, target: Tensor, eta: float, weight: float = 0.2) -> Tensor:
-    """Eq. 1: L1 of the latents + λ (C e² − η log C), averaged over the map.
+def restoration_loss(latents: Tensor, target: Tensor, metric: Tensor, floor: float = 3e-4) -> Tensor:
+    """The restoring term of Eq. 1, as the mean over images of log ‖y_HR − x_HR‖², in pixel units.
 
-    The gradient of e² is stopped in the second term, so the confidence describes the restoration and does
-    not trade it; its minimum over C is min(1, η / e²). Dividing by η keeps λ free of the latents' scale. The
-    L1 norm is not squared as it is in print: a mean absolute error is what restoration networks train on.
+    The norm is squared as in print and weighs the latents by what the decoder makes of them. The logarithm, as
+    in PSNR, gives every image the same say; without it a few hopeless ones drown what can be restored.
+
+    Args:
+        latents: y_HR, B×c×h×w.
+        target: x_HR, B×c×h×w.
+        metric: c×c, from `pixel_metric`.
+        floor: added to the squared pixel error, in units of images in [-1, 1]: 41 dB.
+    """
+    error = latents.float() - target.float()
+    squared = torch.einsum("bchw,cd,bdhw->b", error, metric, error) / error[0, 0].numel()  # B
+    return (squared + floor).log().mean()
+
+
+def confidence_loss(output: GRMOutput, target: Tensor, eta: float) -> Tensor:
+    """The judging term of Eq. 1: C e² − η log C, divided by η and averaged over the map.
+
+    The gradient of e² is stopped, so the confidence describes the restoration and does not trade it; the minimum
+    over C is min(1, η / e²).
 
     Args:
         output: of the GRM for B×c×h×w.
         target: x_HR, B×c×h×w.
         eta: η, in squared latent units, above 0.
-        weight: λ.
     """
     error = squared_error(output.latents, target).detach() / eta
     log_confidence = F.logsigmoid(output.confidence_logits.float())
-    judged = log_confidence.exp() * error - log_confidence  # B×1×h×w
-    return F.l1_loss(output.latents.float(), target.float()) + weight * judged.mean()
+    return (log_confidence.exp() * error - log_confidence).mean()

@@ -135,7 +135,14 @@ class DiTBlock(nn.Module):
 
     @staticmethod
     def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # N×L'×D
+        if query.device.type == "cpu":
+            # With 64 tokens plain products are faster than torch's flash attention for CPUs: a training step
+            # takes .56 of the time, sampling .88.
+            weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1).to(value.dtype)
+            seen = weights @ value
+        else:
+            seen = F.scaled_dot_product_attention(query, key, value)
+        return seen.transpose(1, 2).flatten(2)  # N×L'×D
 
 
 def denoising_loss(predicted: Tensor, target: Tensor, alphas: Tensor) -> Tensor:

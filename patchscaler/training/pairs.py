@@ -27,7 +27,7 @@ def draw_pairs(
     """Draw `count` crops and degrade each by one kind of `SHARES`.
 
     Returns:
-        y_lr and x_hr, count×c×size/8×size/8 in fp16, and `images`, the clean crops, count×3×size×size uint8.
+        y_lr and x_hr, count×c×size/8×size/8 in fp16.
     """
     images, _ = bank.crops(count, size, generator)
     counts = [round(count * share) for share in SHARES.values()]
@@ -39,5 +39,4 @@ def draw_pairs(
     with bf16(images.device):
         y_lr = encode_latents(vae, bicubic(small, 4))
         x_hr = encode_latents(vae, images)
-    pixels = images.add(1).mul(127.5).round().clamp(0, 255).byte()
-    return {"y_lr": y_lr.half(), "x_hr": x_hr.half(), "images": pixels}
+    return {"y_lr": y_lr.half(), "x_hr": x_hr.half()}

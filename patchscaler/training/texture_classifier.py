@@ -50,13 +50,20 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         generator = step_generator(args.seed, step, accelerator.process_index)
         flips = [axis for axis in (-1, -2) if torch.rand((), generator=generator) < 0.5]
         noise = torch.randn(rows["latents"].shape, generator=generator)
+        latents = rows["latents"].flip(flips) + 0.1 * noise.to(device)
+        targets = F.one_hot(rows["labels"], len(classes)).float()
+        # Mixup (Zhang et al. 2018): there are few images per class, and they are soon known by heart.
+        part = torch.rand(batch, generator=generator).to(device)
+        latents = torch.lerp(latents, latents.roll(1, 0), part.view(-1, 1, 1, 1))
+        targets = torch.lerp(targets, targets.roll(1, 0), part.view(-1, 1))
         with bf16(device):
-            logits = model(rows["latents"].flip(flips) + 0.1 * noise.to(device))
-        return {"loss": F.cross_entropy(logits.float(), rows["labels"], label_smoothing=0.1)}
+            logits = model(latents.contiguous(memory_format=torch.channels_last))
+        return {"loss": F.cross_entropy(logits.float(), targets)}
 
     average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
     held_out = ImageBank(args.data, device, held_out=True)
-    rows = labelled_latents(vae, held_out, classes, 32 if args.dry_run else 512, step_generator(args.seed, 0, 1))
+    generator = step_generator(args.seed, 0, 1)
+    rows = labelled_latents(vae, held_out, classes, 32 if args.dry_run else 1024, generator, blurred=0.0)
     with torch.inference_mode():
         hits = average(rows["latents"]).argmax(1) == rows["labels"]
     accuracy = {"texture classifier, top-1 on held-out crops": hits.float().mean().item()}
@@ -66,7 +73,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
 
 @torch.inference_mode()
-def labelled_latents(vae, bank, classes, count, generator) -> dict[str, Tensor]:
+def labelled_latents(vae, bank, classes, count, generator, blurred: float = 0.5) -> dict[str, Tensor]:
     """Latents count×c×16×16 of random crops, every class equally often, and their labels."""
     held = bank.classes()
     names = list(classes)
@@ -80,8 +87,8 @@ def labelled_latents(vae, bank, classes, count, generator) -> dict[str, Tensor]:
         for label, pick in zip(labels.tolist(), picks.tolist(), strict=True)
     ])  # fmt: skip
     images, _ = bank.crops(count, CROP, generator, among, ZOOM)
-    blurred = torch.rand(count, generator=generator) < 0.5
-    images[blurred] = bicubic(bicubic(images[blurred], 0.25), 4)
+    soft = torch.rand(count, generator=generator) < blurred
+    images[soft] = bicubic(bicubic(images[soft], 0.25), 4)
     with bf16(images.device):
         latents = encode_latents(vae, images)
     return {"latents": latents.half().float(), "labels": labels.to(images.device)}
