@@ -5,7 +5,7 @@ Shared by the page and the command line; Pillow and numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -24,7 +24,14 @@ _GAP = 8
 _LABEL = 20  # height of a label under a picture
 
 
-def qmap_overlay(coarse: Tensor, grid: PatchGrid, assignment: Tensor, max_side: int = 1024) -> Image.Image:
+def qmap_overlay(
+    coarse: Tensor,
+    grid: PatchGrid,
+    assignment: Tensor,
+    max_side: int = 1024,
+    by_hand: Collection[int] = (),
+    grey: Image.Image | None = None,
+) -> Image.Image:
     """Qmap (Eq. 2) drawn over the coarse image in grey.
 
     Patches overlap, so each one colours the cell that lies nearer to its centre than to any other
@@ -34,29 +41,43 @@ def qmap_overlay(coarse: Tensor, grid: PatchGrid, assignment: Tensor, max_side: 
         coarse: 3xHxW in [-1, 1], its top left corner at the grid's; H and W may be less than the grid's.
         assignment: N group numbers 0, 1, 2 in the grid's order.
         max_side: the drawing is scaled down to at most this many pixels on its longer side.
+        grey: what `grey_preview(coarse, max_side)` gives, where it is kept for many drawings.
+        by_hand: indices of patches whose group a person chose; their cells get a border.
 
     Raises:
         ValueError: the assignment's length is not the grid's.
     """
     if len(assignment) != len(grid):
         raise ValueError(f"{len(assignment)} assigned groups for {len(grid)} patches")
-    image = to_pil(Picture(coarse.float().cpu()))
-    width, height = image.size
-    scale = min(1.0, max_side / max(width, height))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    # Grey, so that every colour in the drawing is a group's.
-    image = image.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
-
+    grey = grey or grey_preview(coarse, max_side)
+    size, scale = grey.size, min(1.0, max_side / max(coarse.shape[-2:]))
     rows = _cell_edges([patch.top for patch in grid.patches], grid.size, size[1], scale)
     columns = _cell_edges([patch.left for patch in grid.patches], grid.size, size[0], scale)
     groups = assignment.cpu().numpy().reshape(len(rows) - 1, len(columns) - 1)
-    colors = np.array([ImageColor.getrgb(color) for color in GROUP_COLORS], dtype=np.float32)[groups]
+    colors = np.array([ImageColor.getrgb(color) for color in GROUP_COLORS], dtype=np.uint8)[groups]
     tint = colors.repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1)  # HxWx3
-    share = np.full((size[1], size[0], 1), _TINT, dtype=np.float32)
-    share[[edge for edge in rows[1:-1] if edge < size[1]]] = 1.0  # thin borders, in the cell's own colour
-    share[:, [edge for edge in columns[1:-1] if edge < size[0]]] = 1.0
-    pixels = np.asarray(image, dtype=np.float32) * (1 - share) + tint * share
-    return Image.fromarray(pixels.round().astype(np.uint8))
+    pixels = np.array(Image.blend(grey, Image.fromarray(tint), _TINT))
+    borders = [edge for edge in rows[1:-1] if edge < size[1]]
+    pixels[borders] = tint[borders]  # thin, in the cell's own colour
+    borders = [edge for edge in columns[1:-1] if edge < size[0]]
+    pixels[:, borders] = tint[:, borders]
+    overlay = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(overlay)
+    for index in by_hand:
+        row, column = divmod(index, len(columns) - 1)
+        left, top, right, bottom = columns[column], rows[row], columns[column + 1] - 1, rows[row + 1] - 1
+        for inset, color in ((1, "black"), (2, "white"), (3, "white")):  # seen on every colour
+            if min(right - left, bottom - top) > 2 * inset:
+                draw.rectangle((left + inset, top + inset, right - inset, bottom - inset), outline=color)
+    return overlay
+
+
+def grey_preview(coarse: Tensor, max_side: int = 1024) -> Image.Image:
+    """The coarse image 3xHxW in grey, so that every colour drawn on it is a group's, scaled down to `max_side`."""
+    image = to_pil(Picture(coarse.float().cpu()))
+    scale = min(1.0, max_side / max(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("L").resize(size, Image.Resampling.LANCZOS).convert("RGB")
 
 
 def priors_sheet(

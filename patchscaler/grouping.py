@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from torch import Tensor
@@ -85,13 +85,19 @@ class SamplingPlan:
 PRESETS = {"paper": SamplingPlan.paper(), "fast": SamplingPlan.fast(), "uniform": SamplingPlan.uniform()}
 
 
-def assign(confidence: Tensor, plan: SamplingPlan) -> Tensor:
+def assign(confidence: Tensor, plan: SamplingPlan, by_hand: Mapping[int, int] | None = None) -> Tensor:
     """Eq. 2: the group of each patch from its mean confidence.
 
     simple (0) in (gamma1, 1], medium (1) in (gamma2, gamma1], hard (2) in [0, gamma2]. ``confidence`` N in
-    [0, 1]; anything else, NaN too, raises ValueError. Returns a LongTensor N.
+    [0, 1]; anything else, NaN too, raises ValueError. ``by_hand`` sets the group of single patches in place of
+    that. Returns a LongTensor N.
     """
     if not ((confidence >= 0) & (confidence <= 1)).all():
         low, high = confidence.min().item(), confidence.max().item()
         raise ValueError(f"confidence from {low} to {high} is outside [0, 1]")
-    return (confidence <= plan.gamma1).long() + (confidence <= plan.gamma2).long()
+    groups = (confidence <= plan.gamma1).long() + (confidence <= plan.gamma2).long()
+    for index, group in (by_hand or {}).items():
+        if not (0 <= index < len(groups) and 0 <= group < len(GROUPS)):
+            raise ValueError(f"patch {index} in group {group}: there are {len(groups)} patches, {len(GROUPS)} groups")
+        groups[index] = group
+    return groups

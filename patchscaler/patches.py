@@ -58,6 +58,15 @@ class PatchGrid:
     def __len__(self) -> int:
         return len(self.patches)
 
+    def nearest(self, x: float, y: float) -> Patch:
+        """The patch whose centre lies nearest to a pixel: x to the right, y down."""
+
+        def distance(patch: Patch) -> float:
+            middle = patch.size / 2
+            return math.hypot(patch.left + middle - x / LATENT_PIXELS, patch.top + middle - y / LATENT_PIXELS)
+
+        return min(self.patches, key=distance)
+
     def _starts(self, length: int) -> list[int]:
         spare = length - self.size
         gaps = math.ceil(spare / self.stride)

@@ -5,9 +5,10 @@ B batch, N patches, C channels, H W pixels, h w latents, V patch side, T timeste
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -69,9 +70,37 @@ class Progress:
     total: int
 
 
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Refined patches and how each was made, on the CPU: what a later run of the same image may take over."""
+
+    patches: Tensor  # NxCxVxV, the x0 of every sampled patch; y0 where it is not sampled yet
+    start: Tensor  # LongTensor N, T of each patch; 0 where it is not sampled yet
+    steps: Tensor  # LongTensor N
+    seed: int
+
+    def differs(self, start: Tensor, steps: Tensor, seed: int) -> Tensor:
+        """Which patches would have to be sampled for these T, N and seed: BoolTensor N."""
+        if seed != self.seed:
+            return torch.ones(len(start), dtype=torch.bool)
+        return (self.start != start) | (self.steps != steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """The picture after ``group`` is finished: later groups' patches are still the coarse ones."""
+
+    group: int  # index into GROUPS
+    picture: Picture
+    sampled: Sampled
+
+
 @dataclass(frozen=True)
 class GroupReport:
-    """What one group cost. ``seconds`` is time at work: not the time a consumer of the events took."""
+    """What one group cost. ``seconds`` is time at work: not the time a consumer of the events took.
+
+    ``evaluations`` counts those made in this run: patches taken from an earlier one need none.
+    """
 
     name: str
     patches: int
@@ -97,11 +126,15 @@ class Result:
     seconds: dict[str, float]
     device: str
     dtype: str
+    sampled: Sampled
+    rendered: Tensor  # BoolTensor N, the patches sampled in this run
+    by_hand: dict[int, int] = field(default_factory=dict)  # patch -> group, where a person overrode Eq. 2
 
     def png_text(self) -> dict[str, str]:
         """What the lossless PNG carries in its text chunks, for `write_png`."""
         software = f"PatchScaler {patchscaler.__version__}"
-        return {"Software": software, "plan": self.plan.to_json(), "seed": str(self.seed)}
+        text = {"Software": software, "plan": self.plan.to_json(), "seed": str(self.seed)}
+        return {**text, "by_hand": json.dumps(self.by_hand)} if self.by_hand else text
 
     def report(self) -> dict:
         """Everything but the pixels, as values that JSON can hold."""
@@ -224,33 +257,49 @@ class PatchScalerPipeline(DiffusionPipeline):
         seed: int = 0,
         batch_size: int = 64,
         color_fix: bool = True,
-    ) -> Iterator[Progress | Result]:
+        by_hand: Mapping[int, int] | None = None,
+        earlier: Sampled | None = None,
+        partial: bool = False,
+    ) -> Iterator[Progress | Partial | Result]:
         """Yield Progress after every denoising step of every batch, and last the Result.
 
         A patch's result depends on its content, prompt, (T, N) and the seed only. Close the generator to stop
-        early. ``color_fix`` gives the output the low frequencies of the bicubic upscale. Raises RuntimeError
-        rather than return pixels that are NaN.
+        early. Raises RuntimeError rather than return pixels that are NaN.
+
+        Args:
+            color_fix: give the output the low frequencies of the bicubic upscale.
+            by_hand: the groups of some patches, by index, in place of those that their confidence gives.
+            earlier: patches of a run over the same analysis. Those with the same T, N and seed are taken over;
+                on a CPU the result is bit by bit that of a full run.
+            partial: also yield a Partial after every group that changed a patch, but for the last such group.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is below 1")
         device = self._execution_device
         clock = _Stopwatch(device)
-        grid, (height, width) = analysis.grid, analysis.bicubic.shape[-2:]
+        grid = analysis.grid
 
-        # 1. Group the patches by confidence (Eq. 2).
-        assignment = assign(analysis.patch_confidence, plan)  # N
-        total = plan.evaluations(assignment.bincount(minlength=len(GROUPS)).tolist())
+        # 1. Group the patches by confidence (Eq. 2), and see which of them are new.
+        assignment = assign(analysis.patch_confidence, plan, by_hand)  # N
+        start, steps = (torch.tensor(values)[assignment] for values in (plan.start, plan.steps))  # N, N
+        y0 = split(analysis.latents, grid)  # NxCxVxV
+        if earlier is None:
+            rendered = torch.ones(len(grid), dtype=torch.bool)
+            earlier = Sampled(y0, torch.zeros_like(start), torch.zeros_like(steps), seed)
+        else:
+            rendered = earlier.differs(start, steps, seed)
+        total = int(steps[rendered].sum())
 
         # 2. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = split(torch.randn(analysis.latents.shape, generator=generator), grid)  # NxCxVxV
 
         # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
-        y0 = split(analysis.latents, grid)  # NxCxVxV
-        x0 = torch.empty_like(y0, device=device)  # NxCxVxV
-        done, groups = 0, []
-        for group, (name, start, steps) in enumerate(zip(GROUPS, plan.start, plan.steps, strict=True)):
-            members = (assignment == group).nonzero()[:, 0]
+        x0 = torch.where(rendered[:, None, None, None], y0, earlier.patches).to(device)  # NxCxVxV
+        finished = ~rendered  # N
+        done, decode, groups = 0, 0.0, []
+        for group, name in enumerate(GROUPS):
+            members = ((assignment == group) & rendered).nonzero()[:, 0]
             clock.lap()
             spent = 0.0
             for first in range(0, len(members), batch_size):
@@ -258,32 +307,28 @@ class PatchScalerPipeline(DiffusionPipeline):
                 y0_batch = y0[batch].to(device)
                 noise_batch = noise[batch].to(device)
                 predict = self._predictor(y0_batch, analysis.prompt[batch].to(device))
-                run = denoise(predict, y0_batch, noise_batch, start, steps, self.scheduler)
+                run = denoise(predict, y0_batch, noise_batch, plan.start[group], plan.steps[group], self.scheduler)
                 for step, prediction, _ in run:
                     x0[batch] = prediction  # the last one counts
                     done += len(batch)
                     spent += clock.lap()
-                    yield Progress(group, step + 1, steps, len(batch), done, total)
+                    yield Progress(group, step + 1, plan.steps[group], len(batch), done, total)
                     clock.lap()
-            evaluations = steps * len(members)
-            groups.append(GroupReport(name, len(members), start, steps, evaluations, spent + clock.lap()))
+            count = int((assignment == group).sum())
+            evaluations = plan.steps[group] * len(members)
+            seconds = spent + clock.lap()
+            groups.append(GroupReport(name, count, plan.start[group], plan.steps[group], evaluations, seconds))
+            finished = finished | (assignment == group)
+            if partial and len(members) and done < total:
+                sampled = Sampled(x0.cpu().clone(), start * finished, steps * finished, seed)
+                picture, spent, _ = self._finish(analysis, x0, color_fix, clock)
+                decode += spent
+                yield Partial(group, picture, sampled)
 
-        # 4. Blend the overlapping patches once, and decode.
-        x_hr = merge(x0, grid)  # Cxhxw
-        _require_finite("the refined latent", x_hr)
-        merging = clock.lap()
-        output = decode_latents(self.vae, x_hr[None])[..., :height, :width]  # 1x3xHxW
-        decode = clock.lap()
-
-        # 5. Take the colours of the input, and give back its transparency.
-        if color_fix:
-            output = wavelet_color_fix(output, analysis.bicubic[None].to(device)).clamp(-1, 1)
-        _require_finite("the output", output)
-        alpha = analysis.picture.alpha
-        if alpha is not None:
-            alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
-        picture = Picture(output[0].cpu(), alpha, analysis.picture.notes)
-        color = clock.lap()
+        # 4. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
+        clock.lap()
+        picture, spent, color = self._finish(analysis, x0, color_fix, clock)
+        decode += spent
 
         yield Result(
             picture=picture,
@@ -293,12 +338,15 @@ class PatchScalerPipeline(DiffusionPipeline):
             groups=groups,
             seconds={
                 **{name: analysis.seconds[name] for name in ("encode", "restore", "retrieve")},
-                "refine": sum(group.seconds for group in groups) + merging,
+                "refine": sum(group.seconds for group in groups),
                 "decode": analysis.seconds["decode"] + decode,
                 "color": color,
             },
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
+            sampled=Sampled(x0.cpu(), start, steps, seed),
+            rendered=rendered,
+            by_hand=dict(by_hand or {}),
         )
 
     @torch.inference_mode()
@@ -313,6 +361,25 @@ class PatchScalerPipeline(DiffusionPipeline):
         pictures = [self.decode_priors(analysis.priors.values[index]) for index in chosen]
         queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen]
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
+
+    def _finish(
+        self, analysis: Analysis, x0: Tensor, color_fix: bool, clock: _Stopwatch
+    ) -> tuple[Picture, float, float]:
+        """Patches NxCxVxV as the upscaled picture, and the seconds of merging and decoding, and of the colours."""
+        height, width = analysis.bicubic.shape[-2:]
+        x_hr = merge(x0, analysis.grid)  # Cxhxw
+        _require_finite("the refined latent", x_hr)
+        output = decode_latents(self.vae, x_hr[None])[..., :height, :width]  # 1x3xHxW
+        decode = clock.lap()
+        if color_fix:
+            reference = analysis.bicubic[None].to(output.device)
+            output = wavelet_color_fix(output, reference).clamp(-1, 1)
+        _require_finite("the output", output)
+        alpha = analysis.picture.alpha
+        if alpha is not None:
+            alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
+        picture = Picture(output[0].cpu(), alpha, analysis.picture.notes)
+        return picture, decode, clock.lap()
 
     def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         """Algorithm 1 and the texture encoder, in batches: NxCxVxV -> Priors and prompt NxLxD, on the CPU."""
@@ -330,8 +397,9 @@ class PatchScalerPipeline(DiffusionPipeline):
         keys = self.transformer.prompt_keys(prompt)
 
         def predict(x_t: Tensor, t: int) -> Tensor:
-            times = torch.full((len(x_t),), t, device=x_t.device)  # N
-            return self.transformer(x_t, y0, times, keys)
+            # One time for all: besides being cheaper, its products then have the same shape in every batch,
+            # without which float32 results of a patch would depend on the size of its batch (by 2e-6).
+            return self.transformer(x_t, y0, torch.tensor([t], device=x_t.device), keys)
 
         return predict
 

@@ -42,3 +42,12 @@ def test_priors_sheet_has_a_row_for_each_patch():
     assert queried.height == bare.height and queried.width > bare.width
     assert bare.getpixel((70, 70)) == (0, 0, 0)  # inside the first prior
     assert queried.getpixel((70, 70)) == (255, 255, 255)  # inside the first patch
+
+
+def test_patches_set_by_hand_have_a_border():
+    grid, groups = PatchGrid(28, 28), torch.zeros(4, dtype=torch.long)
+    plain, marked = (qmap_overlay(torch.zeros(3, 224, 224), grid, groups, by_hand=hand) for hand in ((), (1,)))
+    white, black = (255, 255, 255), (0, 0, 0)
+    assert [marked.getpixel((x, 50)) for x in (113, 114, 115, 221, 222)] == [black, white, white, white, black]
+    for x in (10, 111, 120, 215):  # the other patch and the inside keep their colour
+        assert marked.getpixel((x, 50)) == plain.getpixel((x, 50))

@@ -120,6 +120,9 @@ def test_upload_run_and_drag(page):
     assert [int(text) for text in rows.locator("td:nth-child(2)").all_inner_texts()] == counts(page)
     assert page.locator("#timing table.stages tbody tr").count() == 6
 
+    assert page.locator("#timing svg.bar rect").count() == 8
+    assert page.locator("#histogram svg .threshold").count() == 2
+
     # 4. Drag gamma 1 to its end: groups and cost follow, gamma 2 keeps below, and the picture is called old.
     before, cost = counts(page), page.locator("#cost").inner_text()
     overlay = page.locator("#qmap img").get_attribute("src")
@@ -131,6 +134,7 @@ def test_upload_run_and_drag(page):
     expect(page.locator("#qmap img")).not_to_have_attribute("src", overlay)
     assert counts(page) != before and sum(counts(page)) == sum(before)
     assert page.locator("#cost").inner_text() != cost
+    expect(page.locator("#histogram")).to_contain_text("γ₁ 0.01")
     expect(page.get_by_label("Preset")).to_have_value("custom")
 
     # 5. The preset brings the dials back, and with them the picture is the latest; another seed makes it old again.
@@ -154,6 +158,59 @@ def test_stop_and_run_again(page, tmp_path):
     page.locator("#steps3 input[type=number]").fill("1")
     page.locator("#run").click()
     expect(page.locator("#status")).to_contain_text("Done in")
+
+
+def test_look_closely_spend_more_and_take_home(page):
+    # 1. A quick run, by a link's settings.
+    page.goto(f"{page.url}?plan=0.6,0.5,100,200,300,1,2,3&seed=4")
+    expect(page.locator("#steps3 input[type=number]")).to_have_value("3")
+    page.set_input_files("#input input[type=file]", PHOTO)
+    page.locator("#run").click()
+    expect(page.locator("#status")).to_contain_text("seed 4. 25 of 25 patches were rendered anew")
+    for pair in ("compare", "zoom"):
+        page.wait_for_function(f"document.querySelectorAll('#{pair} img').length == 2")
+
+    # 2. A click on the Qmap shows the patch there, and moves the zoom.
+    zoom = page.locator("#zoom img").first.get_attribute("src")
+    click_corner(page)
+    expect(page.locator("#inspector")).to_contain_text("Patch 24, pixels 384, 384 to 512, 512")
+    expect(page.locator("#inspected img")).to_have_count(3)
+    expect(page.locator("#zoom img").first).not_to_have_attribute("src", zoom)
+
+    # 3. By hand into another group: one patch would change, and one is rendered.
+    group = page.locator("#inspector p").inner_text()
+    other = "hard" if "simple" in group or "medium" in group else "simple"
+    page.get_by_label(f"Make it {other}").check()
+    click_corner(page)
+    expect(page.locator("#inspector")).to_contain_text(f"{other}, set by hand")
+    expect(page.locator("#stale")).to_contain_text("1 of 25 patches would change")
+    expect(page.locator("#cost")).to_contain_text("Run renders 1 of 25 patches anew")
+    page.locator("#run").click()
+    expect(page.locator("#status")).to_contain_text("1 of 25 patches were rendered anew")
+    page.locator("#reset").click()
+    expect(page.locator("#stale")).to_contain_text("1 of 25 patches would change")
+
+    # 4. Patch borders, budget, link and ZIP.
+    assert page.locator("#final .image-frame").evaluate("e => getComputedStyle(e, '::after').content") == "none"
+    page.locator("#seams input").check()
+    page.wait_for_function(
+        "getComputedStyle(document.querySelector('#final .image-frame'), '::after').content != 'none'"
+    )
+    budget = page.locator("#budget input[type=range]")
+    budget.focus()
+    budget.press("Home")
+    expect(page.locator("#gamma1 input[type=number]")).not_to_have_value("0.6")
+    assert counts(page)[0] == max(counts(page))
+    page.wait_for_function("!location.search.includes('plan=0.6,')")
+    page.locator("#pack").click()
+    expect(page.locator("#zip")).to_contain_text(".zip")
+
+
+def click_corner(page: Page) -> None:
+    box = page.locator("#qmap img").bounding_box()
+    side = min(box["width"], box["height"])  # the square overlay lies in the middle of its panel
+    x, y = box["x"] + box["width"] / 2 + 0.45 * side, box["y"] + box["height"] / 2 + 0.45 * side
+    page.mouse.click(x, y)
 
 
 def test_a_file_that_is_no_image_is_refused_by_name(page, tmp_path):

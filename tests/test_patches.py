@@ -94,3 +94,10 @@ def test_seams_on_a_gradient_are_blended(stride, largest):
     assert error.abs().max() <= 0.1 + 1e-6
     assert error.diff(dim=-1).abs().max() < largest * 0.2
     assert error.diff(dim=-2).abs().max() < 1e-6
+
+
+def test_the_nearest_patch_to_a_pixel():
+    grid = PatchGrid(28, 40)  # columns at 0, 12, 24; rows at 0, 12
+    for (x, y), index in {(0, 0): 0, (111, 0): 0, (113, 0): 1, (319, 0): 2, (0, 113): 3, (319, 223): 5}.items():
+        assert grid.nearest(x, y).index == index
+    assert grid.nearest(-5, 9999).index == 3

@@ -16,7 +16,7 @@ import patchscaler
 from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError, Picture, bicubic, to_pil, write_png
 from patchscaler.patches import split
-from patchscaler.pipeline import Progress, Result
+from patchscaler.pipeline import Partial, Progress, Result
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 500, 900), steps=(1, 2, 3))
 
@@ -268,3 +268,73 @@ def test_diffusers_autoencoders_in_the_vae_slot(make_vae):
 def test_decoded_priors_are_images(tiny_pipeline, analysis):
     images = tiny_pipeline.decode_priors(analysis.priors.values[0])
     assert images.shape == (3, 3, 128, 128) and images.abs().max() <= 1
+
+
+# Runs over parts
+
+
+def test_after_each_group_there_is_the_picture_so_far(tiny_pipeline, analysis, plan):
+    events = [e for e in tiny_pipeline.refine(analysis, plan, partial=True) if not isinstance(e, Progress)]
+    simple, medium, result = events
+    assert [type(event) for event in events] == [Partial, Partial, Result]
+    coarse, final = split(analysis.latents, analysis.grid), result.sampled.patches
+    for event, groups in ((simple, 1), (medium, 2)):
+        ready = result.assignment < groups
+        assert torch.equal(event.sampled.patches[ready], final[ready])
+        assert torch.equal(event.sampled.patches[~ready], coarse[~ready])
+        assert torch.equal(event.sampled.start > 0, ready) and torch.equal(event.sampled.steps > 0, ready)
+        assert event.picture.rgb.shape == result.picture.rgb.shape
+    assert torch.equal(result.picture.rgb, run(tiny_pipeline, analysis, plan).picture.rgb)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_what_changed_is_sampled_and_the_result_is_that_of_a_full_run(analysis, plan, dtype):
+    pipeline = make_tiny_pipeline().to(dtype)
+    ordered = analysis.patch_confidence.sort().values.double()
+    first = run(pipeline, analysis, plan)
+    evaluated = []
+    pipeline.transformer.register_forward_hook(lambda _, inputs, out: evaluated.append(len(out)))
+    for other, anew in [
+        (replace(plan, gamma1=ordered[4].item()), 1),  # one patch from medium to simple
+        (replace(plan, gamma2=ordered[0].item()), 2),  # two from hard to medium
+        (replace(plan, start=(300, 500, 900)), 3),
+        (replace(plan, start=(300, 500, 900), steps=(1, 2, 4)), 6),
+        (plan, 0),
+    ]:
+        evaluated.clear()
+        again = run(pipeline, analysis, other, earlier=first.sampled)
+        assert again.rendered.sum() == anew
+        reported = sum(group.evaluations for group in again.groups)
+        assert sum(evaluated) == reported == again.sampled.steps[again.rendered].sum()
+        full = run(pipeline, analysis, other)
+        assert torch.equal(again.picture.rgb, full.picture.rgb)
+        assert torch.equal(again.sampled.patches, full.sampled.patches)
+    assert run(pipeline, analysis, plan, seed=1, earlier=first.sampled).rendered.all()
+
+
+def test_a_stopped_run_is_taken_up_where_it_was_left(tiny_pipeline, analysis, plan):
+    left = next(e for e in tiny_pipeline.refine(analysis, plan, partial=True) if isinstance(e, Partial)).sampled
+    *_, result = events = [*tiny_pipeline.refine(analysis, plan, earlier=pickle.loads(pickle.dumps(left)))]
+    assert {event.group for event in events[:-1]} == {1, 2}
+    assert events[-2].done == events[-2].total == plan.evaluations([0, 3, 3])
+    assert torch.equal(result.picture.rgb, run(tiny_pipeline, analysis, plan).picture.rgb)
+
+
+@pytest.mark.parametrize("companions", [1, 2, 3, 5, 8])
+def test_no_bit_of_a_patch_depends_on_the_size_of_its_batch(tiny_pipeline, analysis, plan, companions):
+    alone = run(tiny_pipeline, analysis, plan, batch_size=companions)
+    assert torch.equal(alone.sampled.patches, run(tiny_pipeline, analysis, plan, batch_size=64).sampled.patches)
+
+
+def test_patches_put_into_a_group_by_hand(tiny_pipeline, analysis, plan):
+    plain = run(tiny_pipeline, analysis, plan)
+    moved = {int((plain.assignment == 0).nonzero()[0]): 2}
+    result = run(tiny_pipeline, analysis, plan, by_hand=moved, earlier=plain.sampled)
+    assert result.assignment.bincount().tolist() == [2, 3, 4]
+    assert result.rendered.nonzero().flatten().tolist() == list(moved)
+    assert torch.equal(result.picture.rgb, run(tiny_pipeline, analysis, plan, by_hand=moved).picture.rgb)
+    assert json.loads(result.png_text()["by_hand"]) == {str(index): 2 for index in moved}
+    assert "by_hand" not in plain.png_text()
+    for bad in ({9: 0}, {-1: 0}, {0: 3}):
+        with pytest.raises(ValueError, match="9 patches, 3 groups"):
+            run(tiny_pipeline, analysis, plan, by_hand=bad)

@@ -74,7 +74,7 @@ class PatchDiT(ModelMixin, ConfigMixin):
         Args:
             x_t: noisy patches, N×c×V×V.
             y0: coarse patches, N×c×V×V.
-            t: times, N integers in 1…1000.
+            t: times, N integers in 1…1000, or one for all.
             prompt: tokens N×L×prompt_width, or their `prompt_keys`, or None for no prompt.
 
         Returns:

@@ -6,7 +6,8 @@ from gradio.data_classes import FileData
 from pydantic import ValidationError
 
 from patchscaler.grouping import SamplingPlan
-from patchscaler.ui.handlers import Handlers, checked_plan, visible_error
+from patchscaler.ui.errors import visible_error
+from patchscaler.ui.handlers import Handlers, checked_plan
 
 PAPER = SamplingPlan.paper()
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from html import escape
 
+from PIL import Image
+
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, SamplingPlan
+from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import Progress, Result
+from patchscaler.ui import charts
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."
+NO_PATCH = '<p class="quiet">After a run, click a patch on the Qmap overlay to see what the method knows of it.</p>'
 NO_TIMING = '<p class="quiet">The seconds of every group and stage appear here after a run.</p>'
 STAGES = (
     ("encode", "Encode"),
@@ -26,10 +33,11 @@ def status(text: str, done: int = 0, total: int = 0) -> str:
     return f"<p>{escape(text)}</p>{bar}"
 
 
-def step(progress: Progress) -> str:
-    """What a progress event says, for the status line."""
-    group = GROUPS[progress.group].capitalize()
-    return f"{group}: step {progress.step} of {progress.steps}, {_patches(progress.patches)}"
+def step(progress: Progress, left: float, uniform: bool = False) -> str:
+    """What a progress event says, for the status line; `left` is in seconds."""
+    group = "Uniform baseline" if uniform else GROUPS[progress.group].capitalize()
+    done = f"step {progress.step} of {progress.steps}, {_patches(progress.patches)}"
+    return f"{group}: {done}, about {left:.0f} s left"
 
 
 def legend(counts: Sequence[int] = ()) -> str:
@@ -41,21 +49,102 @@ def legend(counts: Sequence[int] = ()) -> str:
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
-def cost(plan: SamplingPlan, counts: Sequence[int], width: int, height: int) -> str:
-    """What a run with `plan` will do, against every patch treated as hard at T 1000, N 20."""
-    evaluations = plan.evaluations(counts)
-    share = evaluations / SamplingPlan.uniform().evaluations(counts)
+def cost(
+    plan: SamplingPlan,
+    counts: Sequence[int],
+    width: int,
+    height: int,
+    anew: int,
+    evaluations: int,
+    seconds: float | None,
+) -> str:
+    """What `plan` costs, against every patch at T 1000, N 20, and what a run would do now.
+
+    `anew` patches with `evaluations` are not known from the last run; `seconds` is None before any run.
+    """
+    total = plan.evaluations(counts)
+    share = total / SamplingPlan.uniform().evaluations(counts)
+    expected = "" if seconds is None else f", about <b>{seconds:.1f} s</b> on this device"
     return (
-        f"<p>{width} × {height} pixels, {_patches(sum(counts))}, <b>{evaluations:,}</b> network evaluations: "
-        f"{share:.0%} of uniform sampling.</p>"
+        f"<p>{width} × {height} pixels, {_patches(sum(counts))}, <b>{total:,}</b> network evaluations: "
+        f"{share:.0%} of uniform sampling. Run renders {anew:,} of {_patches(sum(counts))} anew: "
+        f"{evaluations:,} evaluations{expected}.</p>"
     )
 
 
-def stale(made_with: SamplingPlan, seed: int, changed: int, patches: int) -> str:
-    """Says that the final picture belongs to an older plan."""
+def stale(made_with: SamplingPlan, seed: int, changed: int, patches: int, colors: bool) -> str:
+    """Says that the final picture belongs to an older plan; `colors`: to the other setting of the colour fix."""
+    also = " The colour fix was set the other way." if colors else ""
     return (
         f'<p class="stale">The final picture was made with an older plan: {escape(describe(made_with, seed))}. '
-        f"With the dials as they are, {changed} of {_patches(patches)} would change.</p>"
+        f"With the dials as they are, {changed} of {_patches(patches)} would change.{also}</p>"
+    )
+
+
+def unfinished(refined: int, patches: int) -> str:
+    """Says that the final picture is one of a stopped run, or of one that goes on."""
+    return (
+        f'<p class="stale">The final picture is partial: {refined} of {_patches(patches)} are refined, '
+        "the others are coarse.</p>"
+    )
+
+
+def patch(
+    index: int,
+    box: tuple[int, int, int, int],
+    confidence: float,
+    group: int,
+    plan: SamplingPlan,
+    by_hand: bool,
+    pictures: Sequence[tuple[str, Image.Image]],
+) -> str:
+    """A patch's facts and its pictures; `box` is its left, top, right and bottom pixel."""
+    hand = ", set by hand" if by_hand else ""
+    figures = "".join(_figure(picture, label) for label, picture in pictures)
+    return (
+        f"<p><b>Patch {index}</b>, pixels {box[0]}, {box[1]} to {box[2]}, {box[3]}: "
+        f"confidence <b>{confidence:.3f}</b>, "
+        f"{_swatch(group)}{GROUPS[group]}{hand}, T {plan.start[group]}, N {plan.steps[group]}</p>"
+        f'<div class="patches">{figures}</div>'
+    )
+
+
+def priors(pictures: Sequence[Image.Image], similarities: Sequence[float]) -> str:
+    """The texture priors of a patch, best first."""
+    figures = "".join(
+        _figure(picture, f"Prior {place}, similarity {similarity:.3f}")
+        for place, (picture, similarity) in enumerate(zip(pictures, similarities), start=1)
+    )
+    return f'<div class="patches priors">{figures}</div>'
+
+
+def baseline(evaluations: tuple[int, int], seconds: tuple[float, float]) -> str:
+    """What the plan saves: evaluations and seconds of sampling, each of the plan and of uniform sampling."""
+    fewer, sooner = evaluations[1] - evaluations[0], seconds[1] - seconds[0]
+    return (
+        f"<p>Uniform sampling (T 1000, N 20) needs <b>{evaluations[1]:,}</b> network evaluations and "
+        f"<b>{seconds[1]:.2f} s</b> of sampling, this plan {evaluations[0]:,} and {seconds[0]:.2f} s. "
+        f"Saved: <b>{fewer:,}</b> evaluations ({fewer / evaluations[1]:.0%}) and <b>{sooner:.2f} s</b>. "
+        "Seconds are evaluations times what one took in this run.</p>"
+    )
+
+
+def seams(grid: PatchGrid, width: int, height: int) -> str:
+    """A style that draws all patch borders over the panels: no picture is changed, and none is sent again."""
+    line = round(max(width, height) / 500, 1)
+    columns = {LATENT_PIXELS * (patch.left + more) for patch in grid.patches for more in (0, patch.size)}
+    rows = {LATENT_PIXELS * (patch.top + more) for patch in grid.patches for more in (0, patch.size)}
+    path = "".join([f"M{x} 0V{height}" for x in sorted(columns)] + [f"M0 {y}H{width}" for y in sorted(rows)])
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<path d="{path}" fill="none" stroke="white" stroke-width="{line}" stroke-opacity=".8"/>'
+        f'<path d="{path}" fill="none" stroke="black" stroke-width="{line / 2}" stroke-opacity=".8"/></svg>'
+    )
+    address = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return (
+        "<style>:is(#coarse, #qmap, #final, #compare) :is(.image-frame, .slider-wrap, .wrap)::after"
+        f'{{ content: ""; position: absolute; inset: 0; pointer-events: none; '
+        f"background: url({address}) center / contain no-repeat; }}</style>"
     )
 
 
@@ -65,10 +154,11 @@ def describe(plan: SamplingPlan, seed: int) -> str:
 
 
 def timing(result: Result, reused: bool) -> str:
-    """Two tables: each group's work, and the seconds of every stage. `reused`: the analysis is an earlier run's."""
+    """Bar and tables: each group's work, and the seconds of every stage. `reused`: the analysis is an earlier run's."""
     rows = "".join(
         f'<tr><th scope="row">{_swatch(i)}{group.name.capitalize()}</th><td>{group.patches}</td><td>{group.start}</td>'
-        f"<td>{group.steps}</td><td>{group.evaluations:,}</td><td>{group.seconds:.2f}</td></tr>"
+        f"<td>{group.steps}</td><td>{group.evaluations:,}</td><td>{group.seconds:.2f}</td>"
+        f"<td>{_per_step(group.seconds, group.evaluations)}</td></tr>"
         for i, group in enumerate(result.groups)
     )
     totals = [sum(getattr(group, name) for group in result.groups) for name in ("patches", "evaluations", "seconds")]
@@ -77,14 +167,31 @@ def timing(result: Result, reused: bool) -> str:
         for name, label in STAGES
     )
     return (
+        f"{charts.time_bar(result, STAGES)}"
         '<div class="tables"><table class="groups"><caption>Groups</caption><thead><tr>'
         '<th scope="col">Group</th><th scope="col">Patches</th><th scope="col">T</th><th scope="col">N</th>'
-        '<th scope="col">Network evaluations</th><th scope="col">Seconds</th></tr></thead>'
+        '<th scope="col">Network evaluations</th><th scope="col">Seconds</th>'
+        '<th scope="col">ms per patch-step</th></tr></thead>'
         f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">All</th><td>{totals[0]}</td><td></td><td></td>'
-        f"<td>{totals[1]:,}</td><td>{totals[2]:.2f}</td></tr></tfoot></table>"
+        f"<td>{totals[1]:,}</td><td>{totals[2]:.2f}</td>"
+        f"<td>{_per_step(totals[2], totals[1])}</td></tr></tfoot></table>"
         '<table class="stages"><caption>Stages</caption><thead><tr><th scope="col">Stage</th>'
         f'<th scope="col">Seconds</th></tr></thead><tbody>{stages}</tbody></table></div>'
     )
+
+
+def _figure(picture: Image.Image, label: str) -> str:
+    """An image within the HTML itself: it needs no file, and is exact."""
+    data = io.BytesIO()
+    picture.save(data, "PNG", compress_level=1)
+    source = base64.b64encode(data.getvalue()).decode()
+    label = escape(label)
+    return f'<figure><img src="data:image/png;base64,{source}" alt="{label}"><figcaption>{label}</figcaption></figure>'
+
+
+def _per_step(seconds: float, evaluations: int) -> str:
+    """Milliseconds per evaluation of one patch; a group whose patches were all taken over has none."""
+    return f"{1000 * seconds / evaluations:.1f}" if evaluations else "–"
 
 
 def _note(stage: str, reused: bool) -> str:

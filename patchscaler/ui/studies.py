@@ -1,24 +1,37 @@
-"""What is known about an image before any diffusion step, and the few images for which that is kept."""
+"""What is known about an image, and the few images for which that is kept."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock
 
 from PIL import Image
 
-from patchscaler.pipeline import Analysis
+from patchscaler.figures import grey_preview
+from patchscaler.pipeline import Analysis, Sampled
 
-KEPT_PIXELS = 32_000_000  # of output, over all kept analyses: about 1.5 GB
+KEPT_PIXELS = 32_000_000  # of output, over all kept studies: about 2 GB
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Study:
-    """An image's analysis and the sheet of its texture priors."""
+    """An image's analysis, the sheet of its texture priors, and what later runs need not do again.
+
+    Refined patches depend on the image, (T, N) and the seed only, so whoever asks may take over anybody's.
+    """
 
     analysis: Analysis
     priors: Image.Image
+    sampled: Sampled | None = None  # of the latest run, finished or stopped
+    uniform: Sampled | None = None  # of the latest uniform baseline
+    prior_images: dict[int, list[Image.Image]] = field(default_factory=dict)  # of inspected patches
+
+    @cached_property
+    def grey(self) -> Image.Image:
+        """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
+        return grey_preview(self.analysis.coarse)
 
 
 class Studies:
