@@ -1,4 +1,4 @@
-"""The command line, on a tiny random pipeline."""
+"""The command `upscale`, on a tiny random pipeline. Those that evaluate: test_evaluation.py."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from corpus import write as write_corpus
 from PIL import Image
 
 from patchscaler import __version__
-from patchscaler.cli import main
+from patchscaler.__main__ import main
 from patchscaler.grouping import SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
 
