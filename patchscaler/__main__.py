@@ -1,8 +1,27 @@
-"""``python -m patchscaler``."""
+"""``python -m patchscaler COMMAND``. Each command adds its own parser, and the function that it stands for."""
 
+from __future__ import annotations
+
+import argparse
 import sys
 
-from patchscaler.cli import main
+from patchscaler import cli
+from patchscaler.evaluation import benchmark, sweep
+from patchscaler.options import UsageError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns 0, or 1 if something in it failed; exits with 2 on a usage error."""
+    parser = argparse.ArgumentParser(prog="patchscaler", description="PatchScaler x4 super-resolution")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (cli, benchmark, sweep):
+        command.add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UsageError as error:
+        parser.error(str(error))
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Collection
@@ -16,6 +17,7 @@ from patchscaler.devices import pick_device, pick_dtype
 from patchscaler.pipeline import PatchScalerPipeline
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "assets" / "weights" / "compact"
+CHECKSUMS = "SHA256SUMS"  # as `sha256sum` writes and checks it
 
 
 class CheckpointError(ValueError):
@@ -31,14 +33,53 @@ def load_pipeline(
 
     ``source`` is a folder or a Hub id "owner/name". Device and dtype are the best there are unless given.
     Only safetensors are read, only classes of this package and of diffusers are built, and a missing or
-    unexpected component, config key or weight raises CheckpointError, where diffusers would only warn.
+    unexpected component, config key or weight raises CheckpointError, where diffusers would only warn. So does
+    a file that is not as the folder's SHA256SUMS has it; a folder without that list is taken as it is.
     """
     device = pick_device(device)
     dtype = dtype or pick_dtype(device)
     folder = _folder(source)
+    _check_checksums(folder)
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
     components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
     return PatchScalerPipeline(**components).to(device)
+
+
+def write_checksums(folder: Path) -> None:
+    """List the files of a pipeline folder in its SHA256SUMS, by which `load_pipeline` will know them again."""
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in _pipeline_files(folder)]
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def _check_checksums(folder: Path) -> None:
+    try:
+        lines = (folder / CHECKSUMS).read_text().splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CHECKSUMS} cannot be read: {error}") from error
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = _pipeline_files(folder)
+    _refuse_differences(f"{folder}: files of {CHECKSUMS}", listed.keys() - set(found), set(found) - listed.keys())
+    for name in found:
+        if _sha256(folder / name) != listed[name]:
+            raise CheckpointError(f"{folder / name} was altered or cut off: it is not as {CHECKSUMS} has it")
+
+
+def _pipeline_files(folder: Path) -> list[str]:
+    """All that is loaded from a pipeline folder, by relative path; not the model card, nor what training keeps."""
+    parts = inspect.signature(PatchScalerPipeline).parameters
+    files = [folder / PatchScalerPipeline.config_name]
+    files += [file for part in parts for kind in ("*.json", "*.safetensors") for file in (folder / part).glob(kind)]
+    return sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _folder(source: str | Path) -> Path:
@@ -47,7 +88,7 @@ def _folder(source: str | Path) -> Path:
     if isinstance(source, Path) or source.count("/") != 1:
         raise CheckpointError(f"{source} is neither a folder nor a Hub id like owner/name")
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", CHECKSUMS]))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source} is no folder, and the Hub does not give it: {error}") from error
 

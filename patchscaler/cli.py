@@ -12,25 +12,37 @@ from pathlib import Path
 
 from PIL import Image
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, CheckpointError, load_pipeline
+from patchscaler.checkpoints import CheckpointError, load_pipeline
 from patchscaler.devices import pick_device
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import PRESETS, SamplingPlan
+from patchscaler.grouping import SamplingPlan
 from patchscaler.images import FORMATS, Picture, picture_from_pil, read_picture, write_png
+from patchscaler.options import UsageError, add_pipeline_options, add_plan_option
 from patchscaler.pipeline import Analysis, PatchScalerPipeline, Progress, Result
 
 STAGES = ("coarse", "qmap", "priors")
 PRIOR_ROWS = 8  # patches on the priors sheet
 
 
-class UsageError(ValueError):
-    """The arguments cannot be carried out; nothing was run or written."""
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """The command `upscale`."""
+    upscale = commands.add_parser("upscale", help="upscale image files and folders by 4")
+    upscale.set_defaults(run=run)
+    add = upscale.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file, or a folder of them")
+    add("-o", "--out", type=Path, required=True, help="folder for NAME.png")
+    add_plan_option(upscale)
+    add("--gamma1", type=float, help="confidence above which a patch is simple")
+    add("--gamma2", type=float, help="confidence up to which a patch is hard")
+    add("--start", type=_three, metavar="T1,T2,T3", help="start time of simple, medium, hard: 1 to 1000")
+    add("--steps", type=_three, metavar="N1,N2,N3", help="sampling steps of simple, medium, hard")
+    add_pipeline_options(upscale)
+    add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
+    add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 1 if any input failed; exits with 2 on a usage error."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Upscale what the arguments name. Returns 0, or 1 if any input failed; raises UsageError."""
     try:
         plan = _plan(args)
         sources = _sources(args.inputs)
@@ -38,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        raise UsageError(str(error)) from error
     try:
         pipeline = load_pipeline(args.weights, device=device)
     except CheckpointError as error:
@@ -60,28 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     return failed
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="patchscaler", description="PatchScaler x4 super-resolution")
-    upscale = parser.add_subparsers(dest="command", required=True).add_parser(
-        "upscale", help="upscale image files and folders by 4"
-    )
-    add = upscale.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file, or a folder of them")
-    add("-o", "--out", type=Path, required=True, help="folder for NAME.png")
-    add("--plan", default="paper", help=f"{', '.join(PRESETS)} or FILE.json (default: paper)")
-    add("--gamma1", type=float, help="confidence above which a patch is simple")
-    add("--gamma2", type=float, help="confidence up to which a patch is hard")
-    add("--start", type=_three, metavar="T1,T2,T3", help="start time of simple, medium, hard: 1 to 1000")
-    add("--steps", type=_three, metavar="N1,N2,N3", help="sampling steps of simple, medium, hard")
-    add("--seed", type=_seed, default=0, help="whole number from 0 to 2^63 - 1 (default: 0)")
-    add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
-    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
-    add("--batch-size", type=_positive, default=64, help="patches at once (default: 64)")
-    add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
-    add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
-    return parser
-
-
 def _three(text: str) -> tuple[int, ...]:
     values = tuple(int(part) for part in text.split(","))
     if len(values) != 3:
@@ -89,28 +79,10 @@ def _three(text: str) -> tuple[int, ...]:
     return values
 
 
-def _seed(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is outside 0..2^63-1")
-    return value
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
 def _plan(args: argparse.Namespace) -> SamplingPlan:
     """The preset or file, with the single values given beside it put in its place."""
-    if args.plan in PRESETS:
-        plan = PRESETS[args.plan]
-    elif Path(args.plan).is_file():
-        plan = SamplingPlan.from_json(Path(args.plan).read_text(encoding="utf-8"))
-    else:
-        raise UsageError(f"plan {args.plan!r} is neither one of {', '.join(PRESETS)} nor a file")
     given = {name: getattr(args, name) for name in ("gamma1", "gamma2", "start", "steps")}
-    return dataclasses.replace(plan, **{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(args.plan, **{name: value for name, value in given.items() if value is not None})
 
 
 def _sources(inputs: list[Path]) -> list[Path]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_INPUT_PIXELS = 4_000_000
+OUTPUT_PER_INPUT = 16  # pixels, at 4 times the width and height
+MAX_PARTS = 10_000  # PNG chunks, JPEG segments or GIF comments; Pillow walks them in Python
+MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
+JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 ORIENTATION_TAG = 0x0112
 TURNS = {  # what undoes each EXIF orientation but 1
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,6 +37,34 @@ TURNS = {  # what undoes each EXIF orientation but 1
 
 class ImageError(ValueError):
     """An image that is refused; the message names the value and the limit and can be shown to a visitor."""
+
+
+class LimitError(ValueError):
+    """A limit in the environment that cannot be; the message names the variable."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a picture may be before and after upscaling, in pixels, and its file, in bytes."""
+
+    input_pixels: int = MAX_INPUT_PIXELS
+    output_pixels: int = OUTPUT_PER_INPUT * MAX_INPUT_PIXELS
+    file_bytes: int = 20 * 2**20
+
+    @classmethod
+    def from_environment(cls) -> Limits:
+        """The defaults, or what PATCHSCALER_MAX_INPUT_PIXELS, _OUTPUT_PIXELS and _FILE_BYTES put in their place.
+
+        Raises LimitError for a setting that is not a whole number of at least 1.
+        """
+        given = {}
+        for field in fields(cls):
+            name = f"PATCHSCALER_MAX_{field.name.upper()}"
+            if text := os.environ.get(name):
+                if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
+                    raise LimitError(f"{name}={text!r} is not a whole number from 1 to {10**18 - 1}")
+                given[field.name] = int(text)
+        return cls(**given)
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value, so fields cannot be compared
@@ -55,40 +88,45 @@ class Picture:
         return self.rgb.shape[-1]
 
 
-def read_picture(source: str | Path, max_input_pixels: int = MAX_INPUT_PIXELS) -> Picture:
+def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Picture:
     """Decode a PNG, JPEG, WebP, TIFF, BMP or GIF file as `picture_from_pil` does.
 
     The format is told from the content, never from the name. Raises ImageError for a file that cannot be
-    opened, is of another format, is damaged or cut off, or has more than `max_input_pixels`, which its header
-    tells before anything is decoded.
+    opened, is too large, is of another format, is damaged or cut off, or has too many pixels, which its header
+    tells before anything is decoded. The limits are the environment's; ``max_input_pixels`` takes the place of
+    those on pixels.
     """
+    limits = _limits(max_input_pixels)
     try:
-        file = open(source, "rb")
+        with open(source, "rb") as file:
+            data = file.read(limits.file_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ImageError(f"cannot open the file: {getattr(error, 'strerror', None) or error}") from error
-    with file:
-        image = _open(file, max_input_pixels)
+    if len(data) > limits.file_bytes:
+        raise ImageError(f"the file is too large; the limit is {limits.file_bytes:,} bytes")
+    _check_parts(data)
+    with _refusing(limits):
+        image = _open(data, limits)
         if image.format == "PNG":  # decoding skips the checksums of the pixel data; verify() does not
-            with _refusing(max_input_pixels):
-                image.verify()
-            file.seek(0)
-            image = _open(file, max_input_pixels)
+            image.verify()
+            image = _open(data, limits)
         return picture_from_pil(image, max_input_pixels)
 
 
-def picture_from_pil(image: Image.Image, max_input_pixels: int = MAX_INPUT_PIXELS) -> Picture:
+def picture_from_pil(image: Image.Image, max_input_pixels: int | None = None) -> Picture:
     """Turn a Pillow image of any mode into a Picture.
 
     EXIF orientation is applied and an embedded colour profile is converted to sRGB. The colour of fully
     transparent pixels is kept. Of several frames, the first is used. 16-bit grey is divided by 65535. Of
     16-bit colour Pillow keeps the high byte, which is within one level of the exact 8-bit value. Grey of mode
     I or F is divided by the smallest of 1 (F only), 255 and 65535 that holds its largest value. Grey values
-    that are negative, larger or not finite raise ImageError, as do damaged pixels and more than
-    `max_input_pixels`.
+    that are negative, larger or not finite raise ImageError, as do damaged pixels and more pixels than
+    ``max_input_pixels``, or than the environment's limits if it is not given.
     """
-    _check_size(image, max_input_pixels)
+    limits = _limits(max_input_pixels)
+    _check_size(image, limits)
     notes = []
-    with _refusing(max_input_pixels):
+    with _refusing(limits):
         if getattr(image, "is_animated", False):
             notes.append("Only the first frame is used.")
             image.seek(0)
@@ -142,8 +180,15 @@ def bicubic(image: Tensor, scale: float = 4) -> Tensor:
     return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
+def _limits(max_input_pixels: int | None) -> Limits:
+    limits = Limits.from_environment()
+    if max_input_pixels is None:
+        return limits
+    return Limits(max_input_pixels, OUTPUT_PER_INPUT * max_input_pixels, limits.file_bytes)
+
+
 @contextmanager
-def _refusing(max_input_pixels: int) -> Iterator[None]:
+def _refusing(limits: Limits) -> Iterator[None]:
     """Turn whatever a decoder raises into an ImageError."""
     try:
         yield
@@ -153,23 +198,57 @@ def _refusing(max_input_pixels: int) -> Iterator[None]:
         raise ImageError("not a readable PNG, JPEG, WebP, TIFF, BMP or GIF image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         over = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"  # Pillow refused before the size could be asked
-        raise ImageError(f"{over}; the limit is {max_input_pixels:,}") from error
+        raise ImageError(f"{over}; the limit is {limits.input_pixels:,}") from error
     except Exception as error:  # on hostile bytes decoders raise nearly anything, even SyntaxError
-        raise ImageError(f"the image is damaged or cannot be decoded: {error}") from error
+        reason = str(error)[:120] or type(error).__name__
+        raise ImageError(f"the image is damaged or cannot be decoded: {reason}") from error
 
 
-def _open(file: io.BufferedReader, max_input_pixels: int) -> Image.Image:
-    with _refusing(max_input_pixels):
-        image = Image.open(file, formats=FORMATS)
-    _check_size(image, max_input_pixels)
+def _check_parts(data: bytes) -> None:
+    """Refuse a PNG, JPEG or GIF that is small, but made to keep a decoder busy for hours."""
+    parts = scans = place = 0
+    if data.startswith(b"\x89PNG"):
+        place = 8
+        while place < len(data) and parts <= MAX_PARTS:
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+            parts += 1
+    elif data.startswith(b"\xff\xd8"):
+        while (marker := JPEG_MARKER.search(data, place)) and parts <= MAX_PARTS and scans <= MAX_SCANS:
+            place, code = marker.end(), marker[1][0]
+            if code == 0xD9:  # end of the image; phones append others, and films
+                break
+            if code > 0x01 and code != 0xD8:  # those two have no length
+                place += int.from_bytes(data[place : place + 2], "big")
+            parts += 1
+            scans += code == 0xDA
+    elif data.startswith(b"GIF8"):
+        parts = data.count(b"\x21\xfe")  # a few hundred by chance; joining comments takes Pillow quadratic time
+    if parts > MAX_PARTS:
+        raise ImageError(f"the file has more parts than any picture needs; the limit is {MAX_PARTS:,}")
+    if scans > MAX_SCANS:
+        raise ImageError(f"the file has more scans than any picture needs; the limit is {MAX_SCANS}")
+
+
+def _open(data: bytes, limits: Limits) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image, limits)
+    if image.format == "TIFF":  # libtiff decodes whole tiles, however small the image
+        tags = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
+        width, height = (int(image.tag_v2.get(tag, 0)) for tag in tags)
+        if width * height > limits.input_pixels:
+            raise ImageError(f"its tiles are {width}×{height} pixels; the limit is {limits.input_pixels:,}")
     return image
 
 
-def _check_size(image: Image.Image, max_input_pixels: int) -> None:
+def _check_size(image: Image.Image, limits: Limits) -> None:
     width, height = image.size
-    if width * height > max_input_pixels:
-        raise ImageError(f"{width}×{height} is {width * height:,} pixels; the limit is {max_input_pixels:,}")
-    if width * height == 0:
+    pixels = width * height
+    if pixels > limits.input_pixels:
+        raise ImageError(f"{width}×{height} is {pixels:,} pixels; the limit is {limits.input_pixels:,}")
+    if OUTPUT_PER_INPUT * pixels > limits.output_pixels:
+        output = f"{OUTPUT_PER_INPUT * pixels:,} pixels after upscaling"
+        raise ImageError(f"{width}×{height} would be {output}; the limit is {limits.output_pixels:,}")
+    if pixels == 0:
         raise ImageError(f"{width}×{height} has no pixels; at least 1×1 is needed")
 
 

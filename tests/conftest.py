@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from patchscaler.images import Picture
+from patchscaler.images import Picture, read_picture
 from patchscaler.models import (
     GRM,
     CompactAutoencoder,
@@ -53,3 +53,15 @@ def picture() -> Picture:
     smooth = torch.linspace(-0.8, 0.8, 64)[None, :, None].expand(3, 64, 80)
     noise = torch.rand(3, 64, 80, generator=generator) - 0.5
     return Picture((smooth + noise * torch.linspace(-0.2, 1, 80).clamp(0)).clamp(-1, 1))
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`read_picture` of the bytes of a file."""
+
+    def read_bytes(data: bytes, **options) -> Picture:
+        path = tmp_path / "input"
+        path.write_bytes(data)
+        return read_picture(path, **options)
+
+    return read_bytes

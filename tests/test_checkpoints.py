@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from patchscaler import checkpoints
-from patchscaler.checkpoints import CheckpointError, load_pipeline
+from patchscaler.checkpoints import CHECKSUMS, CheckpointError, load_pipeline, write_checksums
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture
 from patchscaler.pipeline import PatchScalerPipeline
@@ -138,6 +139,53 @@ def test_pickles_are_never_read(copied):
         load(copied)
 
 
+@pytest.fixture
+def summed(copied):
+    write_checksums(copied)
+    return copied
+
+
+def test_checksums_are_those_of_every_file_that_is_loaded(summed):
+    (summed / "README.md").write_text("the card may change")
+    (summed / "training").mkdir()
+    (summed / "training" / "grm.json").write_text("{}")
+    assert isinstance(load(summed), PatchScalerPipeline)
+    lines = (summed / CHECKSUMS).read_text().splitlines()
+    assert len(lines) == 1 + 6 * 2 + 1  # model_index.json, six models of config and weights, the scheduler
+    digest = hashlib.sha256((summed / "grm" / WEIGHTS).read_bytes()).hexdigest()
+    assert f"{digest}  grm/{WEIGHTS}" in lines
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+@pytest.mark.parametrize("name", [f"transformer/{WEIGHTS}", "vae/config.json", "model_index.json"])
+def test_one_flipped_bit_is_found_and_its_file_named(summed, name, place):
+    data = bytearray((summed / name).read_bytes())
+    data[place] ^= 1
+    (summed / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name} was altered or cut off"):
+        load(summed)
+
+
+def test_a_file_that_was_cut_off_is_named(summed):
+    file = summed / "texture_memory" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"texture_memory/{WEIGHTS} was altered or cut off"):
+        load(summed)
+
+
+def test_files_that_are_missing_or_not_on_the_list_are_named(summed):
+    (summed / "grm" / WEIGHTS).unlink()
+    (summed / "vae" / "more.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"missing \['grm/{WEIGHTS}'\], unexpected \['vae/more.safetensors'\]"):
+        load(summed)
+
+
+def test_checksums_that_are_no_text_are_refused(summed):
+    (summed / CHECKSUMS).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match=f"{CHECKSUMS} cannot be read"):
+        load(summed)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -178,7 +226,7 @@ def test_hub_ids_are_downloaded(saved, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "snapshot_download", download)
     assert isinstance(load("someone/patchscaler"), PatchScalerPipeline)
-    assert asked == {"source": "someone/patchscaler", "allow_patterns": ["*.json", "*.safetensors"]}
+    assert asked == {"source": "someone/patchscaler", "allow_patterns": ["*.json", "*.safetensors", CHECKSUMS]}
 
 
 def test_neither_folder_nor_hub_id(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command line, on a tiny random pipeline."""
+"""The command `upscale`, on a tiny random pipeline. Those that evaluate: test_evaluation.py."""
 
 import json
 import subprocess
@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+from corpus import write as write_corpus
 from PIL import Image
 
 from patchscaler import __version__
-from patchscaler.cli import main
+from patchscaler.__main__ import main
 from patchscaler.grouping import SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
 
@@ -104,6 +105,35 @@ def test_folder_with_a_bad_file(upscale, tmp_path, capsys):
     assert [entry["input"][-6:] for entry in json.loads(report.read_text())] == ["/a.png", "c.webp"]
     errors = capsys.readouterr().err
     assert "b.jpg: " in errors and "missing.png: " in errors and "notes.txt" not in errors
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of broken tags
+def test_the_whole_corpus_in_one_run(weights, tmp_path, capfd):
+    (tmp_path / "in").mkdir()
+    files = write_corpus(tmp_path / "in")
+    arguments = ["--device", "cpu", "--weights", str(weights), "--start", "1,1,1", "--steps", "1,1,1"]
+    assert main(["upscale", "-o", str(tmp_path / "out"), *arguments, "--", *(str(path) for path, _ in files)]) == 1
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors and "Error" not in errors
+    for path, case in files:
+        lines = [line for line in errors.splitlines() if line.startswith(f"{path}: ")]
+        if case.refused is not None:
+            assert len(lines) == 1 and case.refused in lines[0], case.name
+            continue
+        assert case.note in " ".join(lines)
+        with Image.open(tmp_path / "out" / f"{path.stem}.png") as image:
+            image.load()
+            assert image.size == (4 * case.size[0], 4 * case.size[1]), case.name
+            assert image.mode == ("RGBA" if case.alpha else "RGB"), case.name
+            assert not image.getexif() and set(image.info) == {"Software", "plan", "seed"}
+    assert written(tmp_path) == sorted(f"{path.stem}.png" for path, case in files if case.refused is None)
+
+
+def test_a_bad_limit_is_said_for_the_file(upscale, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATCHSCALER_MAX_INPUT_PIXELS", "lots")
+    save_image(tmp_path / "a.png")
+    assert upscale("a.png") == 1
+    assert "PATCHSCALER_MAX_INPUT_PIXELS='lots' is not a whole number" in capsys.readouterr().err
 
 
 def test_failure_while_sampling_leaves_nothing(upscale, tmp_path, monkeypatch, capsys):

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
+import shutil
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from patchscaler.__main__ import main
+from patchscaler.checkpoints import load_pipeline
 from patchscaler.evaluation import benchmark as bench
-from patchscaler.evaluation import components
-from patchscaler.evaluation.metrics import psnr_rgb, psnr_y
+from patchscaler.evaluation import components, reliability, scores, tables
+from patchscaler.evaluation import sweep as sweeps
+from patchscaler.evaluation.metrics import psnr_rgb, psnr_y, seam_score
 from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
 from patchscaler.patches import PatchGrid
@@ -18,6 +26,8 @@ from patchscaler.patches import PatchGrid
 PLAN = SamplingPlan(0.6, 0.4, start=(20, 30, 40), steps=(1, 2, 3))
 # 40x36 becomes 160x144: a grid of 2x2 patches. 8x11 is smaller than one patch.
 SIZES = {"rock": (40, 36), "dot": (8, 11)}
+METHODS = ["bicubic", "coarse", "final", "no prompt", "uniform"]
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def texture(height: int, width: int, seed: int) -> torch.Tensor:
@@ -27,10 +37,11 @@ def texture(height: int, width: int, seed: int) -> torch.Tensor:
     return sum(torch.nn.functional.interpolate(x, (height, width), mode="bicubic")[0] for x in layers).tanh()
 
 
-@pytest.fixture
-def folders(tmp_path) -> tuple[Path, Path]:
-    """Folders of inputs and of truths, which are not all of one format."""
-    lr, hr = tmp_path / "lr", tmp_path / "hr"
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of inputs and of truths, which are not all of one format. Shared: do not change them."""
+    root = tmp_path_factory.mktemp("pairs")
+    lr, hr = root / "lr", root / "hr"
     lr.mkdir()
     hr.mkdir()
     for seed, (name, (height, width)) in enumerate(SIZES.items()):
@@ -78,24 +89,31 @@ def test_eight_bits_are_what_a_file_gives_back(tmp_path):
     torch.testing.assert_close(components.to_8bit(image), back)
 
 
-def test_every_method_of_every_image_has_its_row(tiny_pipeline, folders, tmp_path):
-    lr, hr = folders
-    out = tmp_path / "out"
-    summary = bench.benchmark(tiny_pipeline, bench.find_pairs(lr, hr), out, PLAN, uniform=True)
+@pytest.fixture(scope="module")
+def weights(tiny_pipeline, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_pipeline, folders, tmp_path_factory) -> tuple[str, Path]:
+    """The summary of one run with truths, and its folder."""
+    out = tmp_path_factory.mktemp("measured")
+    return bench.benchmark(tiny_pipeline, bench.find_pairs(*folders), out, PLAN, seed=3), out
+
+
+def test_every_method_of_every_image_has_its_row(measured):
+    summary, out = measured
     rows = read_rows(out)
-    assert list(rows[0]) == [
-        *("image", "method", "psnr_y", "ssim_y", "spectrum_distance"),
-        *("simple", "medium", "hard", "evaluations", "seconds"),
-    ]
-    methods = ["bicubic", "coarse", "final", "uniform"]
-    assert [(row["image"], row["method"]) for row in rows] == [(i, m) for i in ("dot", "rock") for m in methods]
+    assert [(row["image"], row["method"]) for row in rows] == [(i, m) for i in ("dot", "rock") for m in METHODS]
 
     patches = {"dot": 1, "rock": 4}
     for row in rows:
-        if row["method"] in ("final", "uniform"):
+        if row["method"] not in ("bicubic", "coarse"):
             counts = [int(row[group]) for group in GROUPS]
             assert sum(counts) == patches[row["image"]]
-            plan = PLAN if row["method"] == "final" else SamplingPlan.uniform()
+            plan = SamplingPlan.uniform() if row["method"] == "uniform" else PLAN
             assert int(row["evaluations"]) == plan.evaluations(counts)
             assert float(row["seconds"]) > 0
 
@@ -107,49 +125,161 @@ def test_every_method_of_every_image_has_its_row(tiny_pipeline, folders, tmp_pat
     assert "Spearman" in summary
 
 
-def test_rows_score_what_the_pipeline_gives(tiny_pipeline, folders, tmp_path):
-    lr, hr = folders
-    pairs = bench.find_pairs(lr, hr)
-    bench.benchmark(tiny_pipeline, pairs, tmp_path, PLAN, seed=3)
-    scores = {(row["image"], row["method"]): float(row["psnr_y"]) for row in read_rows(tmp_path)}
-    for low, high in pairs:
+def test_rows_score_what_the_pipeline_gives(measured, tiny_pipeline, folders, tmp_path):
+    rows = {(row["image"], row["method"]): row for row in read_rows(measured[1])}
+    for low, high in bench.find_pairs(*folders):
         truth, picture = read_picture(high).rgb, read_picture(low)
         enlarged = read_picture(write_png(Picture(bicubic(picture.rgb[None])[0]), tmp_path / "up.png")).rgb
-        assert scores[low.stem, "bicubic"] == pytest.approx(psnr_y(enlarged, truth), abs=1e-4)
+        assert float(rows[low.stem, "bicubic"]["psnr_y"]) == pytest.approx(psnr_y(enlarged, truth), abs=1e-4)
         final = tiny_pipeline(picture, PLAN, 3).picture
         final = read_picture(write_png(final, tmp_path / "final.png")).rgb
-        assert scores[low.stem, "final"] == pytest.approx(psnr_y(final, truth), abs=1e-4)
-    assert scores["rock", "bicubic"] > scores["rock", "final"]  # the weights are random
+        assert float(rows[low.stem, "final"]["psnr_y"]) == pytest.approx(psnr_y(final, truth), abs=1e-4)
+    # `final` is that of rock, 160x144. Patches begin at 0 and 32 or 16, and end at 128 and at the edge.
+    seams = seam_score(final, rows=(32, 128), columns=(16, 128))
+    assert float(rows["rock", "final"]["seam_score"]) == pytest.approx(seams, abs=1e-4)
+    assert rows["dot", "final"]["seam_score"] == ""  # one patch has no borders
+    # The weights are random.
+    for metric in ("psnr_y", "ssim_y", "haarpsi", "fsim", "vsi"):
+        assert float(rows["rock", "bicubic"][metric]) > float(rows["rock", "final"][metric])
+    assert float(rows["rock", "bicubic"]["mdsi"]) < float(rows["rock", "final"]["mdsi"])
 
 
-def test_without_truth_only_the_costs_are_known(tiny_pipeline, folders, tmp_path):
+def test_no_prompt_is_the_null_prompt(measured, tiny_pipeline, folders, monkeypatch):
+    """As `PatchDiT` itself has it, for which no prompt is None."""
+    rows = {(row["image"], row["method"]): row for row in read_rows(measured[1])}
+    prompt_keys = tiny_pipeline.transformer.prompt_keys
+    monkeypatch.setattr(tiny_pipeline.transformer, "prompt_keys", lambda prompt: prompt_keys(None))
+    low, high = bench.find_pairs(*folders)[1]
+    output = components.to_8bit(tiny_pipeline(low, PLAN, 3).picture.rgb)
+    expected = psnr_y(output, read_picture(high).rgb)
+    assert float(rows["rock", "no prompt"]["psnr_y"]) == pytest.approx(expected, abs=1e-4)
+    assert abs(float(rows["rock", "final"]["psnr_y"]) - expected) > 1e-3
+
+
+def test_what_cannot_be_measured_is_named(measured):
+    summary, out = measured
+    if importlib.util.find_spec("pyiqa") is None:
+        for label in ("LPIPS", "MANIQA-KonIQ", "CLIPIQA", "MUSIQ"):
+            assert f"- skipped: {label} (No module named 'pyiqa')" in summary
+        assert {row[key] for row in read_rows(out) for key in ("lpips", "maniqa_koniq", "clipiqa", "musiq")} == {""}
+    for label in ("PSNR-Y ↑", "SSIM-Y ↑", "HaarPSI ↑", "FSIM ↑", "VSI ↑", "MDSI ↓", "spectrum distance ↓"):
+        assert f"| {label} |" in summary
+
+
+def test_without_truth_only_the_costs_and_seams_are_known(tiny_pipeline, folders, tmp_path):
     summary = bench.benchmark(tiny_pipeline, bench.find_pairs(folders[0], None), tmp_path, PLAN)
     rows = read_rows(tmp_path)
-    assert [row["method"] for row in rows] == ["bicubic", "coarse", "final"] * 2
-    assert {row[metric] for row in rows for metric in bench.METRICS} == {""}
+    assert [row["method"] for row in rows] == METHODS * 2
+    assert {row[metric.key] for row in rows for metric in scores.METRICS if metric.needs_truth} == {""}
+    assert {row["image"] for row in rows if row["seam_score"]} == {"rock"}
     assert "Spearman" not in summary
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "sheets", "summary.md"]
     shares = [
         line.split("|")[3].strip() for line in summary.splitlines() if line.startswith(tuple(f"| {g} " for g in GROUPS))
     ]
     assert len(shares) == 3 and sum(float(share.rstrip("%")) for share in shares) == pytest.approx(100, abs=0.2)
 
 
-def test_sheets_show_the_pictures_in_order(tiny_pipeline, folders, tmp_path):
+def test_sheets_show_the_pictures_in_order(measured, tiny_pipeline, folders):
     lr, hr = folders
-    bench.benchmark(tiny_pipeline, bench.find_pairs(lr, hr), tmp_path, PLAN)
-    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["dot.png", "rock.png"]
-    sheet = read_picture(tmp_path / "sheets" / "rock.png").rgb
+    sheets = measured[1] / "sheets"
+    assert sorted(path.name for path in sheets.iterdir()) == ["dot.png", "rock.png"]
+    sheet = read_picture(sheets / "rock.png").rgb
     height, width = (4 * side for side in SIZES["rock"])
-    step = sheet.shape[2] // 5
-    panels = [sheet[:, -height:, i * step : i * step + width] for i in range(5)]
-    assert torch.equal(panels[4], read_picture(hr / "rock.png").rgb)
-    torch.testing.assert_close(panels[0], components.to_8bit(bicubic(read_picture(lr / "rock.png").rgb[None])[0]))
-    analysis = tiny_pipeline.analyze(read_picture(lr / "rock.png"))
-    torch.testing.assert_close(panels[1], components.to_8bit(analysis.coarse), atol=0.01, rtol=0)
+    step = sheet.shape[2] // 6
+    panels = [sheet[:, -height:, i * step : i * step + width] for i in range(6)]
+    low = read_picture(lr / "rock.png")
+    assert torch.equal(panels[0], low.rgb.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    torch.testing.assert_close(panels[1], components.to_8bit(bicubic(low.rgb[None])[0]))
+    torch.testing.assert_close(panels[2], components.to_8bit(tiny_pipeline.analyze(low).coarse), atol=0.01, rtol=0)
+    assert torch.equal(panels[5], read_picture(hr / "rock.png").rgb)
 
 
-def test_a_missing_or_ambiguous_file_is_named(folders):
-    lr, hr = folders
+def test_reliability_is_of_all_patches(measured):
+    summary, out = measured
+    with open(out / "reliability.csv", newline="", encoding="utf-8") as file:
+        bins = list(csv.DictReader(file))
+    assert [row["patches"] for row in bins] == ["1"] * 5  # fewer patches than bins
+    assert all(row["lowest"] == row["confidence"] == row["highest"] for row in bins)
+    confidence, errors = (torch.tensor([float(row[key]) for row in bins]) for key in ("confidence", "squared_error"))
+    assert f"squared error of coarse: {components.spearman(confidence, -errors):.3f}" in summary
+    with Image.open(out / "reliability.png") as image:
+        assert image.format == "PNG" and len(image.getcolors(1 << 20)) > 10
+
+
+def test_bins_hold_equally_many_patches_of_like_confidence():
+    confidence = torch.linspace(0, 1, 21).flip(0)
+    bins = reliability.reliability_bins(confidence, 2 - confidence)
+    assert [each.patches for each in bins] == [3] + [2] * 9
+    assert [bins[0].lowest, bins[0].confidence, bins[0].highest] == pytest.approx([0, 0.05, 0.1])
+    assert [bins[-1].lowest, bins[-1].confidence, bins[-1].highest] == pytest.approx([0.95, 0.975, 1])
+    assert all(each.squared_error == pytest.approx(2 - each.confidence) for each in bins)
+
+
+def test_borders_are_where_patches_begin_and_end():
+    # 28x40 cells: patches begin at rows 0 and 12, at columns 0, 12 and 24.
+    rows, columns = bench.seam_borders(PatchGrid(28, 40), height=28 * 8, width=40 * 8)
+    assert rows == [96, 128]
+    assert columns == [96, 128, 192, 224]
+    assert bench.seam_borders(PatchGrid(28, 16), height=130, width=64) == ([96, 128], [])
+
+
+def test_means_leave_out_what_a_row_lacks():
+    rows = [{"psnr_y": 20.0, "seconds": 1.0}, {"psnr_y": 23.0}]
+    assert tables.means_table({"a": rows, "b": [{"psnr_y": 1.0}]}) == [
+        "| mean of | PSNR-Y ↑ | seconds |",
+        "|---|---|---|",
+        "| a | 21.50 | 1.00 |",
+        "| b | 1.00 |  |",
+    ]
+
+
+def test_differences_are_paired():
+    groups = {
+        "final": [{"psnr_y": 20.0}, {"psnr_y": 30.0}],
+        "coarse": [{"psnr_y": 21.0}, {"psnr_y": 32.0}],  # 1 and 2 above: deviation .707, over the root of two
+    }
+    assert tables.differences_table(groups, "final", ["coarse"])[-1] == "| coarse | +1.500 ± 0.500 |"
+    first = {name: rows[:1] for name, rows in groups.items()}
+    assert tables.differences_table(first, "final", ["coarse"])[-1] == "| coarse | +1.000 |"
+
+
+def test_without_piq_the_rest_is_measured(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("piq.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "piq", None)  # as good as not installed
+    scorer = scores.find_scorer(torch.device("cpu"), ("psnr_y", "haarpsi", "mdsi"))
+    assert [metric.label for metric in scorer.skipped] == ["HaarPSI", "MDSI"]
+    assert all(line.startswith(("skipped: HaarPSI (", "skipped: MDSI (")) for line in scorer.skipped_lines())
+    image = texture(20, 20, seed=0)
+    assert scorer(image, -image) == {"psnr_y": psnr_y(image, -image)}
+
+
+def test_networks_without_their_weights_are_skipped(monkeypatch):
+    def create_metric(name, device):
+        if name in ("lpips", "musiq"):
+            return lambda *images: torch.stack([image.amax() for image in images]).sum()
+        raise OSError(f"no weights of {name}\nand much more to say")
+
+    monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=create_metric))
+    scorer = scores.find_scorer(torch.device("cpu"), ("lpips", "maniqa_koniq", "clipiqa", "musiq"))
+    assert scorer.skipped_lines() == [
+        "skipped: MANIQA-KonIQ (no weights of maniqa)",
+        "skipped: CLIPIQA (no weights of clipiqa)",
+    ]
+    grey, white = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    assert scorer(grey, white) == {"lpips": 1.5, "musiq": 0.5}  # pyiqa takes images in [0, 1]
+    assert scorer(grey, None) == {"musiq": 0.5}
+
+
+@pytest.fixture
+def own_folders(folders, tmp_path) -> tuple[Path, Path]:
+    """A copy of the folders that a test may change."""
+    return tuple(Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders)
+
+
+def test_a_missing_or_ambiguous_file_is_named(own_folders):
+    lr, hr = own_folders
     (hr / "dot.png").rename(hr / "other.png")
     with pytest.raises(FileNotFoundError, match="dot"):
         bench.find_pairs(lr, hr)
@@ -161,8 +291,8 @@ def test_a_missing_or_ambiguous_file_is_named(folders):
         components.find_images(hr / "empty")
 
 
-def test_a_truth_of_another_size_is_named(tiny_pipeline, folders, tmp_path):
-    lr, hr = folders
+def test_a_truth_of_another_size_is_named(tiny_pipeline, own_folders, tmp_path):
+    lr, hr = own_folders
     Image.new("RGB", (43, 32)).save(hr / "dot.png")
     with pytest.raises(ImageError, match=r"dot\.png is 43x32; 4 times its input is 44x32"):
         bench.benchmark(tiny_pipeline, bench.find_pairs(lr, hr), tmp_path, PLAN)
@@ -222,25 +352,80 @@ def test_images_too_small_for_a_patch_are_named(tiny_pipeline, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_pipeline, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    tiny_pipeline.save_pretrained(folder)
-    return folder
+def examples(tmp_path_factory) -> tuple[Path, Path]:
+    """Two real images cut to 160x128 at most, and their quarters."""
+    lr, hr = tmp_path_factory.mktemp("lr"), tmp_path_factory.mktemp("hr")
+    for name in ("1-astronaut.png", "6-gravel.png"):
+        truth = read_picture(EXAMPLES / name).rgb[:, :128, :160]
+        write_png(Picture(truth), hr / name)
+        write_png(Picture(bicubic(truth[None], 0.25)[0]), lr / name)
+    return lr, hr
 
 
-def test_the_benchmark_runs_from_the_command_line(weights, folders, tmp_path, capsys):
-    lr, hr = folders
+def arguments(command: str, folders: tuple[Path, Path], out: Path, weights: Path, *more: str | Path | int) -> list[str]:
+    given = [command, "--lr", folders[0], "--hr", folders[1], "-o", out, "--weights", weights, "--device", "cpu", *more]
+    return [str(part) for part in given]
+
+
+def test_evaluate_runs_from_the_command_line(weights, examples, tmp_path, capsys):
+    out = tmp_path / "out"
     (tmp_path / "plan.json").write_text(PLAN.to_json())
-    arguments = ["--lr", lr, "--hr", hr, "-o", tmp_path / "out", "--weights", weights, "--device", "cpu"]
-    bench.main([str(part) for part in [*arguments, "--plan", tmp_path / "plan.json", "--limit", 1]])
-    assert capsys.readouterr().out == (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
-    assert {row["image"] for row in read_rows(tmp_path / "out")} == {"dot"}
+    assert main(arguments("evaluate", examples, out, weights, "--plan", tmp_path / "plan.json", "--limit", 1)) == 0
+    assert capsys.readouterr().out == (out / "summary.md").read_text(encoding="utf-8")
+    assert {row["image"] for row in read_rows(out)} == {"1-astronaut"}
+    written = sorted(path.name for path in out.iterdir())
+    assert written == ["reliability.csv", "reliability.png", "results.csv", "sheets", "summary.md"]
 
-    (hr / "rock.png").unlink()
-    with pytest.raises(SystemExit) as stop:
-        bench.main([str(part) for part in arguments])
-    assert stop.value.code == 1
-    assert "rock" in capsys.readouterr().err
+
+def test_sweep_runs_from_the_command_line(weights, examples, tmp_path, capsys, monkeypatch):
+    plans = tuple(replace(PLAN, steps=steps) for steps in ((1, 1, 1), (1, 2, 3)))
+    monkeypatch.setattr(sweeps, "PLANS", (*plans, sweeps.PAPER))
+    monkeypatch.setattr(sweeps, "STARTS", (*plans, sweeps.PAPER))
+    monkeypatch.setattr(sweeps, "STEPS", (sweeps.PAPER,))
+    out = tmp_path / "out"
+    assert main(arguments("sweep", examples, out, weights, "--seed", 5)) == 0
+    assert capsys.readouterr().out == (out / "sweep.md").read_text(encoding="utf-8")
+    with open(out / "sweep.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    settings = [("", ""), ("20 30 40", "1 1 1"), ("20 30 40", "1 2 3"), ("400 700 1000", "8 14 20")]
+    assert [(row["image"], row["start"], row["steps"]) for row in rows] == [
+        (image, *setting) for image in ("1-astronaut", "6-gravel") for setting in settings
+    ]
+    assert [int(rows[index]["evaluations"]) for index in (0, 1, 5)] == [0, 1, 2]  # one patch and two, a step each
+    pipeline = load_pipeline(weights, torch.device("cpu"))
+    output = pipeline(examples[0] / "6-gravel.png", plans[1], 5).picture.rgb
+    truth = read_picture(examples[1] / "6-gravel.png").rgb
+    assert float(rows[6]["psnr_y"]) == pytest.approx(psnr_y(components.to_8bit(output), truth), abs=1e-4)
+    assert 0 < float(rows[6]["haarpsi"]) < 1
+    with Image.open(out / "sweep.png") as image:
+        assert image.format == "PNG" and len(image.getcolors(1 << 20)) > 10
+
+
+def test_the_sweep_goes_from_uniform_over_the_paper_and_below():
+    for plans, first in ((sweeps.STARTS, SamplingPlan.uniform()), (sweeps.STEPS, None)):
+        costs = [(plan.start, plan.steps) for plan in plans]
+        assert costs == sorted(costs, reverse=True)
+        assert first in (None, plans[0])
+    assert SamplingPlan.paper() in sweeps.STEPS[1:-1]
+    assert sweeps.STEPS[0] in sweeps.STARTS[1:-1]
+    assert len(sweeps.PLANS) == len(sweeps.STARTS) + len(sweeps.STEPS) - 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_what_cannot_be_evaluated_is_refused(command, weights, own_folders, tmp_path, capsys):
+    lr, hr = own_folders
+    Image.new("RGB", (43, 32)).save(hr / "dot.png")
+    assert main(arguments(command, own_folders, tmp_path / "out", weights)) == 1
+    assert "dot.png is 43x32" in capsys.readouterr().err
+    usage_errors = ((["--limit", 0], "0 is less than 1"), (["--device", "abacus"], "abacus"), ([], "no image rock"))
+    for more, message in usage_errors:
+        if not more:
+            (hr / "rock.png").unlink()
+        with pytest.raises(SystemExit) as stop:
+            main(arguments(command, own_folders, tmp_path / "none", weights, *more))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_components_run_from_the_command_line(weights, tmp_path, capsys):

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
 
 from patchscaler.evaluation.metrics import luma, psnr_rgb, psnr_y, seam_score, spectrum_distance, ssim_y
+from patchscaler.evaluation.scores import METRICS, find_scorer
+from patchscaler.images import read_picture
+
+CAT = Path(__file__).parent.parent / "examples" / "2-cat.png"
 
 
 def noise(height: int = 48, width: int = 64, seed: int = 0) -> torch.Tensor:
@@ -122,3 +129,66 @@ def test_seam_score_of_flat_images():
 def test_unusable_input_is_refused(call):
     with pytest.raises(ValueError):
         call(noise())
+
+
+@pytest.fixture(scope="module")
+def piq_scorer():
+    """The measures that come from piq: without it these tests fail, so that no CI runs without them."""
+    scorer = find_scorer(torch.device("cpu"), tuple(metric.key for metric in METRICS if metric.package == "piq"))
+    assert not scorer.skipped_lines()
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return read_picture(CAT).rgb[:, :96, :112]
+
+
+def test_piq_measures_of_equal_images_are_perfect(piq_scorer, photo):
+    assert piq_scorer(photo, photo) == pytest.approx({"haarpsi": 1, "fsim": 1, "vsi": 1, "mdsi": 0})
+
+
+def test_piq_measures_worsen_with_noise_and_with_blur(piq_scorer, photo):
+    disturbance = noise(96, 112)
+    blurred = [F.avg_pool2d(photo[None], n, 1, n // 2, count_include_pad=False)[0] for n in (3, 5, 9)]
+    noisy = [(photo + strength * disturbance).clamp(-1, 1) for strength in (0.1, 0.3, 0.9)]
+    for images in (blurred, noisy):
+        values = [piq_scorer(image, photo) for image in images]
+        for key in ("haarpsi", "fsim", "vsi"):
+            assert 1 > values[0][key] > values[1][key] > values[2][key] > 0
+        assert 0 < values[0]["mdsi"] < values[1]["mdsi"] < values[2]["mdsi"]
+
+
+def test_haarpsi_agrees_with_its_paper(photo):
+    """Reisenhofer et al. 2018, Section 2, written out for luma alone, to which grey images reduce it."""
+    grey = photo.mean(0, keepdim=True).expand(3, -1, -1)
+    other = (grey + 0.3 * noise(96, 112)[:1]).clamp(-1, 1)
+    coefficients = []
+    for image in (grey, other):
+        y = (image[0].double().numpy() + 1) * 127.5
+        y = y.reshape(48, 2, 56, 2).mean((1, 3))  # half as large, for the distance of the viewer
+        levels = []
+        for side in (2, 4, 8):
+            haar = np.ones((side, side)) / side
+            haar[: side // 2] *= -1
+            # The part that MATLAB's conv2, of the authors' code, calls "same"; scipy's is a pixel off it.
+            part = slice(side // 2, side // 2 + 48), slice(side // 2, side // 2 + 56)
+            levels.append([np.abs(convolve2d(y, each)[part]) for each in (haar, haar.T)])
+        coefficients.append(np.array(levels))  # [3 scales, 2 orientations, 48, 56]
+    a, b = coefficients
+    similarity = ((2 * a * b + 30) / (a**2 + b**2 + 30))[:2].mean(0)
+    weight = np.maximum(a[2], b[2])
+    # The chroma of grey images is alike everywhere; its similarity, 1, has the mean of the two weights.
+    similarity = np.concatenate([similarity, np.ones((1, 48, 56))])
+    weight = np.concatenate([weight, weight.mean(0, keepdims=True)])
+    squashed = 1 / (1 + np.exp(-4.2 * similarity))
+    mean = (squashed * weight).sum() / weight.sum()
+    expected = (math.log(mean / (1 - mean)) / 4.2) ** 2
+    scorer = find_scorer(torch.device("cpu"), ("haarpsi",))
+    assert scorer(other, grey)["haarpsi"] == pytest.approx(expected, abs=1e-5)
+    assert expected < 0.9
+
+
+def test_a_measure_that_an_image_is_too_small_for_is_named(piq_scorer):
+    with pytest.raises(ValueError, match="HaarPSI"):
+        piq_scorer(noise(12, 40), noise(12, 40))

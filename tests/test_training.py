@@ -211,6 +211,7 @@ def test_all_stages_leave_a_pipeline_that_upscales(images, tmp_path):
     weights.run(parser(weights.__doc__).parse_args(arguments))
     result = load_pipeline(tmp_path, device="cpu")(Image.new("RGB", (20, 12), "teal"))
     assert result.picture.rgb.shape == (3, 48, 80)
+    assert "grm/config.json" in (tmp_path / "SHA256SUMS").read_text()
     card = (tmp_path / "README.md").read_text()
     assert f"{len(ImageBank(images))} training images" in card
     assert "| patch_dit |" in card and "top-1 on held-out crops" in card

@@ -1,8 +1,8 @@
 """Measure a pipeline on a folder of images: figures of every image, their means, and contact sheets to look at.
 
-python -m patchscaler.evaluation.benchmark --lr DIR --hr DIR -o OUT
+python -m patchscaler evaluate --lr DIR --hr DIR -o OUT
 
-Images are scored as an 8-bit file would hold them, to their very edges, with `patchscaler.evaluation.metrics`.
+Images are scored as an 8-bit file would hold them, to their very edges.
 """
 
 from __future__ import annotations
@@ -10,81 +10,80 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
+from patchscaler.checkpoints import load_pipeline
 from patchscaler.devices import pick_device
-from patchscaler.evaluation.components import (
-    MAX_TRUTH_PIXELS,
-    find_images,
-    patch_errors,
-    read_image,
-    spearman,
-    to_8bit,
-)
-from patchscaler.evaluation.metrics import psnr_y, spectrum_distance, ssim_y
-from patchscaler.figures import qmap_overlay
+from patchscaler.evaluation.components import MAX_TRUTH_PIXELS, find_images, patch_errors, read_image, to_8bit
+from patchscaler.evaluation.metrics import seam_score
+from patchscaler.evaluation.reliability import write_reliability
+from patchscaler.evaluation.scores import METRICS, Scorer, find_scorer
+from patchscaler.evaluation.sheets import contact_sheet
+from patchscaler.evaluation.tables import differences_table, groups_table, means_table
 from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
-from patchscaler.images import ImageError, Picture, to_pil
+from patchscaler.images import ImageError
+from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
+from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import SCALE, Analysis, PatchScalerPipeline, Result
 
 UNIFORM = PRESETS["uniform"]
-METRICS = {"psnr_y": psnr_y, "ssim_y": ssim_y, "spectrum_distance": spectrum_distance}
-COLUMNS = ("image", "method", *METRICS, *GROUPS, "evaluations", "seconds")
-_DIGITS = {"psnr_y": 2, "ssim_y": 4, "spectrum_distance": 3, "evaluations": 0, "seconds": 2}
-_PANEL = 1024  # longest side of a picture on a contact sheet
-_LEAST, _LABEL, _GAP = 64, 24, 8  # room for a panel, and for its label above
+COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")
+
+Pair = tuple[Path, Path | None]  # an input, and its truth
 
 
 def benchmark(
     pipeline: PatchScalerPipeline,
-    pairs: Sequence[tuple[Path, Path | None]],
+    pairs: Sequence[Pair],
     out: Path,
     plan: SamplingPlan,
     seed: int = 0,
-    uniform: bool = False,
+    batch_size: int = 64,
 ) -> str:
     """Upscale the first image of each pair, compare it with the second, and write what came of it into `out`.
 
-    `results.csv` has a line for each image and method: bicubic, coarse, final and, if `uniform`, all patches
-    at T 1000 and N 20; an empty field is a value that the method does not have. `sheets/NAME.png` shows the
-    pictures, `summary.md` is the returned Markdown. ImageError names an image that is unreadable, too small
+    `results.csv` has a line for each image and method: bicubic, coarse, final, "no prompt" (the same plan with
+    the null prompt in place of the retrieved textures) and uniform (all patches at T 1000 and N 20). An empty
+    field is a value that the method or the image does not have, or that cannot be measured here.
+    `sheets/NAME.png` shows the pictures; `reliability.csv` and `.png`, with truths only, compare confidence
+    and error; `summary.md` is the returned Markdown. ImageError names an image that is unreadable, too small
     to be scored, or not four times its input.
     """
     (out / "sheets").mkdir(parents=True, exist_ok=True)
+    scorer = find_scorer(pipeline.device)
     rows, confidences, errors = [], [], []
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for number, (low, high) in enumerate(pairs, 1):
-            if sys.stderr.isatty():
-                end = "\n" if number == len(pairs) else ""
-                print(f"\r\033[K{number}/{len(pairs)} {low.name}", end=end, file=sys.stderr, flush=True)
-            analysis = pipeline.analyze(read_image(low))
-            truth = None if high is None else _read_truth(high, analysis.bicubic)
-            plans = {"final": plan, **({"uniform": UNIFORM} if uniform else {})}
-            runs = {name: [*pipeline.refine(analysis, each, seed)][-1] for name, each in plans.items()}
-            new = _rows(low.stem, analysis, runs, truth)
+        for low, high in with_progress(pairs):
+            analysis = pipeline.analyze(read_image(low), batch_size)
+            truth = None if high is None else read_truth(high, analysis.bicubic)
+            runs = _run_all(pipeline, analysis, plan, seed, batch_size)
+            new = _rows(low.stem, analysis, runs, truth, scorer)
             writer.writerows(new)
             file.flush()  # a long run can be followed, and stopped, at any time
             rows += new
             if truth is not None:
                 confidences.append(analysis.patch_confidence)
                 errors.append(patch_errors(analysis.coarse, truth, analysis.grid))
-            _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{low.stem}.png")
-    correlation = spearman(torch.cat(confidences), -torch.cat(errors)) if errors else None
-    about = f"{len(pairs)} images of `{pairs[0][0].parent}`, seed {seed}, {pipeline.device}"
-    summary = _summary(rows, plan, correlation, f"{about}, {pipeline.transformer.dtype}")
+            contact_sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{low.stem}.png")
+    lines = ["# Benchmark", "", describe_run(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
+    lines += [*_summary(rows, plan), ""]
+    if errors:
+        correlation = write_reliability(torch.cat(confidences), torch.cat(errors), plan, out)
+        lines.append(f"- Spearman, patch confidence and negative squared error of coarse: {correlation:.3f}")
+    lines += [f"- {line}" for line in scorer.skipped_lines()]
+    summary = "\n".join(lines).rstrip() + "\n"
     (out / "summary.md").write_text(summary, encoding="utf-8")
     return summary
 
 
-def find_pairs(lr: Path, hr: Path | None) -> list[tuple[Path, Path | None]]:
+def find_pairs(lr: Path, hr: Path | None) -> list[Pair]:
     """The images of `lr` by name, each with the one of its stem in `hr`; FileNotFoundError if that lacks."""
     lows, highs = find_images(lr), find_images(hr) if hr else {}
     for stem, low in lows.items():
@@ -93,7 +92,8 @@ def find_pairs(lr: Path, hr: Path | None) -> list[tuple[Path, Path | None]]:
     return [(low, highs.get(stem)) for stem, low in lows.items()]
 
 
-def _read_truth(path: Path, bicubic: Tensor) -> Tensor:
+def read_truth(path: Path, bicubic: Tensor) -> Tensor:
+    """The true image 3xHxW, which must be as large as the enlarged input; ImageError if it is not."""
     truth = read_image(path, MAX_TRUTH_PIXELS).rgb
     if truth.shape != bicubic.shape:
         sizes = [f"{image.shape[2]}x{image.shape[1]}" for image in (truth, bicubic)]
@@ -101,7 +101,56 @@ def _read_truth(path: Path, bicubic: Tensor) -> Tensor:
     return truth
 
 
-def _rows(name: str, analysis: Analysis, runs: dict[str, Result], truth: Tensor | None) -> list[dict]:
+def score(scorer: Scorer, name: str, image: Tensor, truth: Tensor | None) -> dict[str, float]:
+    """Values of an image as an 8-bit file holds it. ImageError with its name if it is too small for a measure."""
+    try:
+        return scorer(to_8bit(image), truth)
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
+def with_progress(pairs: Sequence[Pair]) -> Iterator[Pair]:
+    """The pairs, each announced on stderr if that is a terminal."""
+    for number, (low, high) in enumerate(pairs, 1):
+        if sys.stderr.isatty():
+            end = "\n" if number == len(pairs) else ""
+            print(f"\r\033[K{number}/{len(pairs)} {low.name}", end=end, file=sys.stderr, flush=True)
+        yield low, high
+
+
+def describe_run(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int) -> str:
+    about = f"Images: {len(pairs)} of `{pairs[0][0].parent}`, seed {seed}, {pipeline.device}"
+    return f"{about}, {pipeline.transformer.dtype}. All measures on 8-bit images, no border cut."
+
+
+def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], list[int]]:
+    """Rows and columns of pixels at which a patch begins or ends, inside an image of H x W."""
+    rows, columns = set(), set()
+    for patch in grid.patches:
+        rows |= {patch.top * LATENT_PIXELS, (patch.top + patch.size) * LATENT_PIXELS}
+        columns |= {patch.left * LATENT_PIXELS, (patch.left + patch.size) * LATENT_PIXELS}
+    return _inside(rows, height), _inside(columns, width)
+
+
+def _inside(borders: Iterable[int], length: int) -> list[int]:
+    return sorted(border for border in borders if 0 < border < length)
+
+
+def _run_all(
+    pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, seed: int, batch_size: int
+) -> dict[str, Result]:
+    null_prompt = pipeline.transformer.null_prompt.detach().float().cpu().expand(len(analysis.grid), -1, -1)  # NxLxD
+    tasks = {
+        "final": (analysis, plan),
+        "no prompt": (replace(analysis, prompt=null_prompt), plan),
+        "uniform": (analysis, UNIFORM),
+    }
+    return {method: [*pipeline.refine(*task, seed, batch_size)][-1] for method, task in tasks.items()}
+
+
+def _rows(
+    name: str, analysis: Analysis, runs: dict[str, Result], truth: Tensor | None, scorer: Scorer
+) -> list[dict[str, str | float]]:
     """A row of COLUMNS for each method."""
     coarse_seconds = sum(analysis.seconds[stage] for stage in ("encode", "restore", "decode"))
     costs = {"bicubic": {"evaluations": 0}, "coarse": {"evaluations": 0, "seconds": coarse_seconds}}
@@ -111,84 +160,67 @@ def _rows(name: str, analysis: Analysis, runs: dict[str, Result], truth: Tensor 
         costs[method] = {group.name: group.patches for group in run.groups}
         costs[method]["evaluations"] = sum(group.evaluations for group in run.groups)
         costs[method]["seconds"] = sum(run.seconds.values())
-    rows = [{"image": name, "method": method, **costs[method]} for method in images]
-    if truth is not None:
-        try:
-            for row, image in zip(rows, images.values()):
-                row.update({key: metric(to_8bit(image), truth) for key, metric in METRICS.items()})
-        except ValueError as error:
-            raise ImageError(f"{name}: {error}") from error
+    borders = seam_borders(analysis.grid, *analysis.bicubic.shape[-2:])
+    rows = []
+    for method, image in images.items():
+        row = {"image": name, "method": method, **score(scorer, name, image, truth), **costs[method]}
+        if any(borders):
+            row["seam_score"] = seam_score(to_8bit(image), *borders)
+        rows.append(row)
     return rows
 
 
-def _summary(rows: list[dict], plan: SamplingPlan, correlation: float | None, about: str) -> str:
-    """Means per method, shares of the groups, and costs, as Markdown."""
-    lines = [f"# Benchmark\n\n{about}. PSNR and SSIM of luma in 8 bits, no border cut.", f"Plan: `{plan.to_json()}`"]
-    lines += ["", "| mean of | PSNR-Y | SSIM-Y | spectrum distance | evaluations | seconds |", "|---" * 6 + "|"]
+def _summary(rows: list[dict], plan: SamplingPlan) -> list[str]:
+    """Means per method, differences from the final image, shares of the groups, and costs, as Markdown."""
     methods = {row["method"]: [other for other in rows if other["method"] == row["method"]] for row in rows}
-    for method, own in methods.items():
-        means = {key: sum(row[key] for row in own) / len(own) for key in _DIGITS if key in own[0]}
-        cells = [f"{means[key]:.{digits}f}" if key in means else "" for key, digits in _DIGITS.items()]
-        lines.append(f"| {' | '.join([method, *cells])} |")
-
     counts = [sum(row[group] for row in methods["final"]) for group in GROUPS]
-    lines += ["", "| group | patches | share |", "|---|---|---|"]
-    lines += [f"| {name} | {count} | {count / sum(counts):.1%} |" for name, count in zip(GROUPS, counts)]
-
-    seconds = {method: sum(row.get("seconds", 0) for row in own) for method, own in methods.items()}
-    lines += ["", f"- evaluations, plan / uniform: {plan.evaluations(counts) / UNIFORM.evaluations(counts):.3f}"]
-    lines.append(f"- seconds, plan: {seconds['final']:.1f} in all")
-    if "uniform" in seconds:
-        lines.append(f"- seconds, uniform: {seconds['uniform']:.1f} in all")
-        lines.append(f"- seconds, plan / uniform: {seconds['final'] / seconds['uniform']:.3f}")
-    if correlation is not None:
-        lines.append(f"- Spearman, patch confidence and negative squared error of coarse: {correlation:.3f}")
-    return "\n".join(lines) + "\n"
-
-
-def _sheet(analysis: Analysis, final: Result, truth: Tensor | None) -> Image.Image:
-    """Bicubic, coarse, Qmap, final and truth side by side, shrunk if they are large."""
-    qmap = qmap_overlay(analysis.coarse, analysis.grid, final.assignment, _PANEL)
-    panels = {
-        "bicubic": to_pil(Picture(analysis.bicubic)),
-        "coarse": to_pil(Picture(analysis.coarse)),
-        "Qmap": qmap,
-        "final": to_pil(Picture(final.picture.rgb)),
-    }
-    if truth is not None:
-        panels["truth"] = to_pil(Picture(truth))
-    step = max(qmap.width, _LEAST) + _GAP
-    sheet = Image.new("RGB", (len(panels) * step, qmap.height + _LABEL), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for place, (name, panel) in enumerate(panels.items()):
-        sheet.paste(panel.resize(qmap.size, Image.Resampling.LANCZOS), (place * step, _LABEL))
-        draw.text((place * step, 3), name, "black", font)
-    return sheet
+    seconds = {method: sum(row["seconds"] for row in methods[method]) for method in ("final", "uniform")}
+    return [
+        *means_table(methods),
+        "",
+        *differences_table(methods, "final", ("bicubic", "coarse", "no prompt", "uniform")),
+        "",
+        *groups_table(dict(zip(GROUPS, counts))),
+        "",
+        f"- evaluations, plan / uniform: {plan.evaluations(counts) / UNIFORM.evaluations(counts):.3f}",
+        f"- seconds, plan: {seconds['final']:.1f} in all",
+        f"- seconds, uniform: {seconds['uniform']:.1f} in all",
+        f"- seconds, plan / uniform: {seconds['final'] / seconds['uniform']:.3f}",
+    ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_data_options(parser: argparse.ArgumentParser, hr_required: bool, out_help: str) -> None:
+    """--lr, --hr, -o and --limit."""
     add = parser.add_argument
     add("--lr", type=Path, required=True, help="folder of images to upscale")
-    add("--hr", type=Path, help="folder of the true images, of the same names")
-    add("-o", "--out", type=Path, required=True, help="folder for results.csv, summary.md and sheets")
-    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
-    add("--plan", default="paper", help=f"{', '.join(PRESETS)} or FILE.json (default: paper)")
-    add("--uniform", action="store_true", help="also run every patch at T 1000, N 20")
-    add("--seed", type=int, default=0)
-    add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
-    add("--limit", type=int, help="only the first images, by name")
-    args = parser.parse_args(argv)
+    add("--hr", type=Path, required=hr_required, help="folder of the true images, of the same names")
+    add("-o", "--out", type=Path, required=True, help=out_help)
+    add("--limit", type=positive, help="only the first images, by name")
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Pair], torch.device]:
+    """What to measure, and where. UsageError if the folders or the device are not to be had."""
     try:
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(f"--limit {args.limit} is below 1")
-        plan = PRESETS.get(args.plan) or SamplingPlan.from_json(Path(args.plan).read_text(encoding="utf-8"))
-        pairs = find_pairs(args.lr, args.hr)[: args.limit]
-        pipeline = load_pipeline(args.weights, pick_device(args.device))
-        print(benchmark(pipeline, pairs, args.out, plan, args.seed, args.uniform), end="")
+        return find_pairs(args.lr, args.hr)[: args.limit], pick_device(args.device)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+        raise UsageError(str(error)) from error
 
 
-if __name__ == "__main__":
-    main()
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """The command `evaluate`."""
+    evaluate = commands.add_parser("evaluate", help="measure on a folder of images, with or without their truths")
+    evaluate.set_defaults(run=run)
+    add_data_options(evaluate, hr_required=False, out_help="folder for results.csv, summary.md and sheets")
+    add_plan_option(evaluate)
+    add_pipeline_options(evaluate)
+
+
+def run(args: argparse.Namespace) -> int:
+    pairs, device = prepare(args)
+    try:
+        pipeline = load_pipeline(args.weights, device)
+        print(benchmark(pipeline, pairs, args.out, args.plan, args.seed, args.batch_size), end="")
+    except (OSError, ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -42,7 +42,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return labelled_latents(vae, bank, classes, count, generator)
 
-    size, passes = (64, 1) if args.dry_run else (pool_size(args, 8192), 20)
+    size, passes = (64, 1) if args.dry_run else (pool_size(args, 8192), 10)
     pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
     held_out = ImageBank(args.data, device, held_out=True)
     generator = step_generator(args.seed, 0, 1)
-    rows = labelled_latents(vae, held_out, classes, 32 if args.dry_run else 1024, generator, blurred=0.0)
+    rows = labelled_latents(vae, held_out, classes, 32 if args.dry_run else 1024, generator, augmented=False)
     with torch.inference_mode():
         hits = average(rows["latents"]).argmax(1) == rows["labels"]
     accuracy = {"texture classifier, top-1 on held-out crops": hits.float().mean().item()}
@@ -73,7 +73,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
 
 @torch.inference_mode()
-def labelled_latents(vae, bank, classes, count, generator, blurred: float = 0.5) -> dict[str, Tensor]:
+def labelled_latents(vae, bank, classes, count, generator, augmented: bool = True) -> dict[str, Tensor]:
     """Latents count×c×16×16 of random crops, every class equally often, and their labels."""
     held = bank.classes()
     names = list(classes)
@@ -87,11 +87,24 @@ def labelled_latents(vae, bank, classes, count, generator, blurred: float = 0.5)
         for label, pick in zip(labels.tolist(), picks.tolist(), strict=True)
     ])  # fmt: skip
     images, _ = bank.crops(count, CROP, generator, among, ZOOM)
-    soft = torch.rand(count, generator=generator) < blurred
-    images[soft] = bicubic(bicubic(images[soft], 0.25), 4)
+    if augmented:
+        images = _recolor(images, generator)
+        soft = torch.rand(count, generator=generator) < 0.5
+        images[soft] = bicubic(bicubic(images[soft], 0.25), 4)
     with bf16(images.device):
         latents = encode_latents(vae, images)
     return {"latents": latents.half().float(), "labels": labels.to(images.device)}
+
+
+def _recolor(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Swap the colours of B×3×H×W, fade them and change the contrast: a class is known by its pattern alone."""
+    count = len(images)
+    order = torch.rand(count, 3, generator=generator).argsort(1).to(images.device)  # B×3
+    images = images.gather(1, order.view(count, 3, 1, 1).expand_as(images))
+    fade, contrast = torch.rand(2, count, 1, 1, 1, generator=generator).to(images.device)
+    images = images.lerp(images.mean(1, keepdim=True).expand_as(images), fade)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (mean + (images - mean) * (0.5 + contrast)).clamp(-1, 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Which measures of an image there are, and which of them can be taken here.
+
+Those of `metrics.py` always can. HaarPSI, FSIM, VSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA
+and MUSIQ those of pyiqa, whose networks load their weights when they are made. The extra `eval` has both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchscaler.evaluation.metrics import psnr_y, spectrum_distance, ssim_y
+
+Score = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure: its column, its name, the digits to print, which way is better, whether it needs the truth.
+
+    ``package`` is the one it comes from, ours if empty; ``name`` is what it is called there.
+    """
+
+    key: str
+    label: str
+    digits: int
+    higher_is_better: bool
+    needs_truth: bool = True
+    package: str = ""
+    name: str = ""
+
+
+METRICS = (
+    Metric("psnr_y", "PSNR-Y", 2, True),
+    Metric("ssim_y", "SSIM-Y", 4, True),
+    Metric("haarpsi", "HaarPSI", 4, True, package="piq", name="haarpsi"),
+    Metric("fsim", "FSIM", 4, True, package="piq", name="fsim"),
+    Metric("vsi", "VSI", 4, True, package="piq", name="vsi"),
+    Metric("mdsi", "MDSI", 4, False, package="piq", name="mdsi"),
+    Metric("spectrum_distance", "spectrum distance", 3, False),
+    Metric("lpips", "LPIPS", 4, False, package="pyiqa", name="lpips"),
+    Metric("maniqa_koniq", "MANIQA-KonIQ", 4, True, needs_truth=False, package="pyiqa", name="maniqa"),
+    Metric("clipiqa", "CLIPIQA", 4, True, needs_truth=False, package="pyiqa", name="clipiqa"),
+    Metric("musiq", "MUSIQ", 2, True, needs_truth=False, package="pyiqa", name="musiq"),
+)
+_OURS: dict[str, Score] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "spectrum_distance": spectrum_distance}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The measures that can be taken here, and for each of the others the reason why not."""
+
+    scores: dict[Metric, Score]
+    skipped: dict[Metric, str]
+
+    def __call__(self, image: Tensor, truth: Tensor | None) -> dict[str, float]:
+        """Column -> value of every measure of an image 3xHxW against its truth; without one, of those that need none.
+
+        Both are in [-1, 1], as an 8-bit file holds them. ValueError if the image is too small for a measure.
+        """
+        values = {}
+        for metric, score in self.scores.items():
+            if truth is None and metric.needs_truth:
+                continue
+            try:
+                values[metric.key] = score(image, truth)
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{metric.label}: {error}") from error
+        return values
+
+    def skipped_lines(self) -> list[str]:
+        return [f"skipped: {metric.label} ({reason})" for metric, reason in self.skipped.items()]
+
+
+def find_scorer(device: torch.device, keys: tuple[str, ...] | None = None) -> Scorer:
+    """All measures, or those of the given columns. Networks run on the device, everything else on the CPU."""
+    scores, skipped = {}, {}
+    for metric in METRICS:
+        if keys is not None and metric.key not in keys:
+            continue
+        try:
+            scores[metric] = _load(metric, device)
+        # Foreign packages fetch weights in here: what can go wrong has no common class.
+        except Exception as error:
+            skipped[metric] = str(error).strip().partition("\n")[0] or type(error).__name__
+    return Scorer(scores, skipped)
+
+
+def _load(metric: Metric, device: torch.device) -> Score:
+    if metric.package == "piq":
+        function = _piq(metric.name)
+        return lambda image, truth: function(_unit(image), _unit(truth)).item()
+    if metric.package == "pyiqa":
+        network = importlib.import_module("pyiqa").create_metric(metric.name, device=device)
+        if metric.needs_truth:
+            return lambda image, truth: network(_unit(image).float(), _unit(truth).float()).item()
+        return lambda image, truth: network(_unit(image).float()).item()
+    return _OURS[metric.key]
+
+
+def _piq(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function piq.NAME, which lies in a module of that name.
+
+    piq's own __init__ imports torchvision, for metrics that are networks. Ours are not: they are imported from
+    their modules, under a package whose __init__ has not run, so that they need nothing but torch.
+    """
+    bare = "piq" not in sys.modules
+    if bare:
+        spec = importlib.util.find_spec("piq")
+        if spec is None:
+            raise ModuleNotFoundError("No module named 'piq'")
+        sys.modules["piq"] = importlib.util.module_from_spec(spec)
+    try:
+        return getattr(importlib.import_module(f"piq.{name}"), name)
+    finally:
+        if bare:
+            del sys.modules["piq"]  # whoever imports piq itself is to get the whole of it
+
+
+def _unit(image: Tensor) -> Tensor:
+    """3xHxW in [-1, 1] -> 1x3xHxW in [0, 1], in double precision."""
+    return ((image.double() + 1) / 2).clamp(0, 1)[None]

@@ -1,0 +1,145 @@
+"""Figure 6 of the paper on any weights: what later starts and fewer steps save, and what they cost.
+
+python -m patchscaler sweep --lr DIR --hr DIR -o OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from patchscaler.checkpoints import load_pipeline
+from patchscaler.evaluation.benchmark import (
+    Pair,
+    add_data_options,
+    describe_run,
+    prepare,
+    read_truth,
+    score,
+    with_progress,
+)
+from patchscaler.evaluation.components import read_image
+from patchscaler.evaluation.scores import find_scorer
+from patchscaler.evaluation.tables import HEADINGS, mean_of, means_table
+from patchscaler.grouping import SamplingPlan
+from patchscaler.options import add_pipeline_options
+from patchscaler.pipeline import PatchScalerPipeline
+
+PAPER, UNIFORM = SamplingPlan.paper(), SamplingPlan.uniform()
+KEYS = ("psnr_y", "haarpsi", "spectrum_distance")
+COLUMNS = ("image", "start", "steps", *KEYS, "evaluations", "seconds")
+
+# The paper first lets simple and medium patches start later, at 20 steps each, then takes steps from them at the
+# starts it has found; each goes on below its choice. It names the ends and its choice, the ones between are ours.
+STARTS = tuple(
+    replace(UNIFORM, start=start)
+    for start in (
+        (1000, 1000, 1000),
+        (800, 900, 1000),
+        (600, 800, 1000),
+        (400, 700, 1000),
+        (300, 550, 800),
+        (200, 400, 600),
+        (100, 200, 400),
+    )
+)
+STEPS = tuple(
+    replace(PAPER, steps=steps)
+    for steps in ((20, 20, 20), (16, 18, 20), (12, 16, 20), (8, 14, 20), (6, 10, 14), (4, 7, 10), (2, 4, 5), (1, 2, 2))
+)
+PLANS = tuple(dict.fromkeys(STARTS + STEPS))  # the one in both only once
+
+
+def sweep(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], out: Path, seed: int = 0, batch_size: int = 64) -> str:
+    """Run all PLANS on the first image of each pair, which is analysed once, and compare them with the second.
+
+    `sweep.csv` has a line for each image and plan, and one for its coarse image, with no start and no steps;
+    seconds are those of a whole run, analysis and all. `sweep.png` shows the means, `sweep.md` is the returned
+    Markdown. ImageError names an image that is unreadable, too small to be scored, or not four times its input.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    scorer = find_scorer(pipeline.device, KEYS)
+    rows: dict[SamplingPlan | None, list[dict]] = {plan: [] for plan in (None, *PLANS)}
+    with open(out / "sweep.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for number, (low, high) in enumerate(with_progress(pairs)):
+            analysis = pipeline.analyze(read_image(low), batch_size)
+            truth = read_truth(high, analysis.bicubic)
+            if number == 0:  # what a device does only once is not to count against the first plan
+                [*pipeline.refine(analysis, PLANS[-1], seed, batch_size)]
+            coarse_seconds = sum(analysis.seconds[stage] for stage in ("encode", "restore", "decode"))
+            coarse = {"image": low.stem, "evaluations": 0, "seconds": coarse_seconds}
+            rows[None].append(coarse | score(scorer, low.stem, analysis.coarse, truth))
+            for plan in PLANS:
+                *_, result = pipeline.refine(analysis, plan, seed, batch_size)
+                cost = {
+                    "evaluations": sum(group.evaluations for group in result.groups),
+                    "seconds": sum(result.seconds.values()),
+                }
+                names = {"image": low.stem, "start": _three(plan.start), "steps": _three(plan.steps)}
+                rows[plan].append(names | cost | score(scorer, low.stem, result.picture.rgb, truth))
+            writer.writerows(own[-1] for own in rows.values())
+            file.flush()  # a long run can be followed, and stopped, at any time
+    named = {f"T {_three(plan.start)}, N {_three(plan.steps)}" if plan else "coarse": rows[plan] for plan in rows}
+    lines = ["# Sweep", "", describe_run(pipeline, pairs, seed), "", *means_table(named, "plan, mean of")]
+    skipped = scorer.skipped_lines()
+    lines += ["", *(f"- {line}" for line in skipped)] if skipped else []
+    summary = "\n".join(lines) + "\n"
+    (out / "sweep.md").write_text(summary, encoding="utf-8")
+    _plot(rows, [metric.key for metric in scorer.scores], out / "sweep.png")
+    return summary
+
+
+def _three(values: tuple[int, int, int]) -> str:
+    return " ".join(map(str, values))
+
+
+def _plot(rows: dict[SamplingPlan | None, list[dict]], keys: list[str], path: Path) -> None:
+    """Means of each measure: over the starts, which cost all the same, and over what the steps cost."""
+    from matplotlib.figure import Figure  # here, because `upscale` starts without it
+
+    figure = Figure(figsize=(4.8 * len(keys), 11), layout="constrained")
+    panels = figure.subplots(3, len(keys), squeeze=False, sharey="col")
+    for column, key in enumerate(keys):
+        over_starts, *over_costs = panels[:, column]
+        values = [mean_of(rows[plan], key) for plan in STARTS]
+        over_starts.plot([_three(plan.start) for plan in STARTS], values, "o-", color="#0a9396")
+        over_starts.tick_params("x", rotation=30, labelsize=7)
+        over_starts.set_xlabel("start times, at 20 steps each")
+        for axes, cost in zip(over_costs, ("seconds", "evaluations")):
+            costs, values = ([mean_of(rows[plan], name) for plan in STEPS] for name in (cost, key))
+            axes.plot(costs, values, "s-", color="#c2185b")
+            for plan, *point in zip(STEPS, costs, values):
+                axes.annotate(_three(plan.steps), point, (0, 6), textcoords="offset points", fontsize=7, rotation=60)
+            axes.plot(mean_of(rows[PAPER], cost), mean_of(rows[PAPER], key), "*", color="black", ms=13, label="paper")
+            axes.set_xlabel(f"{cost} per image, starts 400 700 1000, steps as written")
+            axes.margins(0.1, 0.2)
+        for axes in panels[:, column]:
+            axes.axhline(mean_of(rows[None], key), color="#64748b", linestyle=":", label="coarse")
+            axes.set_ylabel(HEADINGS[key][0])
+    panels[1][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """The command `sweep`."""
+    parser = commands.add_parser("sweep", help="measures against cost over start times and steps (Figure 6)")
+    parser.set_defaults(run=run)
+    add_data_options(parser, hr_required=True, out_help="folder for sweep.csv, sweep.md and sweep.png")
+    add_pipeline_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    pairs, device = prepare(args)
+    try:
+        pipeline = load_pipeline(args.weights, device)
+        print(sweep(pipeline, pairs, args.out, args.seed, args.batch_size), end="")
+    except (OSError, ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,83 @@
+"""Markdown tables of what was measured. A row is a dict from columns to values; a column may be missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from patchscaler.evaluation.scores import METRICS
+
+Rows = Sequence[Mapping[str, str | float]]
+
+# Column -> its heading, with an arrow to where it gets better, and the digits of a mean.
+HEADINGS = {
+    **{metric.key: (f"{metric.label} {'↑' if metric.higher_is_better else '↓'}", metric.digits) for metric in METRICS},
+    "seam_score": ("seam score", 3),
+    "evaluations": ("evaluations", 0),
+    "seconds": ("seconds", 2),
+}
+
+
+def means_table(groups: Mapping[str, Rows], first: str = "mean of") -> list[str]:
+    """A line for each group of rows: the mean of every column over those of its rows that have it."""
+    columns = _columns(groups)
+    lines = _head([first, *(HEADINGS[column][0] for column in columns)])
+    for name, rows in groups.items():
+        means = [mean_of(rows, column) for column in columns]
+        cells = ["" if mean is None else f"{mean:.{HEADINGS[column][1]}f}" for column, mean in zip(columns, means)]
+        lines.append(_line([name, *cells]))
+    return lines
+
+
+def differences_table(groups: Mapping[str, Rows], reference: str, others: Iterable[str]) -> list[str]:
+    """How far the measures of other methods lie from the reference's, image by image: mean ± standard error.
+
+    The groups are rows of the same images in the same order. With one image there is no error to give.
+    """
+    columns = [column for column in _columns(groups) if column not in ("evaluations", "seconds")]
+    lines = _head([f"minus {reference}", *(HEADINGS[column][0] for column in columns)])
+    for other in others:
+        cells = []
+        for column in columns:
+            pairs = zip(groups[other], groups[reference])
+            gaps = [mine[column] - its[column] for mine, its in pairs if column in mine and column in its]
+            cells.append(_difference(gaps, HEADINGS[column][1]))
+        lines.append(_line([other, *cells]))
+    return lines
+
+
+def groups_table(counts: Mapping[str, int]) -> list[str]:
+    """Patches of each difficulty, and their share."""
+    lines = _head(["group", "patches", "share"])
+    total = sum(counts.values())
+    return lines + [_line([name, str(count), f"{count / total:.1%}"]) for name, count in counts.items()]
+
+
+def mean_of(rows: Rows, column: str) -> float | None:
+    """Mean over the rows that have the column; None if none has."""
+    values = [row[column] for row in rows if column in row]
+    return sum(values) / len(values) if values else None
+
+
+def _columns(groups: Mapping[str, Rows]) -> list[str]:
+    return [column for column in HEADINGS if any(column in row for rows in groups.values() for row in rows)]
+
+
+def _difference(gaps: list[float], digits: int) -> str:
+    digits += 1  # differences are smaller than what they lie between
+    if not gaps:
+        return ""
+    count, mean = len(gaps), sum(gaps) / len(gaps)
+    if count == 1:
+        return f"{mean:+.{digits}f}"
+    # Not statistics.stdev, which fails on the infinite PSNR of equal images.
+    error = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (count - 1) / count)
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), "|" + "---|" * len(cells)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,52 @@
+"""Options that several commands share, and the error for arguments that no command can carry out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from patchscaler.checkpoints import DEFAULT_WEIGHTS
+from patchscaler.grouping import PRESETS, SamplingPlan
+
+
+class UsageError(ValueError):
+    """The arguments cannot be carried out; nothing was run or written."""
+
+
+def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
+    """--seed, --device, --weights and --batch-size."""
+    add = parser.add_argument
+    add("--seed", type=seed, default=0, help="whole number from 0 to 2^63 - 1 (default: 0)")
+    add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
+    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
+    add("--batch-size", type=positive, default=64, help="patches at once (default: 64)")
+
+
+def add_plan_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan", type=plan, default="paper", help=f"{', '.join(PRESETS)} or FILE.json (default: paper)"
+    )
+
+
+def plan(text: str) -> SamplingPlan:
+    """A preset by its name, or the plan in a JSON file."""
+    if text in PRESETS:
+        return PRESETS[text]
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one of {', '.join(PRESETS)} nor a file")
+    try:
+        return SamplingPlan.from_json(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
+def seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is outside 0..2^63-1")
+    return value
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
