@@ -156,6 +156,7 @@ def test_stop_and_run_again(page, tmp_path):
     expect(page.locator("#status")).to_contain_text("Stopped")
     expect(page.locator("#stop")).to_be_disabled()
     page.locator("#steps3 input[type=number]").fill("1")
+    expect(page.locator("#steps2 input[type=number]")).to_have_value("1")  # pushed along, else the plan is refused
     page.locator("#run").click()
     expect(page.locator("#status")).to_contain_text("Done in")
 
