@@ -82,6 +82,11 @@ class SamplingPlan:
         return cls(**data)
 
 
+def times_and_steps(plan: SamplingPlan, assignment: Tensor) -> tuple[Tensor, Tensor]:
+    """T and N of every patch, two LongTensors N, for its group in ``assignment``, a LongTensor N."""
+    return tuple(assignment.new_tensor(values)[assignment] for values in (plan.start, plan.steps))
+
+
 PRESETS = {"paper": SamplingPlan.paper(), "fast": SamplingPlan.fast(), "uniform": SamplingPlan.uniform()}
 
 

@@ -67,6 +67,14 @@ class PatchGrid:
 
         return min(self.patches, key=distance)
 
+    def borders(self) -> tuple[list[int], list[int]]:
+        """Rows and columns of pixels at which a patch begins or ends, the grid's own edges too."""
+        edges = [
+            {LATENT_PIXELS * (getattr(patch, side) + more) for patch in self.patches for more in (0, patch.size)}
+            for side in ("top", "left")
+        ]
+        return sorted(edges[0]), sorted(edges[1])
+
     def _starts(self, length: int) -> list[int]:
         spare = length - self.size
         gaps = math.ceil(spare / self.stride)

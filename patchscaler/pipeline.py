@@ -20,7 +20,7 @@ from torch import Tensor
 import patchscaler
 from patchscaler.color import wavelet_color_fix
 from patchscaler.figures import priors_sheet
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
 from patchscaler.models import (
     GRM,
@@ -281,7 +281,7 @@ class PatchScalerPipeline(DiffusionPipeline):
 
         # 1. Group the patches by confidence (Eq. 2), and see which of them are new.
         assignment = assign(analysis.patch_confidence, plan, by_hand)  # N
-        start, steps = (torch.tensor(values)[assignment] for values in (plan.start, plan.steps))  # N, N
+        start, steps = times_and_steps(plan, assignment)  # N, N
         y0 = split(analysis.latents, grid)  # NxCxVxV
         if earlier is None:
             rendered = torch.ones(len(grid), dtype=torch.bool)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from patchscaler.evaluation.tables import differences_table, groups_table, means
 from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
 from patchscaler.images import ImageError
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
-from patchscaler.patches import LATENT_PIXELS, PatchGrid
+from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, Analysis, PatchScalerPipeline, Result
 
 UNIFORM = PRESETS["uniform"]
@@ -125,15 +125,8 @@ def describe_run(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int
 
 def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], list[int]]:
     """Rows and columns of pixels at which a patch begins or ends, inside an image of H x W."""
-    rows, columns = set(), set()
-    for patch in grid.patches:
-        rows |= {patch.top * LATENT_PIXELS, (patch.top + patch.size) * LATENT_PIXELS}
-        columns |= {patch.left * LATENT_PIXELS, (patch.left + patch.size) * LATENT_PIXELS}
-    return _inside(rows, height), _inside(columns, width)
-
-
-def _inside(borders: Iterable[int], length: int) -> list[int]:
-    return sorted(border for border in borders if 0 < border < length)
+    rows, columns = grid.borders()
+    return [row for row in rows if 0 < row < height], [column for column in columns if 0 < column < width]
 
 
 def _run_all(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import Picture, to_pil
+from patchscaler.patches import LATENT_PIXELS
 from patchscaler.ui import fragments
 from patchscaler.ui.studies import Study
 from patchscaler.ui.views import ByHand, Shown, save_preview
@@ -86,8 +87,7 @@ def patch_facts(study: Study, shown: Shown | None, index: int, plan: SamplingPla
     analysis = study.analysis
     patch = analysis.grid.patches[index]
     height, width = analysis.coarse.shape[-2:]
-    size = 8 * patch.size
-    left, top = 8 * patch.left, 8 * patch.top
+    left, top, size = (LATENT_PIXELS * cells for cells in (patch.left, patch.top, patch.size))
     box = (left, top, min(width, left + size), min(height, top + size))
     group = int(assign(analysis.patch_confidence, plan, by_hand)[index])
     pictures = [

@@ -11,7 +11,7 @@ from PIL import Image
 
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, SamplingPlan
-from patchscaler.patches import LATENT_PIXELS, PatchGrid
+from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import Progress, Result
 from patchscaler.ui import charts
 
@@ -132,9 +132,8 @@ def baseline(evaluations: tuple[int, int], seconds: tuple[float, float]) -> str:
 def seams(grid: PatchGrid, width: int, height: int) -> str:
     """A style that draws all patch borders over the panels: no picture is changed, and none is sent again."""
     line = round(max(width, height) / 500, 1)
-    columns = {LATENT_PIXELS * (patch.left + more) for patch in grid.patches for more in (0, patch.size)}
-    rows = {LATENT_PIXELS * (patch.top + more) for patch in grid.patches for more in (0, patch.size)}
-    path = "".join([f"M{x} 0V{height}" for x in sorted(columns)] + [f"M0 {y}H{width}" for y in sorted(rows)])
+    rows, columns = grid.borders()
+    path = "".join([f"M{x} 0V{height}" for x in columns] + [f"M0 {y}H{width}" for y in rows])
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f'<path d="{path}" fill="none" stroke="white" stroke-width="{line}" stroke-opacity=".8"/>'

@@ -110,7 +110,7 @@ class Runs:
         began = time.perf_counter()
         plan, seed, by_hand = order.plan, order.seed, order.by_hand
         reused = self.studies.get(order.source) is not None
-        study, shown, result, analysis = None, None, None, None
+        shown, result = None, None
         if not reused:
             yield RunView(status=fragments.status("Restoring the whole image…"))
         for event in self._events(order):
@@ -122,12 +122,11 @@ class Runs:
                 status = fragments.status("Drawing the texture priors…")
                 yield RunView(coarse=coarse_preview(event), **fresh, status=status)
             elif isinstance(event, Study):
-                study, analysis = event, event.analysis
                 again = {}
                 if reused:
-                    again = grouping(study, plan, seed, by_hand, self.calibration)
-                    again["coarse"] = coarse_preview(analysis)
-                yield RunView(**again, priors=save_preview(study.priors, "priors"))
+                    again = grouping(event, plan, seed, by_hand, self.calibration)
+                    again["coarse"] = coarse_preview(event.analysis)
+                yield RunView(**again, priors=save_preview(event.priors, "priors"))
                 sampling = time.perf_counter()
             elif isinstance(event, Progress):
                 left = (time.perf_counter() - sampling) / event.done * (event.total - event.done)
@@ -137,8 +136,7 @@ class Runs:
                 path = save_preview(to_pil(event.picture), "partial")
                 sampled = event.sampled
                 report = {"plan": asdict(plan), "seed": seed}
-                made = (sampled.start, sampled.steps, path, by_hand, report)
-                shown = Shown(order.source, plan, seed, order.color_fix, *made)
+                shown = _shown(order, sampled, path, report)
                 yield RunView(
                     final=path,
                     shown=shown,
@@ -150,9 +148,7 @@ class Runs:
             else:
                 result = event
                 path = save_final(result, order.source)
-                sampled = result.sampled
-                made = (sampled.start, sampled.steps, path, by_hand, result.report())
-                shown = Shown(order.source, plan, seed, order.color_fix, *made)
+                shown = _shown(order, result.sampled, path, result.report())
                 now = time.perf_counter()
                 at_work = sum(group.seconds for group in result.groups)
                 evaluations = sum(group.evaluations for group in result.groups)
@@ -173,6 +169,11 @@ class Runs:
                     difference=gr.update(value=None, visible=False),
                 )
                 sampling = time.perf_counter()  # of the baseline
+
+
+def _shown(order: Order, sampled: Sampled, final: Path, report: dict) -> Shown:
+    made = (sampled.start, sampled.steps, final, order.by_hand, report)
+    return Shown(order.source, order.plan, order.seed, order.color_fix, *made)
 
 
 def _baseline(result: Result, uniform: Result) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, to_pil, write_png
 from patchscaler.pipeline import Analysis, Result, Sampled
 from patchscaler.ui import charts, fragments
@@ -126,16 +126,11 @@ def grouping(study: Study, plan: SamplingPlan, seed: Any, by_hand: ByHand, calib
 
 def work(earlier: Sampled | None, plan: SamplingPlan, seed: Any, assignment: Tensor) -> tuple[int, int]:
     """How many patches a run would sample anew, and the network evaluations that this takes."""
-    start, steps = of_patches(plan, assignment)
+    start, steps = times_and_steps(plan, assignment)
     if earlier is None:
         return len(steps), int(steps.sum())
     anew = earlier.differs(start, steps, seed)
     return int(anew.sum()), int(steps[anew].sum())
-
-
-def of_patches(plan: SamplingPlan, assignment: Tensor) -> tuple[Tensor, Tensor]:
-    """T and N of every patch: two LongTensors N."""
-    return tuple(assignment.new_tensor(values)[assignment] for values in (plan.start, plan.steps))
 
 
 def stale(
@@ -150,7 +145,7 @@ def stale(
     """What to say about a final picture that is unfinished, or not the one that these settings give."""
     if shown is None or shown.source != source:
         return ""
-    start, steps = of_patches(plan, assign(analysis.patch_confidence, plan, by_hand))
+    start, steps = times_and_steps(plan, assign(analysis.patch_confidence, plan, by_hand))
     made = Sampled(start, shown.start, shown.steps, shown.seed)  # only asked which patches differ
     changed = int(made.differs(start, steps, seed).sum())
     if not shown.complete:
