@@ -3,7 +3,8 @@
 from patchscaler.checkpoints import CheckpointError, load_pipeline
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import ImageError, Picture, read_picture, to_pil, write_png
-from patchscaler.pipeline import PatchScalerPipeline, Progress, Result
+from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.records import Progress, Result
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,8 @@ from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import FORMATS, Picture, picture_from_pil, read_picture, write_png
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option
-from patchscaler.pipeline import Analysis, PatchScalerPipeline, Progress, Result
+from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.records import Analysis, Progress, Result
 
 STAGES = ("coarse", "qmap", "priors")
 PRIOR_ROWS = 8  # patches on the priors sheet

@@ -19,7 +19,8 @@ from PIL import Image
 
 from patchscaler.grouping import PRESETS, SamplingPlan, assign
 from patchscaler.images import read_picture, write_png
-from patchscaler.pipeline import Partial, PatchScalerPipeline, Progress, Result
+from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.records import Partial, Progress, Result
 from patchscaler.ui import compare
 from patchscaler.ui import handlers as module
 from patchscaler.ui.budget import thresholds_within

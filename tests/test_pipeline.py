@@ -16,7 +16,7 @@ import patchscaler
 from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError, Picture, bicubic, to_pil, write_png
 from patchscaler.patches import split
-from patchscaler.pipeline import Partial, Progress, Result
+from patchscaler.records import Partial, Progress, Result
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 500, 900), steps=(1, 2, 3))
 

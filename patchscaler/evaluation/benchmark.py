@@ -29,7 +29,8 @@ from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
 from patchscaler.images import ImageError
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.patches import PatchGrid
-from patchscaler.pipeline import SCALE, Analysis, PatchScalerPipeline, Result
+from patchscaler.pipeline import SCALE, PatchScalerPipeline
+from patchscaler.records import Analysis, Result
 
 UNIFORM = PRESETS["uniform"]
 COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, SamplingPlan
-from patchscaler.pipeline import Result
+from patchscaler.records import Result
 
 BINS = 50
 STAGE_COLORS = {

@@ -12,7 +12,7 @@ from PIL import Image
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.patches import PatchGrid
-from patchscaler.pipeline import Progress, Result
+from patchscaler.records import Progress, Result
 from patchscaler.ui import charts
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import read_picture, to_pil
-from patchscaler.pipeline import Analysis, Partial, PatchScalerPipeline, Progress, Result, Sampled
+from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.records import Analysis, Partial, Progress, Result, Sampled
 from patchscaler.ui import compare, fragments
 from patchscaler.ui.calibration import Calibration
 from patchscaler.ui.studies import Studies, Study

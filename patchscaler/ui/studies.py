@@ -10,7 +10,7 @@ from threading import Lock
 from PIL import Image
 
 from patchscaler.figures import grey_preview
-from patchscaler.pipeline import Analysis, Sampled
+from patchscaler.records import Analysis, Sampled
 
 KEPT_PIXELS = 32_000_000  # of output, over all kept studies: about 2 GB
 

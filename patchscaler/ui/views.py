@@ -15,7 +15,7 @@ from torch import Tensor
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, to_pil, write_png
-from patchscaler.pipeline import Analysis, Result, Sampled
+from patchscaler.records import Analysis, Result, Sampled
 from patchscaler.ui import charts, fragments
 from patchscaler.ui.calibration import Calibration
 from patchscaler.ui.studies import Study

@@ -1,0 +1,129 @@
+"""What the pipeline knows of a picture, tells while it works, and gives back. All of it is on the CPU and pickles.
+
+N patches, C channels, H W pixels, h w latents, V patch side, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+import patchscaler
+from patchscaler.grouping import SamplingPlan
+from patchscaler.images import Picture
+from patchscaler.patches import PatchGrid
+from patchscaler.retrieval import Priors
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """All that is known of a picture before sampling, on the CPU in float32, so that it can be kept and sent.
+
+    H W are the sides of the upscaled picture; h w are those of the latent, whose 8h x 8w pixels may reach
+    beyond H and W. ``seconds`` has encode, restore, retrieve and decode (of the coarse image).
+    """
+
+    picture: Picture
+    latents: Tensor  # y0 Cxhxw, the restored latent
+    confidence: Tensor  # 1xhxw in [0, 1]
+    grid: PatchGrid
+    patch_confidence: Tensor  # N in [0, 1], the mean over each patch
+    priors: Priors
+    prompt: Tensor  # NxLxD
+    bicubic: Tensor  # 3xHxW in [-1, 1]
+    coarse: Tensor  # 3xHxW in [-1, 1]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One denoising step of one batch is done. ``done`` and ``total`` count evaluations, in patches."""
+
+    group: int  # index into GROUPS
+    step: int  # 1..steps
+    steps: int
+    patches: int  # in this batch
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Refined patches and how each was made, on the CPU: what a later run of the same image may take over."""
+
+    patches: Tensor  # NxCxVxV, the x0 of every sampled patch; y0 where it is not sampled yet
+    start: Tensor  # LongTensor N, T of each patch; 0 where it is not sampled yet
+    steps: Tensor  # LongTensor N
+    seed: int
+
+    def differs(self, start: Tensor, steps: Tensor, seed: int) -> Tensor:
+        """Which patches would have to be sampled for these T, N and seed: BoolTensor N."""
+        if seed != self.seed:
+            return torch.ones(len(start), dtype=torch.bool)
+        return (self.start != start) | (self.steps != steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """The picture after ``group`` is finished: later groups' patches are still the coarse ones."""
+
+    group: int  # index into GROUPS
+    picture: Picture
+    sampled: Sampled
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What one group cost. ``seconds`` is time at work: not the time a consumer of the events took.
+
+    ``evaluations`` counts those made in this run: patches taken from an earlier one need none.
+    """
+
+    name: str
+    patches: int
+    start: int
+    steps: int
+    evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The upscaled picture, on the CPU, and how it came about.
+
+    ``seconds`` has encode, restore, retrieve, refine, decode (coarse and final) and color; their sum is the
+    time of the whole run, of which encode to the coarse decode come from the analysis.
+    """
+
+    picture: Picture
+    plan: SamplingPlan
+    seed: int
+    assignment: Tensor  # LongTensor N, indices into GROUPS
+    groups: list[GroupReport]
+    seconds: dict[str, float]
+    device: str
+    dtype: str
+    sampled: Sampled
+    rendered: Tensor  # BoolTensor N, the patches sampled in this run
+    by_hand: dict[int, int] = field(default_factory=dict)  # patch -> group, where a person overrode Eq. 2
+
+    def png_text(self) -> dict[str, str]:
+        """What the lossless PNG carries in its text chunks, for `write_png`."""
+        software = f"PatchScaler {patchscaler.__version__}"
+        text = {"Software": software, "plan": self.plan.to_json(), "seed": str(self.seed)}
+        return {**text, "by_hand": json.dumps(self.by_hand)} if self.by_hand else text
+
+    def report(self) -> dict:
+        """Everything but the pixels, as values that JSON can hold."""
+        return {
+            "version": patchscaler.__version__,
+            "plan": asdict(self.plan),
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "groups": [asdict(group) for group in self.groups],
+            "stages": self.seconds,
+        }
