@@ -1,21 +1,33 @@
 """Start the page: `python app.py`, or as a Hugging Face Space.
 
 Environment: PATCHSCALER_WEIGHTS, a pipeline folder or Hub id to load in place of the repository's own weights;
-GRADIO_SERVER_PORT, 7860 unless set.
+GRADIO_SERVER_PORT, 7860 unless set; GRADIO_TEMP_DIR, a folder for uploads and results, in which what is older than
+an hour is deleted; the limits in SECURITY.md.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
+# Of its own, since it is swept: Gradio's default belongs to all pages of the machine.
+os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"patchscaler-{os.getuid()}"))
 
 import spaces  # noqa: F401, I001  before torch: on ZeroGPU it takes hold of CUDA first
 
 from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
-from patchscaler.ui.layout import LAUNCH, build_page
+from patchscaler.ui.jobs import Jobs
+from patchscaler.ui.layout import build_page, launch_settings
 
-demo = build_page(load_pipeline(os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS)))
+jobs = Jobs()
+demo = build_page(load_pipeline(os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS)), jobs)
 
 if __name__ == "__main__":
-    demo.launch(**LAUNCH)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is as good as Ctrl-C
+    try:
+        demo.launch(**launch_settings(jobs))
+    finally:
+        jobs.close()  # or Python would wait for the run at work and all that wait for their turn

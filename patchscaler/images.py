@@ -43,6 +43,19 @@ class LimitError(ValueError):
     """A limit in the environment that cannot be; the message names the variable."""
 
 
+def limit_from_environment(name: str, default: int) -> int:
+    """The whole number in an environment variable, or the default if it is empty or not set.
+
+    Raises LimitError for anything but a whole number of at least 1.
+    """
+    text = os.environ.get(name)
+    if not text:
+        return default
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
+        raise LimitError(f"{name}={text!r} is not a whole number from 1 to {10**18 - 1}")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Limits:
     """How large a picture may be before and after upscaling, in pixels, and its file, in bytes."""
@@ -57,14 +70,8 @@ class Limits:
 
         Raises LimitError for a setting that is not a whole number of at least 1.
         """
-        given = {}
-        for field in fields(cls):
-            name = f"PATCHSCALER_MAX_{field.name.upper()}"
-            if text := os.environ.get(name):
-                if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
-                    raise LimitError(f"{name}={text!r} is not a whole number from 1 to {10**18 - 1}")
-                given[field.name] = int(text)
-        return cls(**given)
+        names = {field.name: f"PATCHSCALER_MAX_{field.name.upper()}" for field in fields(cls)}
+        return cls(**{field: limit_from_environment(name, getattr(cls, field)) for field, name in names.items()})
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value, so fields cannot be compared

@@ -48,7 +48,10 @@ def preset_of(plan: SamplingPlan) -> str:
 def in_range(dials: Sequence[Any]) -> bool:
     """Whether eight dials hold what sliders give: not so while a visitor empties a field or types 700 as 7."""
     return all(
-        isinstance(value, (int, float)) and low <= value <= high and (step < 1 or value == int(value))
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and (step < 1 or value == int(value))
         for value, (low, high, step) in zip(dials, RANGES)
     )
 

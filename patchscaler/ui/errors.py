@@ -9,6 +9,7 @@ import gradio as gr
 import torch
 
 from patchscaler.images import ImageError
+from patchscaler.ui.jobs import JobError
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ def explain(error: Exception) -> gr.Error:
         return error
     if isinstance(error, ImageError):
         return visible_error("This image was refused", str(error))
+    if isinstance(error, JobError):
+        return visible_error("The run was not finished", str(error))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return visible_error("Out of memory", "There is not enough memory for this image. Try a smaller one.")
     log.error("a run failed", exc_info=error)

@@ -32,9 +32,9 @@ class Handlers(Runs):
     Gradio's own decoding loses alpha and 16-bit grey and answers bad files with an error that says nothing.
     """
 
-    def __init__(self, pipeline: PatchScalerPipeline) -> None:
+    def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None) -> None:
         super().__init__(pipeline)
-        self.jobs = Jobs()
+        self.jobs = jobs or Jobs()
         self._stops: dict[str | None, Event] = {}  # by the visitor's session
 
     async def run(

@@ -1,62 +1,98 @@
-"""Long work off the event loop: one job at a time, and none that outlives its reader by more than a step."""
+"""Long work off the event loop: one job at a time, and none that outlives its reader or its deadline by more than a
+step."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import copy_context
-from threading import Event
+from threading import Event, Lock
 from typing import TypeVar
+
+from gradio.context import LocalContext
+
+from patchscaler.images import limit_from_environment
 
 Item = TypeVar("Item")
 _END = object()
 POLL_SECONDS = 0.2  # how soon a reader sees that it was stopped
+RUN_SECONDS = 900  # unless PATCHSCALER_MAX_RUN_SECONDS says something else
+WAITING = 64  # jobs; more than Gradio's queue lets through, since small jobs do not pass through that
+STUCK_SECONDS = 60  # past its deadline, until a job counts as one that nothing but a restart will end
+
+
+class JobError(RuntimeError):
+    """A job that was not begun or not finished, for a reason that a visitor may read."""
 
 
 class Jobs:
     """Runs generators in one thread of its own.
 
     Gradio frees the slot of a cancelled handler at once, while a plain handler's thread would keep running; with one
-    thread here, a job that follows a cancelled one waits until that has noticed.
+    thread here, a job that follows a cancelled one waits until that has noticed. ``seconds`` is the longest that a
+    job may work, PATCHSCALER_MAX_RUN_SECONDS or RUN_SECONDS unless given; waiting for its turn does not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
+        given = limit_from_environment("PATCHSCALER_MAX_RUN_SECONDS", RUN_SECONDS)
+        self.seconds = given if seconds is None else seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
+        self._lock = Lock()
+        self._waiting = 0
+        self._began: float | None = None  # by time.monotonic(), of the job at work
+        self._closed = Event()
 
     async def stream(
         self, job: Callable[[], Generator[Item, None, None]], stopped: Event | None = None
     ) -> AsyncIterator[Item]:
         """Yield what `job()` yields, until it ends or `stopped` is set.
 
-        Then, and when this iterator is closed or its task cancelled, the job stops at its next item.
+        Then, and when this iterator is closed or its task cancelled, the job stops at its next item. The same with
+        JobError past the deadline (even in the midst of a step), when the visitor has left, or the server closes.
+        JobError at once if too many jobs wait already.
         """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue = asyncio.Queue()
         stopped = stopped or Event()
+        began: list[float] = []  # when the job's turn came
+        gone = _visitor_gone()
 
         def work() -> None:
+            with self._lock:
+                self._waiting -= 1
+                self._began = time.monotonic()
+            began.append(self._began)
             last = _END
             try:
+                self._check(began)
                 if not stopped.is_set():
                     with closing(job()) as running:
                         for item in running:
                             if stopped.is_set():
                                 break
+                            self._check(began)
                             loop.call_soon_threadsafe(items.put_nowait, item)
             except BaseException as error:  # SystemExit and its like must not end the thread or reach the event loop
                 last = error
+            finally:
+                self._began = None
             if not stopped.is_set():
                 loop.call_soon_threadsafe(items.put_nowait, last)
 
+        self._admit()
         # ZeroGPU finds the visitor's request, whose quota it uses, in the context.
         self._thread.submit(copy_context().run, work)
         try:
             while not stopped.is_set():
+                if gone():
+                    raise JobError("The visitor has left.")
                 try:
                     item = await asyncio.wait_for(items.get(), POLL_SECONDS)
                 except asyncio.TimeoutError:  # a long step, or a job that waits for its turn
+                    self._check(began)
                     continue
                 if item is _END:
                     break
@@ -67,3 +103,45 @@ class Jobs:
                 yield item
         finally:
             stopped.set()
+
+    def state(self) -> dict[str, bool | int | float | None]:
+        """Whether jobs get done, how long the one at work has been (None: none is), and how many wait."""
+        began = self._began
+        running = None if began is None else time.monotonic() - began
+        stuck = running is not None and running > self.seconds + STUCK_SECONDS
+        return {
+            "alive": not stuck and not self._closed.is_set(),
+            "running_seconds": running and round(running, 1),
+            "waiting": self._waiting,
+        }
+
+    def close(self) -> None:
+        """Let the job at work stop at its next item, and the waiting ones never begin."""
+        self._closed.set()
+
+    def _admit(self) -> None:
+        with self._lock:
+            if self._waiting >= WAITING:
+                raise JobError(f"{self._waiting} jobs wait already; the limit is {WAITING}. Try again later.")
+            self._waiting += 1
+
+    def _check(self, began: list[float]) -> None:
+        if self._closed.is_set():
+            raise JobError("The server is closing.")
+        if began and time.monotonic() - began[0] > self.seconds:
+            limit = f"the limit is {self.seconds:g} seconds"
+            raise JobError(f"It took too long; {limit}. Try a smaller image or fewer steps.")
+
+
+def _visitor_gone() -> Callable[[], bool]:
+    """Tells whether the visitor for whom this task works has left.
+
+    Gradio notes that on the event in its queue, and looks there only when a generator yields: too late for one that
+    waits, and never for an endpoint that gives back one value. It names the task by the event.
+    """
+    blocks, task = LocalContext.blocks.get(None), asyncio.current_task()
+    name = task.get_name() if task else ""
+    event = None
+    if blocks is not None and "<gradio-sep>" in name:
+        event = blocks._queue.event_ids_to_events.get(name.rpartition("<gradio-sep>")[2])
+    return lambda: event is not None and not event.alive

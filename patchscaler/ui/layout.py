@@ -11,10 +11,11 @@ import gradio as gr
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui import compare, fragments, takehome
+from patchscaler.ui import compare, fragments, serving, sweeping, takehome
 from patchscaler.ui.api import upscale_endpoint
 from patchscaler.ui.dials import CUSTOM, RANGES
 from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.views import DialView, RunView
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -44,27 +45,19 @@ THEME = gr.themes.Base(
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
     font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "monospace"],
 ).set(body_text_color_subdued="*neutral_600", block_label_text_color="*neutral_600")
-LAUNCH: dict[str, Any] = {
-    "max_file_size": "20mb",
-    "allowed_paths": [],
-    "show_error": False,
-    "enable_monitoring": False,
-    "strict_cors": True,
-    "ssr_mode": False,
-    "mcp_server": False,
-    "run_history": False,
-    "state_session_capacity": 200,
-    "footer_links": ["api"],
-    "theme": THEME,
-    "css": COLORS,
-    "css_paths": Path(__file__).with_name("page.css"),
-}
 
 
-def build_page(pipeline: PatchScalerPipeline) -> gr.Blocks:
-    """The whole page over a loaded pipeline, ready for `launch(**LAUNCH)`."""
-    handlers = Handlers(pipeline)
-    with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=(600, 3600)) as page:
+def launch_settings(jobs: Jobs) -> dict[str, Any]:
+    """What `launch` is given with a page: its looks, and what keeps it safe."""
+    look = {"theme": THEME, "css": COLORS, "css_paths": Path(__file__).with_name("page.css"), "footer_links": ["api"]}
+    return {**serving.launch_settings(jobs), **look}
+
+
+def build_page(pipeline: PatchScalerPipeline, jobs: Jobs) -> gr.Blocks:
+    """The whole page over a loaded pipeline, ready for `launch(**launch_settings(jobs))`."""
+    handlers = Handlers(pipeline, jobs)
+    delete_cache = (sweeping.SWEEP_SECONDS, sweeping.KEPT_SECONDS)
+    with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as page:
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="controls", scale=0, min_width=320):
