@@ -17,7 +17,7 @@ from patchscaler.devices import pick_device
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import FORMATS, Picture, picture_from_pil, read_picture, write_png
-from patchscaler.options import UsageError, add_pipeline_options, add_plan_option
+from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.records import Analysis, Progress, Result
 
@@ -30,8 +30,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     upscale = commands.add_parser("upscale", help="upscale image files and folders by 4")
     upscale.set_defaults(run=run)
     add = upscale.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file, or a folder of them")
-    add("-o", "--out", type=Path, required=True, help="folder for NAME.png")
+    add("inputs", nargs="+", type=_place, metavar="INPUT", help="an image file, or a folder of them")
+    add("-o", "--out", type=_place, required=True, help="folder for NAME.png")
     add_plan_option(upscale)
     add("--gamma1", type=float, help="confidence above which a patch is simple")
     add("--gamma2", type=float, help="confidence up to which a patch is hard")
@@ -40,11 +40,21 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add_pipeline_options(upscale)
     add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
     add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
+    add("--engine", choices=("local", "ray"), default="local", help="ray: many images on many workers (extra cluster)")
+    add("--workers", type=positive, help="ray: pipelines at once (default: one per GPU, or per two cores)")
+    add("--address", help="ray: of a cluster, as for ray.init (default: Ray on this machine)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Upscale what the arguments name. Returns 0, or 1 if any input failed; raises UsageError."""
+    if args.engine == "ray":
+        return _run_on_ray(args)
     try:
+        if args.workers or args.address:
+            raise UsageError("--workers and --address need --engine ray")
+        for place in (*args.inputs, args.out):
+            if isinstance(place, str):
+                raise UsageError(f"{place} needs --engine ray")
         plan = _plan(args)
         sources = _sources(args.inputs)
         outputs = _outputs(sources, args.out, args.save_stages, args.report)
@@ -71,6 +81,33 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             failed |= _complain(str(args.report), error)
     return failed
+
+
+def _run_on_ray(args: argparse.Namespace) -> int:
+    if args.save_stages or args.report:
+        raise UsageError("--save-stages and --report need --engine local; with ray, manifest.json has the groups")
+    try:
+        from patchscaler import cluster  # here, because Ray is an extra
+    except ImportError as error:
+        raise UsageError(f"--engine ray needs the extra cluster: {error}") from error
+    try:
+        weights = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
+        job = cluster.Job(_plan(args), args.seed, weights, args.batch_size)
+        places = [str(place) for place in args.inputs]
+        counts = cluster.run(places, str(args.out), job, args.workers, args.device, args.address)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except (OSError, RuntimeError) as error:
+        return _complain(str(args.out), error)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return int(counts["failed"] > 0)
+
+
+def _place(text: str) -> Path | str:
+    """A path, or a URL such as s3://bucket/folder as it is."""
+    return text if "://" in text else Path(text)
 
 
 def _three(text: str) -> tuple[int, ...]:

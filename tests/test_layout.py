@@ -14,7 +14,7 @@ FLOORS = [
     {"images", "color", "patches", "devices", "figures"},
     {"models"},
     {"grouping", "sampling", "retrieval"},
-    {"pipeline", "records", "checkpoints", "options"},
+    {"pipeline", "records", "checkpoints", "options", "cluster"},
     {"ui", "cli", "training", "evaluation"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor} | {

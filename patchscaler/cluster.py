@@ -1,0 +1,329 @@
+"""Many images on many workers: ``python -m patchscaler upscale SRC -o OUT --engine ray``.
+
+Each Ray actor holds one pipeline. The driver hands out one image at a time, so that a slow image or a dead worker
+holds up nothing but itself. SRC and OUT are paths or URLs that fsspec knows; pixels never pass through the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import fsspec
+import ray
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from patchscaler.checkpoints import load_pipeline
+from patchscaler.grouping import SamplingPlan
+from patchscaler.images import FORMATS, ImageError, Limits, Picture, read_picture, write_png
+from patchscaler.options import UsageError
+
+MANIFEST = "manifest.json"
+ATTEMPTS = 2  # an image on which so many workers died is given up
+SAVE_EVERY = 5.0  # seconds between two writings of the manifest
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every image of a run is given. Two runs of equal jobs may share a folder."""
+
+    plan: SamplingPlan
+    seed: int
+    weights: str
+    batch_size: int | None = None
+
+    def describe(self) -> dict:
+        """What decides the pixels, as the manifest records it."""
+        return json.loads(json.dumps({"plan": asdict(self.plan), "seed": self.seed, "weights": self.weights}))
+
+
+class Worker:
+    """One pipeline on one device, in a process of its own."""
+
+    def load(self, weights: str, device: str | None) -> None:
+        self.pipeline = load_pipeline(weights, device)
+
+    def upscale(self, source: str, output: str, job: Job, repeated: bool) -> dict:
+        """The manifest's entry for one image. ``repeated``: a worker died on it, perhaps after it was written."""
+        if repeated and exists(output):
+            return {"status": "done"}
+        begin = time.perf_counter()
+        try:
+            picture = fetch(source)
+            options = {"batch_size": job.batch_size} if job.batch_size else {}
+            result = self.pipeline(picture, job.plan, job.seed, **options)
+            store(result.picture, output, result.png_text())
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # this image's fault, or its size's
+            return {"status": "failed", "error": str(error) or type(error).__name__}
+        return {
+            "status": "done",
+            "seconds": time.perf_counter() - begin,
+            "pixels": result.picture.height * result.picture.width,
+            "groups": [asdict(group) for group in result.groups],
+            "notes": list(picture.notes),
+            "process": os.getpid(),
+        }
+
+
+class Manifest:
+    """OUT/manifest.json: the job, and for each image where it went and how that ended."""
+
+    def __init__(self, folder: str, job: Job):
+        """Read what an earlier run left. UsageError if that was another job: its images are not ours to keep."""
+        self.path = posixpath.join(folder, MANIFEST)
+        self.content = {"job": job.describe(), "images": {}}
+        self.resumed = exists(self.path)
+        self.saved = 0.0
+        if self.resumed:
+            try:
+                with fsspec.open(self.path, "rb") as file:
+                    earlier = json.load(file)
+                same = earlier["job"] == self.content["job"]
+                self.content["images"] = dict(earlier["images"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"{self.path} cannot be read: {error}") from error
+            if not same and self.content["images"]:
+                raise UsageError(f"{self.path} is of another plan, seed or weights; choose another folder")
+
+    def record(self, source: str, entry: dict) -> None:
+        self.content["images"][source] = entry
+        if time.monotonic() - self.saved > SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        fs, path = url_to_fs(self.path)
+        data = json.dumps(self.content, indent=1).encode()
+        if isinstance(fs, LocalFileSystem):
+            part = Path(f"{path}.{os.getpid()}.part")
+            part.write_bytes(data)
+            part.replace(path)
+        else:
+            fs.pipe_file(path, data)
+        self.saved = time.monotonic()
+
+
+def run(
+    inputs: Sequence[str],
+    out: str,
+    job: Job,
+    workers: int | None = None,
+    device: str | None = None,
+    address: str | None = None,
+    say: Callable[[str], None] = print,
+    kind: type[Worker] = Worker,
+) -> dict[str, int]:
+    """Upscale images and folders of them into OUT/NAME.png, and count what is "done", "failed" and "found".
+
+    Found are the images that an earlier run of the same job left in OUT; they are not made again. Without an
+    ``address``, Ray runs on this machine, for as long as this call. Raises UsageError before anything is run,
+    and RuntimeError if no worker can load the pipeline.
+    """
+    fs, path = url_to_fs(out)
+    out = path if isinstance(fs, LocalFileSystem) else out  # absolute, as workers may stand elsewhere
+    outputs = plan_outputs(inputs, out)
+    fs.makedirs(path, exist_ok=True)
+    manifest = Manifest(out, job)
+    present = {posixpath.basename(name) for name in fs.ls(path, detail=False)}
+    found = [source for source, output in outputs.items() if posixpath.basename(output) in present]
+    if found and not manifest.resumed:
+        raise UsageError(f"{outputs[found[0]]} exists, and no {MANIFEST} says that it is of this job")
+    for source in found:
+        if manifest.content["images"].get(source, {}).get("status") != "done":  # the driver died before saying so
+            manifest.content["images"][source] = {"output": outputs[source], "status": "done"}
+    manifest.save()
+    waiting = {source: outputs[source] for source in outputs if source not in found}
+    counts = {"done": 0, "failed": 0, "found": len(found)}
+    if not waiting:
+        return counts
+    _start_ray(address)
+    try:
+        _work(waiting, job, *_crew(kind, workers, device, job.weights), manifest, counts, say)
+    finally:
+        manifest.save()
+        ray.shutdown()
+    return counts
+
+
+def plan_outputs(inputs: Sequence[str], out: str) -> dict[str, str]:
+    """Source -> OUT/NAME.png of every image. UsageError if there is none, or if two would be one file."""
+    outputs: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for place in inputs:
+        for source in find_images(place):
+            output = posixpath.join(out, f"{posixpath.splitext(posixpath.basename(source))[0]}.png")
+            if owners.setdefault(output.casefold(), source) != source:
+                raise UsageError(f"{output} would be the output of both {owners[output.casefold()]} and {source}")
+            outputs[source] = output
+    clash = {_identity(source) for source in outputs} & {_identity(output) for output in outputs.values()}
+    if clash:
+        raise UsageError(f"{clash.pop()} would be both an input and an output")
+    return outputs
+
+
+def find_images(place: str) -> list[str]:
+    """The image named, or those directly in the folder named, by name. UsageError if there is none."""
+    try:
+        fs, path = url_to_fs(place)
+        folder = fs.isdir(path)
+        names = sorted(fs.ls(path, detail=False)) if folder else [path]
+    except (OSError, ValueError, ImportError) as error:  # ImportError names the package that a protocol needs
+        raise UsageError(f"{place}: {error}") from error
+    if folder:
+        kinds = Image.registered_extensions()
+        names = [name for name in names if kinds.get(posixpath.splitext(name)[1].lower()) in FORMATS]
+        if not names:
+            raise UsageError(f"no {', '.join(FORMATS)} file in the folder {place}")
+    return [name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name) for name in names]
+
+
+def exists(place: str) -> bool:
+    fs, path = url_to_fs(place)
+    return fs.exists(path)
+
+
+def fetch(source: str) -> Picture:
+    """Read a picture from wherever it lies, under the limits of `read_picture`."""
+    fs, path = url_to_fs(source)
+    if isinstance(fs, LocalFileSystem):
+        return read_picture(path)
+    limit = Limits.from_environment().file_bytes
+    with fs.open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ImageError(f"the file is too large; the limit is {limit:,} bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "input"
+        copy.write_bytes(data)
+        return read_picture(copy)
+
+
+def store(picture: Picture, output: str, text: dict[str, str]) -> None:
+    """Write a PNG that appears whole or not at all: renamed on disk; one upload on an object store."""
+    fs, path = url_to_fs(output)
+    if isinstance(fs, LocalFileSystem):
+        write_png(picture, path, text)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fs.put_file(str(write_png(picture, Path(folder) / "output.png", text)), path)
+
+
+def _identity(place: str) -> str:
+    fs, path = url_to_fs(place)
+    path = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+    return path.casefold()
+
+
+def _start_ray(address: str | None) -> None:
+    """Join the cluster, or start Ray here. The limits on images go along; on a cluster, so must the package."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("PATCHSCALER_MAX_")}
+    options = {}
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        root = str(Path(__file__).parent.parent)
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        options = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+    try:
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(address or "local", runtime_env={"env_vars": settings}, **quiet, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
+
+
+def _crew(
+    kind: type[Worker], count: int | None, device: str | None, weights: str
+) -> tuple[int, Callable[[], tuple[ActorHandle, ray.ObjectRef]]]:
+    """How many workers to have, and what starts one and has it load the pipeline.
+
+    They get a GPU each if there are any and no other device is asked for, else the cores in equal shares.
+    """
+    cluster = ray.cluster_resources()
+    cpus, gpus = int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0))
+    on_gpu = device == "cuda" or (device in (None, "auto") and gpus > 0)
+    most = gpus if on_gpu else cpus
+    count = count or (gpus if on_gpu else max(1, cpus // 2))
+    if count > most:
+        raise UsageError(f"{count} workers need {count} {'GPUs' if on_gpu else 'cores'}; Ray has {most}")
+    largest = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+    share = max(1, min(cpus // count, largest))  # Ray gives a worker that many threads, by OMP_NUM_THREADS
+    actor = ray.remote(kind).options(num_cpus=share, num_gpus=int(on_gpu))
+
+    def hire() -> tuple[ActorHandle, ray.ObjectRef]:
+        worker = actor.remote()
+        return worker, worker.load.remote(weights, "cuda" if on_gpu else device)
+
+    return count, hire
+
+
+def _work(
+    outputs: dict[str, str],
+    job: Job,
+    count: int,
+    hire: Callable[[], tuple[ActorHandle, ray.ObjectRef]],
+    manifest: Manifest,
+    counts: dict[str, int],
+    say: Callable[[str], None],
+) -> None:
+    """Give each of ``count`` workers an image at a time until none is left, and replace those that die."""
+    waiting = deque(outputs)
+    attempts = dict.fromkeys(outputs, 0)
+    starts = 0  # in a row that failed
+    running: dict[ray.ObjectRef, tuple[ActorHandle, str | None]] = {}
+    idle: list[ActorHandle] = []
+    begin, pixels, ended = time.monotonic(), 0, 0
+
+    def start() -> None:
+        worker, loading = hire()
+        running[loading] = worker, None
+
+    for _ in range(count):
+        start()
+    while ended < len(outputs):
+        (finished,), _ = ray.wait(list(running), num_returns=1)
+        worker, source = running.pop(finished)
+        try:
+            entry = ray.get(finished)
+            idle.append(worker)
+            starts = 0
+        except RayTaskError as error:  # what Worker did not expect
+            if source is None:
+                raise RuntimeError(f"a worker cannot load the pipeline: {error.cause}") from error
+            entry = {"status": "failed", "error": str(error.cause)}
+            idle.append(worker)
+        except RayError as error:  # the worker died
+            starts += source is None
+            if starts >= ATTEMPTS:
+                raise RuntimeError(f"workers die while they load the pipeline: {error}") from error
+            start()
+            if source is not None and attempts[source] < ATTEMPTS:
+                say(f"{source}: its worker died; trying again")
+                waiting.appendleft(source)
+                source = None
+            entry = {"status": "failed", "error": f"{ATTEMPTS} workers died on it"}
+        if source is not None:
+            manifest.record(source, {"output": outputs[source], "attempts": attempts[source], **entry})
+            counts[entry["status"]] += 1
+            ended, pixels = ended + 1, pixels + entry.get("pixels", 0)
+            seconds = time.monotonic() - begin
+            pace = f"{ended / seconds:.2f} images/s, {pixels / 1e6 / seconds:.2f} MP/s"
+            left = f"{seconds / ended * (len(outputs) - ended):.0f} s left"
+            say(f"[{ended}/{len(outputs)}] {source}{_ending(outputs[source], entry)}  ({pace}, {left})")
+        while idle and waiting:
+            worker, source = idle.pop(), waiting.popleft()
+            attempts[source] += 1
+            call = worker.upscale.remote(source, outputs[source], job, attempts[source] > 1)
+            running[call] = worker, source
+
+
+def _ending(output: str, entry: dict) -> str:
+    return f": {entry['error']}" if entry["status"] == "failed" else f" -> {output}  {entry.get('seconds', 0):.1f} s"
