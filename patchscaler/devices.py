@@ -1,12 +1,22 @@
-"""Which device to run on, and in which precision."""
+"""Which device to run on and in which precision, how long it took, and what to do when its memory runs out."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class OutOfMemory(MemoryError):
+    """There is not enough memory even for the smallest pieces; the message says what helps."""
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -56,3 +66,75 @@ def _seconds(dtype: torch.dtype, budget: float = 0.1) -> float:
         if time.perf_counter() > end:
             break
     return best
+
+
+class Stopwatch:
+    """Seconds between laps, counting what the device was asked to do and has not yet finished."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.last = 0.0
+        self.lap()
+
+    def lap(self, wait: bool = True) -> float:
+        """Without ``wait``, a GPU is left to its work, and only what the host did counts."""
+        if wait and self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU, to a CUDA GPU from pinned memory and without waiting for its earlier work."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, by the exceptions of Python and CUDA or by the words of torch's other allocators."""
+    if isinstance(error, OutOfMemory):
+        return False  # everything was tried
+    words = ("can't allocate memory", "not enough memory", "out of memory", "could not create a memory")
+    is_word = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return is_word or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def halving(run: Callable[[int], Value], size: int, least: int, device: torch.device) -> Value:
+    """``run(size)``, again with half the size each time that memory runs out, down to ``least``.
+
+    Raises OutOfMemory if ``least`` is too much as well.
+    """
+    while size > least:
+        try:
+            return run(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release(device)  # here the error, which held what `run` had made, is gone
+        size = max(least, size // 2)
+    with advising(device):
+        return run(size)
+
+
+@contextmanager
+def advising(device: torch.device) -> Iterator[None]:
+    """Turn what says that memory ran out into OutOfMemory, which says what helps."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(device) from None
+
+
+def out_of_memory(device: torch.device) -> OutOfMemory:
+    advice = "close other programs, take a smaller image" + (", or use the CPU" if device.type != "cpu" else "")
+    return OutOfMemory(f"not enough memory on {device}, even in the smallest pieces: {advice}")
+
+
+def release(device: torch.device) -> None:
+    """Give back what the device's allocator keeps for later."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()

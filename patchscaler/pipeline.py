@@ -5,9 +5,11 @@ B batch, N patches, C channels, H W pixels, h w latents, V patch side, T timeste
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, wraps
+from inspect import isgeneratorfunction
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 
+from patchscaler.batches import Patches, Step, make_batches, sample_batches
 from patchscaler.color import wavelet_color_fix
+from patchscaler.devices import Stopwatch, advising, halving
 from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
@@ -31,9 +35,28 @@ from patchscaler.models import (
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
 from patchscaler.records import Analysis, GroupReport, Partial, Progress, Result, Sampled
 from patchscaler.retrieval import Priors, retrieve
-from patchscaler.sampling import Predict, Scheduler, denoise
+from patchscaler.sampling import Scheduler
+from patchscaler.tiles import Local, tiled
 
 SCALE = 4
+TILE = 256  # cells along the side of a tile: of 2048 pixels
+LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
+
+
+def _advised(method: Callable) -> Callable:
+    """When memory runs out in a method or generator of the pipeline, say so and what helps: OutOfMemory."""
+
+    @wraps(method)
+    def call(self: PatchScalerPipeline, *args: Any, **options: Any) -> Any:
+        with advising(self._execution_device):
+            return method(self, *args, **options)
+
+    @wraps(method)
+    def iterate(self: PatchScalerPipeline, *args: Any, **options: Any) -> Iterator[Any]:
+        with advising(self._execution_device):
+            yield from method(self, *args, **options)
+
+    return iterate if isgeneratorfunction(method) else call
 
 
 class PatchScalerPipeline(DiffusionPipeline):
@@ -91,10 +114,11 @@ class PatchScalerPipeline(DiffusionPipeline):
         return result
 
     @torch.inference_mode()
+    @_advised
     def analyze(self, picture: Picture, batch_size: int = 64) -> Analysis:
         """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
         device = self._execution_device
-        clock = _Stopwatch(device)
+        clock = Stopwatch(device)
         seconds = {}
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
@@ -102,12 +126,12 @@ class PatchScalerPipeline(DiffusionPipeline):
         upscaled = bicubic(picture.rgb[None].to(device), SCALE)  # 1x3xHxW
         height, width = upscaled.shape[-2:]
         padded = _pad(upscaled, LATENT_PIXELS, LATENT_PIXELS * size)  # 1x3x8hx8w
-        y_lr = encode_latents(self.vae, padded)  # 1xCxhxw
+        y_lr = self._by_tiles(self.encoding, padded)  # 1xCxhxw
+        del padded
         seconds["encode"] = clock.lap()
 
         # 2. Restore, with a confidence (Eq. 1).
-        restored = self.grm(y_lr)
-        y0, confidence = restored.latents.float(), restored.confidence  # 1xCxhxw, 1x1xhxw
+        y0, confidence = self._by_tiles(self.restoring, y_lr).split([y_lr.shape[1], 1], dim=1)  # 1xCxhxw, 1x1xhxw
         _require_finite("the restored latent", y0)
         _require_finite("the confidence", confidence)
         seconds["restore"] = clock.lap()
@@ -120,23 +144,24 @@ class PatchScalerPipeline(DiffusionPipeline):
         seconds["retrieve"] = clock.lap()
 
         # 4. Decode the coarse image.
-        coarse = decode_latents(self.vae, y0)[0, :, :height, :width]  # 3xHxW
+        coarse = self._by_tiles(self.decoding, y0)[0, :, :height, :width]  # 3xHxW
         seconds["decode"] = clock.lap()
 
         return Analysis(
             picture=picture,
             latents=y0[0].cpu(),
-            confidence=confidence[0].cpu(),
+            confidence=confidence[0].cpu().clone(),  # not with the latents in tow
             grid=grid,
             patch_confidence=patch_confidence.cpu(),
             priors=priors,
             prompt=prompt,
             bicubic=upscaled[0].cpu(),
-            coarse=coarse.cpu(),
+            coarse=coarse.cpu().contiguous(),
             seconds=seconds,
         )
 
     @torch.inference_mode()
+    @_advised
     def refine(
         self,
         analysis: Analysis,
@@ -151,7 +176,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         """Yield Progress after every denoising step of every batch, and last the Result.
 
         A patch's result depends on its content, prompt, (T, N) and the seed only. Close the generator to stop
-        early. Raises RuntimeError rather than return pixels that are NaN.
+        early. Raises RuntimeError rather than return pixels that are NaN, and OutOfMemory if memory is short for the
+        smallest batches and tiles.
 
         Args:
             color_fix: give the output the low frequencies of the bicubic upscale.
@@ -163,7 +189,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is below 1")
         device = self._execution_device
-        clock = _Stopwatch(device)
+        clock = Stopwatch(device)
         grid = analysis.grid
 
         # 1. Group the patches by confidence (Eq. 2), and see which of them are new.
@@ -175,7 +201,6 @@ class PatchScalerPipeline(DiffusionPipeline):
             earlier = Sampled(y0, torch.zeros_like(start), torch.zeros_like(steps), seed)
         else:
             rendered = earlier.differs(start, steps, seed)
-        total = int(steps[rendered].sum())
 
         # 2. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -183,40 +208,45 @@ class PatchScalerPipeline(DiffusionPipeline):
 
         # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         x0 = torch.where(rendered[:, None, None, None], y0, earlier.patches).to(device)  # NxCxVxV
-        finished = ~rendered  # N
-        done, decode, groups = 0, 0.0, []
-        for group, name in enumerate(GROUPS):
-            members = ((assignment == group) & rendered).nonzero()[:, 0]
-            clock.lap()
-            spent = 0.0
-            for first in range(0, len(members), batch_size):
-                batch = members[first : first + batch_size]
-                y0_batch = y0[batch].to(device)
-                noise_batch = noise[batch].to(device)
-                predict = self._predictor(y0_batch, analysis.prompt[batch].to(device))
-                run = denoise(predict, y0_batch, noise_batch, plan.start[group], plan.steps[group], self.scheduler)
-                for step, prediction, _ in run:
-                    x0[batch] = prediction  # the last one counts
-                    done += len(batch)
-                    spent += clock.lap()
-                    yield Progress(group, step + 1, plan.steps[group], len(batch), done, total)
-                    clock.lap()
-            count = int((assignment == group).sum())
-            evaluations = plan.steps[group] * len(members)
-            seconds = spent + clock.lap()
-            groups.append(GroupReport(name, count, plan.start[group], plan.steps[group], evaluations, seconds))
-            finished = finished | (assignment == group)
-            if partial and len(members) and done < total:
+        patches = Patches(y0, noise, analysis.prompt, x0)
+        members = {group: ((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))}
+        members = {group: indices for group, indices in members.items() if len(indices)}
+        # Groups that share a batch are finished together, so for the picture after each group they do not.
+        runs = [{group: indices} for group, indices in members.items()] if partial else [members]
+        total = int(steps[rendered].sum())
+        done, decode, spent, finished = 0, 0.0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
+        for run in runs:
+            for step in self._sample(patches, run, plan, batch_size):
+                done += step.evaluations
+                for group, k in step.steps.items():
+                    spent[group] += step.seconds[group]
+                    yield Progress(group, k, plan.steps[group], step.patches[group], done, total)
+            if partial and done < total:
+                (group,) = run
+                finished = finished | (assignment == group)
                 sampled = Sampled(x0.cpu().clone(), start * finished, steps * finished, seed)
-                picture, spent, _ = self._finish(analysis, x0, color_fix, clock)
-                decode += spent
+                clock.lap()
+                picture, seconds, _ = self._finish(analysis, x0, color_fix, clock)
+                decode += seconds
                 yield Partial(group, picture, sampled)
 
         # 4. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
         clock.lap()
-        picture, spent, color = self._finish(analysis, x0, color_fix, clock)
-        decode += spent
+        picture, seconds, color = self._finish(analysis, x0, color_fix, clock)
+        decode += seconds
 
+        counts = assignment.bincount(minlength=len(GROUPS)).tolist()
+        groups = [
+            GroupReport(
+                name,
+                counts[group],
+                plan.start[group],
+                plan.steps[group],
+                plan.steps[group] * len(members.get(group, ())),
+                spent[group],
+            )
+            for group, name in enumerate(GROUPS)
+        ]
         yield Result(
             picture=picture,
             plan=plan,
@@ -225,7 +255,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             groups=groups,
             seconds={
                 **{name: analysis.seconds[name] for name in ("encode", "restore", "retrieve")},
-                "refine": sum(group.seconds for group in groups),
+                "refine": sum(spent.values()),
                 "decode": analysis.seconds["decode"] + decode,
                 "color": color,
             },
@@ -250,17 +280,17 @@ class PatchScalerPipeline(DiffusionPipeline):
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
     def _finish(
-        self, analysis: Analysis, x0: Tensor, color_fix: bool, clock: _Stopwatch
+        self, analysis: Analysis, x0: Tensor, color_fix: bool, clock: Stopwatch
     ) -> tuple[Picture, float, float]:
         """Patches NxCxVxV as the upscaled picture, and the seconds of merging and decoding, and of the colours."""
         height, width = analysis.bicubic.shape[-2:]
         x_hr = merge(x0, analysis.grid)  # Cxhxw
         _require_finite("the refined latent", x_hr)
-        output = decode_latents(self.vae, x_hr[None])[..., :height, :width]  # 1x3xHxW
+        output = self._by_tiles(self.decoding, x_hr[None])[..., :height, :width]  # 1x3xHxW
         decode = clock.lap()
         if color_fix:
             reference = analysis.bicubic[None].to(output.device)
-            output = wavelet_color_fix(output, reference).clamp(-1, 1)
+            output = wavelet_color_fix(output, reference).clamp_(-1, 1)
         _require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:
@@ -268,8 +298,34 @@ class PatchScalerPipeline(DiffusionPipeline):
         picture = Picture(output[0].cpu(), alpha, analysis.picture.notes)
         return picture, decode, clock.lap()
 
-    def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
+    @property
+    def encoding(self) -> Local:
+        """Images 1x3x8hx8w to latents 1xCxhxw."""
+        return Local(self.vae, "encode", partial(encode_latents, self.vae), before=LATENT_PIXELS, after=1)
+
+    @property
+    def restoring(self) -> Local:
+        """Latents 1xCxhxw to restored ones and their confidence: 1x(C+1)xhxw, float32."""
+        return Local(self.grm, "restore", self._restore, before=1, after=1)
+
+    @property
+    def decoding(self) -> Local:
+        """Latents 1xCxhxw to images 1x3x8hx8w."""
+        return Local(self.vae, "decode", partial(decode_latents, self.vae), before=1, after=LATENT_PIXELS)
+
+    def _restore(self, y_lr: Tensor) -> Tensor:
+        restored = self.grm(y_lr)
+        return torch.cat([restored.latents.float(), restored.confidence], dim=1)
+
+    def _by_tiles(self, local: Local, values: Tensor) -> Tensor:
+        side = min(TILE, max(values.shape[-2:]) // local.before)
+        return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
+
+    def prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         """Algorithm 1 and the texture encoder, in batches: NxCxVxV -> Priors and prompt NxLxD, on the CPU."""
+        return halving(partial(self._prompt, patches), batch_size, 1, patches.device)
+
+    def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         found, prompts = [], []
         for batch in patches.split(batch_size):
             queries = self.texture_classifier.features(batch)  # NxD
@@ -279,32 +335,12 @@ class PatchScalerPipeline(DiffusionPipeline):
             found.append((priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu()))
         return Priors(*(torch.cat(parts) for parts in zip(*found, strict=True))), torch.cat(prompts)
 
-    def _predictor(self, y0: Tensor, prompt: Tensor) -> Predict:
-        """f_theta for one batch: y0 NxCxVxV and prompt NxLxD, whose keys are computed once, not per step."""
-        keys = self.transformer.prompt_keys(prompt)
-
-        def predict(x_t: Tensor, t: int) -> Tensor:
-            # One time for all: besides being cheaper, its products then have the same shape in every batch,
-            # without which float32 results of a patch would depend on the size of its batch (by 2e-6).
-            return self.transformer(x_t, y0, torch.tensor([t], device=x_t.device), keys)
-
-        return predict
-
-
-class _Stopwatch:
-    """Seconds between laps, counting what the device was asked to do and has not yet finished."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.last = 0.0
-        self.lap()
-
-    def lap(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        return seconds
+    def _sample(
+        self, patches: Patches, members: Mapping[int, Tensor], plan: SamplingPlan, batch_size: int
+    ) -> Iterator[Step]:
+        """Sample the ``members`` of the groups, on one device or several."""
+        batches = make_batches(members, plan, batch_size)
+        return sample_batches([self.transformer], self.scheduler, plan, patches, batches)
 
 
 def _pad(image: Tensor, multiple: int, least: int) -> Tensor:

@@ -6,8 +6,9 @@ diffusers counts from 0. A schedule is any pair (start, steps) with 1 <= steps <
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
@@ -60,15 +61,53 @@ def denoise(
     ``scheduler`` is read, never stepped: each call follows a fresh copy, so threads may share it. Arithmetic
     between evaluations is float32 on the device of ``y0``, whatever dtype ``predict`` returns.
     """
-    alphas = alphas_cumprod(scheduler)
-    times = timesteps(start, steps)
-    is_dpm = isinstance(scheduler, DPMSolverMultistepScheduler)
-    step = _dpm_step(scheduler, times) if is_dpm else _ddim_step
-    x_t = shortcut_start(y0.float(), noise.float(), start, alphas)  # NxCxVxV
-    for k, t in enumerate(times):
+    path = _Path(scheduler, start, steps)
+    x_t = path.start(y0, noise)  # NxCxVxV
+    for k, t in enumerate(path.times):
         x0 = predict(x_t, t).float()  # NxCxVxV
-        x_t = step(x_t, x0, t, times[k + 1], alphas) if k + 1 < steps else x0
+        x_t = path.step(k, x_t, x0)
         yield k, x0, x_t
+
+
+def nested(schedules: Sequence[tuple[int, int]]) -> bool:
+    """Whether the times of each (start, steps) are the last ones of the schedule before it."""
+    grids = [timesteps(*schedule) for schedule in schedules]
+    return all(later == grid[-len(later) :] for grid, later in zip(grids, grids[1:]))
+
+
+def denoise_together(
+    predict: Predict,
+    y0: Tensor,
+    noise: Tensor,
+    counts: Sequence[int],
+    schedules: Sequence[tuple[int, int]],
+    scheduler: Scheduler,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Groups on one grid of times as one batch, which grows when the next group's time has come.
+
+    Yield the x0 predictions of the groups under way after every evaluation. Those of a group are bit by bit what
+    `denoise` gives for it alone, if ``predict`` treats patches alone. Raises ValueError for schedules that are not
+    `nested`.
+
+    Args:
+        y0, noise: NxCxVxV, the patches of the first group first.
+        counts: patches of each group; their sum is N.
+        schedules: (start, steps) of each group. ``predict`` is given the first patches, up to those under way.
+    """
+    if not nested(schedules):
+        raise ValueError(f"the schedules {list(schedules)} do not share one grid of times")
+    paths = [_Path(scheduler, *schedule) for schedule in schedules]
+    parts = list(zip(y0.split(list(counts)), noise.split(list(counts)), strict=True))
+    states: list[Tensor] = []  # x_t of the groups under way
+    for k, t in enumerate(paths[0].times):
+        for path, part in zip(paths[len(states) :], parts[len(states) :]):
+            if path.times[0] == t:
+                states.append(path.start(*part))
+        x_t = states[0] if len(states) == 1 else torch.cat(states)
+        predictions = predict(x_t, t).float().split(list(counts[: len(states)]))
+        late = [len(paths[0].times) - len(path.times) for path in paths]  # steps before a group's first
+        states = [path.step(k - wait, *pair) for path, wait, *pair in zip(paths, late, states, predictions)]
+        yield predictions
 
 
 def sample(
@@ -88,6 +127,25 @@ def sample(
         if callback is not None:
             callback(k, x0, x_next)
     return x0
+
+
+class _Path:
+    """One schedule on its way from x_start to x0: what is added at its start, and what each step does."""
+
+    def __init__(self, scheduler: Scheduler, start: int, steps: int):
+        self.alphas = alphas_cumprod(scheduler)
+        self.times = timesteps(start, steps)
+        is_dpm = isinstance(scheduler, DPMSolverMultistepScheduler)
+        self._solve = _dpm_step(scheduler, self.times) if is_dpm else _ddim_step
+
+    def start(self, y0: Tensor, noise: Tensor) -> Tensor:
+        return shortcut_start(y0.float(), noise.float(), self.times[0], self.alphas)
+
+    def step(self, k: int, x_t: Tensor, x0: Tensor) -> Tensor:
+        """x at the time after step ``k``; after the last one that is x0."""
+        if k + 1 == len(self.times):
+            return x0
+        return self._solve(x_t, x0, self.times[k], self.times[k + 1], self.alphas)
 
 
 def _ddim_step(x_t: Tensor, x0: Tensor, t: int, s: int, alphas: Tensor) -> Tensor:

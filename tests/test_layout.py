@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 # Imports run downwards only. Parts on one floor may import each other, except the four at the top.
 FLOORS = [
-    {"images", "color", "patches", "devices", "figures"},
+    {"images", "color", "patches", "devices", "figures", "tiles"},
     {"models"},
     {"grouping", "sampling", "retrieval"},
-    {"pipeline", "records", "checkpoints", "options", "cluster"},
+    {"pipeline", "records", "checkpoints", "options", "cluster", "batches"},
     {"ui", "cli", "training", "evaluation"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor} | {

@@ -338,3 +338,19 @@ def test_patches_put_into_a_group_by_hand(tiny_pipeline, analysis, plan):
     for bad in ({9: 0}, {-1: 0}, {0: 3}):
         with pytest.raises(ValueError, match="9 patches, 3 groups"):
             run(tiny_pipeline, analysis, plan, by_hand=bad)
+
+
+def test_groups_on_one_grid_share_batches_and_report_their_own_work(tiny_pipeline, analysis, plan):
+    """Three patches each: the batch of nine grows, and no bit differs from groups that are sampled alone."""
+    common = replace(plan, start=(200, 400, 600), steps=(1, 2, 3))
+    sizes = []
+    hook = tiny_pipeline.transformer.register_forward_hook(lambda _, inputs, out: sizes.append(len(out)))
+    *events, result = tiny_pipeline.refine(analysis, common)
+    hook.remove()
+    assert sizes == [3, 6, 9]
+    assert [event.done for event in events][-1] == events[-1].total == common.evaluations([3, 3, 3])
+    seen = [(event.group, event.step) for event in events]
+    assert seen == [(2, 1), (2, 2), (1, 1), (2, 3), (1, 2), (0, 1)]
+    assert result.groups[0].seconds < result.groups[1].seconds < result.groups[2].seconds
+    *_, alone = tiny_pipeline.refine(analysis, common, partial=True)
+    assert torch.equal(result.sampled.patches, alone.sampled.patches)

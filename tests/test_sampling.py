@@ -4,7 +4,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from patchscaler.sampling import alphas_cumprod, denoise, sample, shortcut_start, timesteps
+from patchscaler.sampling import (
+    alphas_cumprod,
+    denoise,
+    denoise_together,
+    nested,
+    sample,
+    shortcut_start,
+    timesteps,
+)
 
 PAIRS = [(1, 1), (2, 1), (2, 2), (7, 7), (7, 3), (400, 8), (700, 14), (1000, 20), (1000, 1), (999, 31)]
 
@@ -128,6 +136,31 @@ def test_batches_runs_and_interleaving_do_not_matter(scheduler):
     runs = [denoise(predict, y0[i : i + 1], noise[i : i + 1], 500, 9, scheduler) for i in range(4)]
     *_, last = zip(*runs, strict=True)
     assert torch.equal(whole, torch.cat([x_next for _, _, x_next in last]))
+
+
+@pytest.mark.parametrize("scheduler", [ddim(), dpm(2), dpm(3)], ids=["ddim", "dpm2", "dpm3"])
+@pytest.mark.parametrize("schedules", [[(1000, 20), (700, 14), (400, 8)], [(9, 3), (9, 3)], [(7, 7), (1, 1)]])
+def test_groups_on_one_grid_grow_into_one_batch(scheduler, schedules):
+    y0, noise, _ = draws(5)
+    counts, sizes = [1, 3, 1][: len(schedules)], []
+    y0, noise = y0[: sum(counts)], noise[: sum(counts)]
+
+    def predict(x_t, t):
+        sizes.append(len(x_t))
+        return torch.tanh(x_t) * (1 - t / 2000)
+
+    *_, last = denoise_together(predict, y0, noise, counts, schedules, scheduler)
+    assert len(sizes) == schedules[0][1] and sizes == sorted(sizes)  # as many calls as the longest takes alone
+    assert sum(sizes) == sum(count * steps for count, (_, steps) in zip(counts, schedules))
+    for x0, *part, schedule in zip(last, y0.split(counts), noise.split(counts), schedules, strict=True):
+        assert torch.equal(x0, sample(predict, *part, *schedule, scheduler))
+
+
+def test_groups_off_the_grid_do_not_go_together():
+    assert nested([(1000, 20), (700, 14), (400, 8)]) and nested([(5, 2)]) and not nested([(400, 8), (700, 14)])
+    y0, noise, _ = draws()
+    with pytest.raises(ValueError, match="900, 3.*500, 2.*one grid"):
+        [*denoise_together(lambda x, t: x, y0, noise, [1, 1], [(900, 3), (500, 2)], ddim())]
 
 
 def test_callback_sees_every_step_and_may_stop():

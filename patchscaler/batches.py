@@ -1,0 +1,197 @@
+"""Sampling many patches: which go together, and in what order batches are made, on one device or on several.
+
+N patches, C channels, V patch side, L prompt tokens, D width.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from threading import Event, Thread
+
+import torch
+from torch import Tensor
+
+from patchscaler.devices import Stopwatch, is_out_of_memory, out_of_memory, release, to_device
+from patchscaler.grouping import SamplingPlan
+from patchscaler.models import PatchDiT
+from patchscaler.sampling import Predict, Scheduler, denoise_together, nested
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Patches to be sampled, on the CPU, and where their x0 goes, on any device. All NxCxVxV but the prompt NxLxD."""
+
+    y0: Tensor
+    noise: Tensor
+    prompt: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Patches that are sampled together: the LongTensors of each group's, that with the earliest start first."""
+
+    members: dict[int, Tensor]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.members.values()))
+
+    def evaluations(self, plan: SamplingPlan) -> int:
+        return sum(plan.steps[group] * len(members) for group, members in self.members.items())
+
+    def halves(self) -> list[Batch]:
+        """Two batches of half the size, each of all groups that have two patches."""
+        first = {group: members[: (len(members) + 1) // 2] for group, members in self.members.items()}
+        second = {group: members[len(first[group]) :] for group, members in self.members.items()}
+        return [Batch(first), Batch({group: members for group, members in second.items() if len(members)})]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of a batch is done: per group its step from 1, its patches, and its share of the seconds."""
+
+    steps: dict[int, int] = field(default_factory=dict)
+    patches: dict[int, int] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    evaluations: int = 0  # in patches; negative where a batch is to be made again, in halves
+
+
+def make_batches(members: Mapping[int, Tensor], plan: SamplingPlan, size: int) -> list[Batch]:
+    """Batches of up to ``size`` patches of the groups' ``members``, from the first group to the last.
+
+    Groups whose times are those of one grid fill a batch together; it grows as each group's time comes.
+    """
+    batches: list[Batch] = []
+    filling: dict[int, Tensor] = {}
+    for group, rest in members.items():
+        together = [(plan.start[each], plan.steps[each]) for each in (group, *filling)]
+        if filling and not nested(together):
+            batches.append(Batch(filling))
+            filling = {}
+        while len(rest):
+            room = size - sum(map(len, filling.values()))
+            filling = {group: rest[:room], **filling}
+            rest = rest[room:]
+            if len(rest) or sum(map(len, filling.values())) == size:
+                batches.append(Batch(filling))
+                filling = {}
+    return [*batches, Batch(filling)] if filling else batches
+
+
+def sample_batches(
+    networks: Sequence[PatchDiT], scheduler: Scheduler, plan: SamplingPlan, patches: Patches, batches: Sequence[Batch]
+) -> Iterator[Step]:
+    """Sample all ``batches`` of the patches, and yield a Step after every evaluation of each.
+
+    Each network, on a device of its own, takes the costliest batch that is left. Close the generator to stop.
+    A batch for which memory is short is made again in halves; a single patch for which it is raises OutOfMemory.
+    """
+    if len(networks) == 1:
+        yield from _work(networks[0], scheduler, plan, patches, deque(batches))
+        return
+    todo = deque(sorted(batches, key=lambda batch: -batch.evaluations(plan)))
+    steps: queue.SimpleQueue = queue.SimpleQueue()
+    stopped = Event()
+
+    def work(network: PatchDiT) -> None:
+        last = None
+        try:
+            with closing(_work(network, scheduler, plan, patches, todo)) as running:
+                for step in running:
+                    steps.put(step)
+                    if stopped.is_set():
+                        break
+        except BaseException as error:  # it is raised where the steps are read
+            last = error
+        steps.put(last)
+
+    threads = [Thread(target=work, args=(network,), daemon=True) for network in networks]
+    try:
+        for thread in threads:
+            thread.start()
+        running = len(threads)
+        while running:
+            step = steps.get()
+            if isinstance(step, BaseException):
+                raise step
+            if step is None:
+                running -= 1
+            else:
+                yield step
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+@torch.inference_mode()
+def _work(
+    network: PatchDiT, scheduler: Scheduler, plan: SamplingPlan, patches: Patches, todo: deque[Batch]
+) -> Iterator[Step]:
+    """Sample batches on one device until none is left in ``todo``, which other threads may empty too."""
+    device = network.device
+    while True:
+        try:
+            batch = todo.popleft()
+        except IndexError:
+            return
+        done = 0
+        try:
+            for step in _sample(network, scheduler, plan, patches, batch):
+                done += step.evaluations
+                yield step
+            continue
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise out_of_memory(device) from None
+        release(device)
+        todo.extendleft(reversed(batch.halves()))
+        yield Step(evaluations=-done)
+
+
+def _sample(
+    network: PatchDiT, scheduler: Scheduler, plan: SamplingPlan, patches: Patches, batch: Batch
+) -> Iterator[Step]:
+    """Sample one batch and put its x0 in place. The host waits for a GPU only at the end."""
+    device = network.device
+    clock = Stopwatch(device)
+    indices = torch.cat([*batch.members.values()])
+    y0, noise, prompt = (to_device(values[indices], device) for values in (patches.y0, patches.noise, patches.prompt))
+    schedules = {group: (plan.start[group], plan.steps[group]) for group in batch.members}
+    counts = {group: len(members) for group, members in batch.members.items()}
+    predict = predictor(network, y0, prompt)
+    most = max(steps for _, steps in schedules.values())
+    run = denoise_together(predict, y0, noise, [*counts.values()], [*schedules.values()], scheduler)
+    for k, predictions in enumerate(run):
+        active = {group: counts[group] for group, _ in zip(counts, predictions)}
+        steps = {group: k + 1 - most + plan.steps[group] for group in active}
+        if last := k + 1 == most:
+            patches.x0[indices.to(patches.x0.device)] = torch.cat(predictions).to(patches.x0.device)
+        # A GPU's time is known for the whole batch only.
+        shares = active if device.type == "cpu" else {group: steps[group] * active[group] for group in active}
+        each = clock.lap(wait=last) / sum(shares.values())
+        yield Step(steps, active, {group: each * share for group, share in shares.items()}, sum(active.values()))
+        clock.lap(wait=False)
+
+
+def predictor(network: PatchDiT, y0: Tensor, prompt: Tensor) -> Predict:
+    """f_theta for one batch: y0 NxCxVxV and prompt NxLxD, whose keys are computed once, not per step.
+
+    What it gives takes the first n patches' x_t, so that a batch may grow.
+    """
+    keys = network.prompt_keys(prompt)
+
+    def predict(x_t: Tensor, t: int) -> Tensor:
+        # One time for all: besides being cheaper, its products then have the same shape in every batch,
+        # without which float32 results of a patch would depend on the size of its batch (by 2e-6).
+        count = len(x_t)
+        first = [(key[:count], value[:count]) for key, value in keys]
+        return network(x_t, y0[:count], torch.full((1,), t, device=x_t.device), first)
+
+    return predict
