@@ -75,9 +75,13 @@ def qmap_overlay(
 def grey_preview(coarse: Tensor, max_side: int = 1024) -> Image.Image:
     """The coarse image 3xHxW in grey, so that every colour drawn on it is a group's, scaled down to `max_side`."""
     image = to_pil(Picture(coarse.float().cpu()))
-    scale = min(1.0, max_side / max(image.size))
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.convert("L").resize(size, Image.Resampling.LANCZOS).convert("RGB")
+    return image.convert("L").resize(preview_size(*image.size, max_side), Image.Resampling.LANCZOS).convert("RGB")
+
+
+def preview_size(width: int, height: int, max_side: int = 1024) -> tuple[int, int]:
+    """Width and height of a picture scaled down to `max_side`."""
+    scale = min(1.0, max_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def priors_sheet(

@@ -49,6 +49,11 @@ class PatchGrid:
         if min(self.height, self.width) < self.size:
             raise ValueError(f"latent {self.height}x{self.width} is smaller than a patch of {self.size}")
 
+    @classmethod
+    def covering(cls, height: int, width: int, size: int = 16) -> PatchGrid:
+        """The grid of a picture of so many pixels: its latent, filled up to whole cells and at least one patch."""
+        return cls(*(max(size, -(-side // LATENT_PIXELS)) for side in (height, width)), size=size)
+
     @cached_property
     def patches(self) -> tuple[Patch, ...]:
         """The patches in row-major order; `index` is the place in this tuple."""

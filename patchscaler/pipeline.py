@@ -33,7 +33,7 @@ from patchscaler.models import (
     encode_latents,
 )
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
-from patchscaler.records import Analysis, GroupReport, Partial, Progress, Result, Sampled
+from patchscaler.records import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
 from patchscaler.retrieval import Priors, retrieve
 from patchscaler.sampling import Scheduler
 from patchscaler.tiles import Local, tiled
@@ -164,7 +164,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     @_advised
     def refine(
         self,
-        analysis: Analysis,
+        analysis: Restored,
         plan: SamplingPlan,
         seed: int = 0,
         batch_size: int = 64,
@@ -208,7 +208,8 @@ class PatchScalerPipeline(DiffusionPipeline):
 
         # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         x0 = torch.where(rendered[:, None, None, None], y0, earlier.patches).to(device)  # NxCxVxV
-        patches = Patches(y0, noise, analysis.prompt, x0)
+        prompt = self._prompt(y0.to(device), batch_size)[1] if analysis.prompt is None else analysis.prompt  # NxLxD
+        patches = Patches(y0, noise, prompt, x0)
         members = {group: ((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))}
         members = {group: indices for group, indices in members.items() if len(indices)}
         # Groups that share a batch are finished together, so for the picture after each group they do not.
@@ -280,7 +281,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
     def _finish(
-        self, analysis: Analysis, x0: Tensor, color_fix: bool, clock: Stopwatch
+        self, analysis: Restored, x0: Tensor, color_fix: bool, clock: Stopwatch
     ) -> tuple[Picture, float, float]:
         """Patches NxCxVxV as the upscaled picture, and the seconds of merging and decoding, and of the colours."""
         height, width = analysis.bicubic.shape[-2:]

@@ -6,7 +6,7 @@ N patches, C channels, H W pixels, h w latents, V patch side, L tokens, D width.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from patchscaler.retrieval import Priors
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """All that is known of a picture before sampling, on the CPU in float32, so that it can be kept and sent.
+class Restored:
+    """What refinement needs of a picture, on the CPU in float32.
 
     H W are the sides of the upscaled picture; h w are those of the latent, whose 8h x 8w pixels may reach
     beyond H and W. ``seconds`` has encode, restore, retrieve and decode (of the coarse image).
@@ -28,14 +28,24 @@ class Analysis:
 
     picture: Picture
     latents: Tensor  # y0 Cxhxw, the restored latent
-    confidence: Tensor  # 1xhxw in [0, 1]
     grid: PatchGrid
     patch_confidence: Tensor  # N in [0, 1], the mean over each patch
-    priors: Priors
-    prompt: Tensor  # NxLxD
+    prompt: Tensor | None  # NxLxD; None: refinement looks the priors up again
     bicubic: Tensor  # 3xHxW in [-1, 1]
-    coarse: Tensor  # 3xHxW in [-1, 1]
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis(Restored):
+    """All that is known of a picture before sampling, on the CPU in float32, so that it can be kept and sent."""
+
+    confidence: Tensor  # 1xhxw in [0, 1]
+    priors: Priors
+    coarse: Tensor  # 3xHxW in [-1, 1]
+
+    def restored(self) -> Restored:
+        """The part that refinement needs, in less than half the bytes, for where they are sent."""
+        return Restored(**{field.name: getattr(self, field.name) for field in fields(Restored)})
 
 
 @dataclass(frozen=True)

@@ -129,9 +129,9 @@ class Service:
     def call(self, image: Any, *settings: Any) -> Any:
         """The API's /upscale, as users of curl call it: a list of outputs, or the text of an error.
 
-        What is not given of gamma1, gamma2, starts, steps and seed is that of QUICK and 0.
+        What is not given of gamma1, gamma2, start, steps, seed and color_fix is that of QUICK, 0 and true.
         """
-        plan = (QUICK.gamma1, QUICK.gamma2, list(QUICK.start), list(QUICK.steps), 0)
+        plan = (QUICK.gamma1, QUICK.gamma2, list(QUICK.start), list(QUICK.steps), 0, True)
         answer = self.post("call/upscale", {"data": [image, *settings, *plan[len(settings) :]]})
         if answer.status_code != 200:
             return f"{answer.status_code} {answer.text}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import pickle
 import re
 import time
 from dataclasses import replace
@@ -20,7 +19,6 @@ from PIL import Image
 from patchscaler.grouping import PRESETS, SamplingPlan, assign
 from patchscaler.images import read_picture, write_png
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Partial, Progress, Result
 from patchscaler.ui import compare
 from patchscaler.ui import handlers as module
 from patchscaler.ui.budget import thresholds_within
@@ -29,7 +27,6 @@ from patchscaler.ui.dials import MAX_SEED, RANGES, dials_of, hold_order, in_rang
 from patchscaler.ui.errors import explain, visible_error
 from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.runs import Baseline, Order
 from patchscaler.ui.studies import Studies, Study
 from patchscaler.ui.views import DialView, Shown
 
@@ -326,20 +323,6 @@ def test_the_oldest_studies_go_first_and_the_newest_always_stays(tiny_pipeline, 
     small = Studies(kept_pixels=1)
     small.put("a", study)
     assert small.get("a") is study
-
-
-def test_everything_that_crosses_to_a_zerogpu_process_pickles(handlers, image, plan):
-    order = Order(image["path"], plan, 7, {0: 2}, uniform=True)
-    events = list(handlers._networks(*pickle.loads(pickle.dumps((order,)))))
-    analysis, sheet, *events = pickle.loads(pickle.dumps(events))
-    result, uniform = (event for event in (getattr(e, "event", e) for e in events) if isinstance(event, Result))
-    assert {type(event) for event in events} == {Progress, Partial, Result, Baseline}
-    arguments = pickle.loads(pickle.dumps((order, analysis, result.sampled, uniform.sampled)))
-    again = [e for e in handlers._networks(*arguments) if isinstance(e, Result)][0]
-    assert torch.equal(again.picture.rgb, result.picture.rgb) and not again.rendered.any()
-    assert json.dumps(result.report()) and sheet.size
-    (images,) = pickle.loads(pickle.dumps(list(handlers._networks(analysis.priors.values[0]))))
-    assert images.shape == (3, 3, 128, 128)
 
 
 def test_a_single_patch_has_a_sheet_too(handlers, dials, tmp_path):

@@ -230,16 +230,17 @@ def test_nothing_is_cut_off(page, width):
 
 def test_the_api_upscales_and_reads_no_file_but_uploads(address, tmp_path):
     client = Client(address, verbose=False, download_files=tmp_path)
-    arguments = {"starts": [100, 200, 300], "steps": [1, 2, 3], "seed": 5, "api_name": "/upscale"}
+    arguments = {"start": [100, 200, 300], "steps": [1, 2, 3], "seed": 5, "api_name": "/upscale"}
     path, report = client.predict(handle_file(PHOTO), **arguments)
     with Image.open(path) as final, Image.open(PHOTO) as small:
         assert final.format == "PNG" and final.size == (4 * small.width, 4 * small.height)
         assert json.loads(final.text["plan"])["steps"] == [1, 2, 3]
     assert report["seed"] == 5 and [group["steps"] for group in report["groups"]] == [1, 2, 3]
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/upscale"}
+    public = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(public) == {"/analyze", "/regroup", "/refine", "/upscale"}
 
     for bad in (str(PHOTO), {"path": str(PHOTO)}, {"path": str(PHOTO), "meta": {"_type": "gradio.FileData"}}):
-        body = json.dumps({"data": [bad, 0.95, 0.75, [1, 2, 3], [1, 1, 1], 0]}).encode()
+        body = json.dumps({"data": [bad, 0.95, 0.75, [1, 2, 3], [1, 1, 1], 0, True]}).encode()
         headers = {"Content-Type": "application/json"}
         call = urllib.request.Request(f"{address}gradio_api/call/upscale", body, headers)
         with urllib.request.urlopen(call) as answer:

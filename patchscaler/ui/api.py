@@ -1,36 +1,343 @@
-"""The API's endpoint. No postponed annotations here: Gradio reads the return type as it stands."""
+"""The endpoints for programs: files and JSON in, files and JSON out, and nothing remembered between calls.
 
-from collections.abc import Callable
+Gradio makes the documentation of each, and a tool for MCP, from its signature and docstring. It reads return types as
+they stand, so annotations are not postponed here, and it takes one line for each argument and result.
+"""
 
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from html import unescape
+from pathlib import Path
+from typing import Any, Literal
+
+import gradio as gr
 from gradio.data_classes import FileData
+from gradio.utils import get_function_description
 from pydantic import ValidationError
+from torch import Tensor, empty, tensor
 
-from patchscaler.grouping import SamplingPlan
-from patchscaler.ui.errors import visible_error
-from patchscaler.ui.handlers import Handlers, checked_plan
+import patchscaler
+from patchscaler.figures import qmap_overlay
+from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.images import Picture, write_png
+from patchscaler.patches import LATENT_PIXELS, PatchGrid
+from patchscaler.pipeline import SCALE
+from patchscaler.records import Result
+from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
+from patchscaler.ui.dials import plan_of, seed_of
+from patchscaler.ui.errors import explain
+from patchscaler.ui.gpu import Order
+from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.studies import Study
+from patchscaler.ui.views import ByHand, new_folder, save_final, stem
 
 PAPER = SamplingPlan.paper()
+START, STEPS = list(PAPER.start), list(PAPER.steps)
+Groups = dict[str, Literal["simple", "medium", "hard"]]
+BY_CONFIDENCE: Groups = {}
+ANALYSIS = "_analysis.safetensors"
 
 
-def upscale_endpoint(handlers: Handlers) -> Callable:
+class Endpoints:
+    """What a client can call. Work for the networks waits its turn in the same thread as the page's runs."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
+        self._weights = fingerprint(handlers.pipeline)
+
+    def publish(self, page: gr.Blocks, waiting: int) -> None:
+        """Add the endpoints to a page that is being built; `waiting` runs may wait together with the page's."""
+        heavy = {"concurrency_id": "pipeline", "concurrency_limit": waiting}
+        _publish(page, self.analyze, **heavy)
+        _publish(page, self.regroup, queue=False)
+        _publish(page, self.refine, **heavy)
+        _publish(page, self.upscale, **heavy)
+
+    async def analyze(self, image: FileData) -> tuple[FileData, FileData, FileData, dict]:
+        """Restore an image coarsely at four times its size, and estimate for each patch how sure that restoration is. Once done for an image, regroup tries plans on the result at no cost, and refine renders them.
+
+        Args:
+            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB.
+
+        Returns:
+            coarse: the restored image at four times the size, a lossless PNG.
+            overlay: the groups under the paper's thresholds: teal simple, amber medium, crimson hard. A PNG.
+            analysis: the file for regroup and refine, in safetensors format.
+            report: size, patch grid, each patch's confidence row by row, its group, seconds of each stage, notes.
+        """  # noqa: E501
+        source = _path("image", image)
+        return await self._last(lambda: self._analyze(source))
+
+    def regroup(
+        self,
+        analysis: FileData = None,
+        confidence: list[float] = None,
+        gamma1: float = PAPER.gamma1,
+        gamma2: float = PAPER.gamma2,
+        start: list[int] = START,  # noqa: B006  never changed
+        steps: list[int] = STEPS,  # noqa: B006
+        by_hand: Groups = BY_CONFIDENCE,
+    ) -> tuple[FileData, dict]:
+        """Tell which patches of an analysed image a plan makes simple, medium and hard, and how many network evaluations it costs. Runs no network and waits for no other call.
+
+        Args:
+            analysis: the file that analyze gave. Either this or confidence.
+            confidence: the confidence of each patch from analyze's report; then no overlay is drawn.
+            gamma1: patches with a confidence above this are simple; at most 1.
+            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1.
+            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling.
+            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling.
+            by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0.
+
+        Returns:
+            overlay: the groups drawn over the coarse image in grey, a PNG of at most 1024 pixels a side.
+            report: the plan, the number of patches in each group, each patch's group, and network evaluations.
+        """  # noqa: E501
+        plan, _ = _checked(gamma1, gamma2, start, steps)
+        by_hand = _by_hand(by_hand)
+        if (analysis is None) == (confidence is None):
+            raise _refusal("either analysis or confidence is needed, and not both")
+        if analysis is None:
+            if not isinstance(confidence, list) or not confidence or not all(map(_is_number, confidence)):
+                raise _refusal("confidence is not a list of numbers")
+            assignment = _assign(tensor(confidence), plan, by_hand)
+            return None, _grouped(plan, assignment, by_hand)
+        path = _path("analysis", analysis)
+        try:
+            loaded = read_analysis(path, self._handlers.pipeline, self._weights)
+        except AnalysisFileError as error:
+            raise _plain(error) from error
+        assignment = _assign(loaded.patch_confidence, plan, by_hand)
+        size = empty(3, SCALE * loaded.picture.height, SCALE * loaded.picture.width, device="meta")
+        overlay = qmap_overlay(size, loaded.grid, assignment, by_hand=by_hand, grey=loaded.grey)
+        return _drawn(overlay, _name(path)), _grouped(plan, assignment, by_hand)
+
+    async def refine(
+        self,
+        analysis: FileData,
+        gamma1: float = PAPER.gamma1,
+        gamma2: float = PAPER.gamma2,
+        start: list[int] = START,  # noqa: B006
+        steps: list[int] = STEPS,  # noqa: B006
+        seed: int = 0,
+        by_hand: Groups = BY_CONFIDENCE,
+        color_fix: bool = True,
+    ) -> tuple[FileData, dict]:
+        """Render an analysed image under a plan. With the same plan and seed the result is that of upscale.
+
+        Args:
+            analysis: the file that analyze gave.
+            gamma1: patches with a confidence above this are simple; at most 1.
+            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1.
+            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling.
+            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling.
+            seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image.
+            by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0.
+            color_fix: give the result the colours of the input.
+
+        Returns:
+            final: the image at four times the size, a lossless PNG with plan and seed inside.
+            report: the plan, the seed, and patches, network evaluations and seconds of each group and stage.
+        """
+        plan, seed = _checked(gamma1, gamma2, start, steps, seed)
+        order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), _flag(color_fix), live=False)
+        return await self._last(lambda: self._refine(order))
+
     async def upscale(
+        self,
         image: FileData,
         gamma1: float = PAPER.gamma1,
         gamma2: float = PAPER.gamma2,
-        starts: list[int] = list(PAPER.start),  # noqa: B006  never changed
-        steps: list[int] = list(PAPER.steps),  # noqa: B006
+        start: list[int] = START,  # noqa: B006
+        steps: list[int] = STEPS,  # noqa: B006
         seed: int = 0,
+        color_fix: bool = True,
     ) -> tuple[FileData, dict]:
-        """Upscale an image four times. Confidence above gamma1 makes a patch simple, up to gamma2 hard. `starts` (1 to 1000) and `steps` (1 to start) hold one number each for simple, medium and hard patches. Returns a lossless PNG and a report with the plan and the seconds of every group and stage."""  # noqa: E501
-        # Gradio checks where a file lies only if it is marked as one; without this a bare path would be read.
-        try:
-            source = FileData.model_validate(image, context={"validate_meta": True}).path
-        except ValidationError as error:
-            raise visible_error("No image", "image is not an uploaded file") from error
-        if not isinstance(starts, list) or not isinstance(steps, list) or (len(starts), len(steps)) != (3, 3):
-            raise visible_error("These settings do not work", "starts and steps are lists of three whole numbers")
-        plan, seed = checked_plan([gamma1, gamma2, *starts, *steps], seed)
-        path, report = await handlers.upscale(source, plan, seed)
-        return FileData(path=str(path), orig_name=path.name).model_dump(), report
+        """Upscale a photograph four times in each direction: analyze and refine in one call. Fine detail is made up: it is plausible, not evidence.
 
-    return upscale
+        Args:
+            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB.
+            gamma1: patches with a confidence above this are simple; at most 1.
+            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1.
+            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling.
+            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling.
+            seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image.
+            color_fix: give the result the colours of the input.
+
+        Returns:
+            final: the image at four times the size, a lossless PNG with plan and seed inside.
+            report: the plan, the seed, and patches, network evaluations and seconds of each group and stage.
+        """  # noqa: E501
+        plan, seed = _checked(gamma1, gamma2, start, steps, seed)
+        order = Order(_path("image", image), plan, seed, {}, _flag(color_fix), live=False)
+        return await self._last(lambda: self._upscale(order))
+
+    # Jobs: they yield None where they can be stopped, and last what to return.
+
+    def _analyze(self, source: str) -> Iterator[Any]:
+        for event in self._handlers.events(Order(source, PAPER, 0, {}, live=False, refine=False)):
+            if isinstance(event, Study):
+                study = event
+            yield None
+        analysis, name = study.analysis, _name(source)
+        assignment = assign(analysis.patch_confidence, PAPER)
+        coarse = write_png(Picture(analysis.coarse), new_folder() / f"{name}_coarse.png")
+        file = write_analysis(analysis, study.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
+        overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=study.grey)
+        height, width = analysis.coarse.shape[-2:]
+        report = {
+            "version": patchscaler.__version__,
+            "width": width,
+            "height": height,
+            "grid": _grid(analysis.grid),
+            "confidence": analysis.patch_confidence.tolist(),
+            **_grouped(PAPER, assignment, {}),
+            "seconds": analysis.seconds,
+            "notes": list(analysis.picture.notes),
+        }
+        yield _handed(coarse), _drawn(overlay, name), _handed(file), report
+
+    def _refine(self, order: Order) -> Iterator[Any]:
+        loaded = read_analysis(order.source, self._handlers.pipeline, self._weights)
+        _assign(loaded.patch_confidence, order.plan, order.by_hand)
+        for event in self._handlers.networks.run(order, loaded.restored()):
+            yield _result(event, order) if isinstance(event, Result) else None
+
+    def _upscale(self, order: Order) -> Iterator[Any]:
+        for event in self._handlers.events(order):
+            yield _result(event, order) if isinstance(event, Result) else None
+
+    async def _last(self, job: Callable[[], Iterator[Any]]) -> Any:
+        try:
+            async for item in self._handlers.jobs.stream(job):
+                last = item
+            return last
+        except Exception as error:
+            raise _plain(error) from error
+
+
+def _publish(page: gr.Blocks, endpoint: Callable, **options: Any) -> None:
+    """`gr.api`, with the docstring's lines in the places from which Gradio's page of endpoints takes them."""
+    event = gr.api(endpoint, api_name=endpoint.__name__, **options)
+    _, arguments, results = get_function_description(endpoint)
+    for number, (name, text) in zip(event["inputs"], arguments.items()):
+        page.blocks[number].label = name
+        page.blocks[number]._api_info["additional_description"] = text
+    for number, line in zip(event["outputs"], results):
+        name, text = line.split(": ", 1)
+        page.blocks[number].label = name
+        page.blocks[number]._api_info["description"] = text
+
+
+# What goes in
+
+
+def _path(name: str, file: Any) -> str:
+    """Where an uploaded file lies. Gradio checks that only if the file is marked as one."""
+    try:
+        return FileData.model_validate(file, context={"validate_meta": True}).path
+    except ValidationError as error:
+        raise _refusal(f"{name} is not an uploaded file") from error
+
+
+def _checked(gamma1: Any, gamma2: Any, start: Any, steps: Any, seed: Any = 0) -> tuple[SamplingPlan, int]:
+    if not isinstance(start, list) or not isinstance(steps, list) or (len(start), len(steps)) != (3, 3):
+        raise _refusal("start and steps are lists of three whole numbers")
+    try:
+        return plan_of([gamma1, gamma2, *start, *steps]), seed_of(seed)
+    except ValueError as error:
+        raise _refusal(str(error)) from error
+
+
+def _by_hand(groups: Any) -> ByHand:
+    """{"7": "hard"} as {7: 2}."""
+    try:
+        return {int(index): GROUPS.index(group) for index, group in groups.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        example = f'{{"7": "hard"}}, of a patch and one of {", ".join(GROUPS)}'
+        raise _refusal(f"by_hand={str(groups)[:80]} is not like {example}") from error
+
+
+def _flag(color_fix: Any) -> bool:
+    if not isinstance(color_fix, bool):
+        raise _refusal(f"color_fix={str(color_fix)[:80]} is neither true nor false")
+    return color_fix
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _assign(confidence: Tensor, plan: SamplingPlan, by_hand: ByHand) -> Tensor:
+    try:
+        return assign(confidence, plan, by_hand)
+    except ValueError as error:
+        raise _refusal(str(error)) from error
+
+
+def _refusal(text: str, title: str = "These settings do not work") -> gr.Error:
+    """Of a program's request: as it is, and not as HTML."""
+    return gr.Error(text, title=title, print_exception=False)
+
+
+def _plain(error: Exception) -> gr.Error:
+    if isinstance(error, AnalysisFileError):
+        return _refusal(str(error), "This analysis was refused")
+    visible = explain(error)
+    return _refusal(unescape(visible.message), unescape(visible.title))
+
+
+# What goes out
+
+
+def _handed(path: Path) -> dict:
+    return FileData(path=str(path), orig_name=path.name).model_dump()
+
+
+def _drawn(overlay: Any, name: str) -> dict:
+    path = new_folder() / f"{name}_qmap.png"
+    overlay.save(path)
+    return _handed(path)
+
+
+def _result(result: Result, order: Order) -> tuple[dict, dict]:
+    picture = result.picture
+    report = {
+        "width": picture.width,
+        "height": picture.height,
+        **result.report(),
+        "by_hand": _named(order.by_hand),
+        "color_fix": order.color_fix,
+        "notes": list(picture.notes),
+    }
+    return _handed(save_final(result, _name(order.source))), report
+
+
+def _grouped(plan: SamplingPlan, assignment: Tensor, by_hand: ByHand) -> dict[str, Any]:
+    counts = assignment.bincount(minlength=len(GROUPS)).tolist()
+    return {
+        "plan": asdict(plan),
+        "by_hand": _named(by_hand),
+        "counts": dict(zip(GROUPS, counts)),
+        "assignment": [GROUPS[group] for group in assignment.tolist()],
+        "evaluations": plan.evaluations(counts),
+        "uniform_evaluations": SamplingPlan.uniform().evaluations(counts),
+    }
+
+
+def _grid(grid: PatchGrid) -> dict[str, Any]:
+    """In pixels of the output. The last patches may reach beyond a picture that is no multiple of 8."""
+    return {
+        "patch": LATENT_PIXELS * grid.size,
+        "left": sorted({LATENT_PIXELS * patch.left for patch in grid.patches}),
+        "top": sorted({LATENT_PIXELS * patch.top for patch in grid.patches}),
+    }
+
+
+def _named(by_hand: ByHand) -> dict[str, str]:
+    return {str(index): GROUPS[group] for index, group in by_hand.items()}
+
+
+def _name(source: str) -> str:
+    """What the files made from this one are called after."""
+    return stem(source.removesuffix(ANALYSIS))

@@ -1,11 +1,10 @@
-"""What happens when a visitor does something: the work behind the page's events and the API's one endpoint."""
+"""What happens when a visitor does something: the work behind the page's events."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
 from html import unescape
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -72,15 +71,6 @@ class Handlers(Runs):
         finally:
             if self._stops.get(request.session_hash) is stop:
                 del self._stops[request.session_hash]
-
-    async def upscale(self, source: str, plan: SamplingPlan, seed: int) -> tuple[Path, dict]:
-        """The lossless PNG of a whole run, and its report."""
-        try:
-            async for saved in self.jobs.stream(lambda: self._saved(Order(source, plan, seed, {}, live=False))):
-                last = saved
-            return last
-        except Exception as error:
-            raise explain(error) from error
 
     def stop(self, request: gr.Request) -> None:
         """Have the visitor's run stop at its next step."""
@@ -162,7 +152,7 @@ class Handlers(Runs):
             return ""
         index, priors = patch[1], study.analysis.priors
         if index not in study.prior_images:
-            async for images in self.jobs.stream(lambda: self._work(priors.values[index])):
+            async for images in self.jobs.stream(lambda: self.networks.run(priors.values[index])):
                 study.prior_images[index] = [to_pil(Picture(values)) for values in images]
         return fragments.priors(study.prior_images[index], priors.similarities[index].tolist())
 

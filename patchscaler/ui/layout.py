@@ -12,7 +12,7 @@ from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.ui import compare, fragments, serving, sweeping, takehome
-from patchscaler.ui.api import upscale_endpoint
+from patchscaler.ui.api import Endpoints
 from patchscaler.ui.dials import CUSTOM, RANGES
 from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.jobs import Jobs
@@ -77,7 +77,7 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs) -> gr.Blocks:
             preprocess=False,
             api_visibility="private",
         )
-        gr.api(upscale_endpoint(handlers), api_name="upscale", concurrency_id="pipeline", concurrency_limit=WAITING)
+        Endpoints(handlers).publish(page, WAITING)
     return page.queue(max_size=WAITING, api_open=False, default_concurrency_limit=1)
 
 
@@ -93,7 +93,8 @@ def _input() -> tuple[gr.Image, gr.Button, gr.Button]:
     )
     examples = sorted(path for path in EXAMPLES.glob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
     if examples:
-        gr.Examples([str(path) for path in examples], image, label="Examples", elem_id="examples")
+        paths = [str(path) for path in examples]
+        gr.Examples(paths, image, label="Examples", elem_id="examples", api_visibility="private")
     with gr.Row():
         run = gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=False, elem_id="run")
         stop = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")

@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
-import spaces
 from PIL import Image
-from torch import Tensor
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import read_picture, to_pil
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.records import Analysis, Partial, Progress, Result, Sampled
 from patchscaler.ui import compare, fragments
 from patchscaler.ui.calibration import Calibration
+from patchscaler.ui.gpu import Baseline, Networks, Order
 from patchscaler.ui.studies import Studies, Study
-from patchscaler.ui.views import ByHand, RunView, Shown, coarse_preview, grouping, save_final, save_preview
-
-GPU_SECONDS = 120  # the longest that one run may hold a ZeroGPU device
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a run is to do."""
-
-    source: str
-    plan: SamplingPlan
-    seed: int
-    by_hand: ByHand
-    color_fix: bool = True
-    batch_size: int = 64
-    uniform: bool = False  # also render the baseline
-    live: bool = True  # for the page: take over what is known, and give the picture after every group
-
-
-class Baseline(NamedTuple):
-    """An event of the uniform baseline's run, which follows the plan's."""
-
-    event: Any
+from patchscaler.ui.views import RunView, Shown, coarse_preview, grouping, save_final, save_preview
 
 
 class Runs:
@@ -52,45 +28,19 @@ class Runs:
         self.pipeline = pipeline
         self.studies = Studies()
         self.calibration = Calibration()
-        self._work = spaces.GPU(self._networks, duration=GPU_SECONDS)  # off ZeroGPU: the same function
+        self.networks = Networks(pipeline, self.calibration)
 
-    def _networks(
-        self,
-        order: Order | Tensor,
-        analysis: Analysis | None = None,
-        earlier: Sampled | None = None,
-        uniform: Sampled | None = None,
-    ) -> Iterator[Any]:
-        """All that needs the device. On ZeroGPU this runs in another process: what goes in and out is pickled.
-
-        `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. For a Tensor, the
-        latents of priors, it gives their images.
-        """
-        if isinstance(order, Tensor):
-            yield self.pipeline.decode_priors(order)
-            return
-        if analysis is None:
-            analysis = self.pipeline.analyze(read_picture(order.source), order.batch_size)
-            yield analysis
-            yield self.pipeline.draw_priors(analysis)
-        common = {"seed": order.seed, "batch_size": order.batch_size, "color_fix": order.color_fix}
-        for event in self.pipeline.refine(
-            analysis, order.plan, **common, by_hand=order.by_hand, earlier=earlier, partial=order.live
-        ):
-            yield event
-        if order.uniform:
-            known = event.sampled if uniform is None or uniform.seed != order.seed else uniform
-            for event in self.pipeline.refine(analysis, SamplingPlan.uniform(), **common, earlier=known):
-                yield Baseline(event)
-
-    def _events(self, order: Order) -> Iterator[Analysis | Study | Progress | Partial | Result | Baseline]:
+    def events(self, order: Order) -> Iterator[Analysis | Study | Progress | Partial | Result | Baseline]:
         """Analysis if it is a new one, Study, Progress of each step, Partial pictures, Result; then the baseline's."""
         study = self.studies.get(order.source)
-        analysis = study.analysis if study else None
-        known = (study.sampled, study.uniform) if study and order.live else ()
+        earlier = (study.sampled, study.uniform) if study and order.live else ()
         if study:
             yield study
-        for event in self._work(order, analysis, *known):
+            if not order.refine:
+                return
+        # A picture is decoded here: a bad one is refused before any device is asked for.
+        known = study.analysis.restored() if study else read_picture(order.source)
+        for event in self.networks.run(order, known, *earlier):
             if isinstance(event, Analysis):
                 analysis = event
             elif isinstance(event, Image.Image):
@@ -102,11 +52,6 @@ class Runs:
                 study.uniform = event.event.sampled
             yield event
 
-    def _saved(self, order: Order) -> Iterator[tuple[Path, dict] | None]:
-        """None for each event, so that the job can be stopped there, and last the saved picture and its report."""
-        for event in self._events(order):
-            yield (save_final(event, order.source), event.report()) if isinstance(event, Result) else None
-
     def _views(self, order: Order) -> Iterator[RunView]:
         began = time.perf_counter()
         plan, seed, by_hand = order.plan, order.seed, order.by_hand
@@ -114,7 +59,7 @@ class Runs:
         shown, result = None, None
         if not reused:
             yield RunView(status=fragments.status("Restoring the whole image…"))
-        for event in self._events(order):
+        for event in self.events(order):
             uniform = isinstance(event, Baseline)
             event = event.event if uniform else event
             if isinstance(event, Analysis):

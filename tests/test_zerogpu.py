@@ -1,0 +1,190 @@
+"""What runs on a ZeroGPU Space: in another process, for as many seconds as were asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import gradio as gr
+import pytest
+import torch
+from PIL import Image
+
+from patchscaler.grouping import SamplingPlan
+from patchscaler.images import Picture, read_picture, write_png
+from patchscaler.patches import PatchGrid
+from patchscaler.records import Analysis, Partial, Progress, Result
+from patchscaler.ui.calibration import Calibration
+from patchscaler.ui.gpu import MOST_SECONDS, START_SECONDS, Baseline, Networks, Order
+
+ROOT = Path(__file__).parent.parent
+PLAN = SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3))
+
+
+@pytest.fixture
+def networks(tiny_pipeline):
+    return Networks(tiny_pipeline, Calibration())
+
+
+def test_every_argument_and_event_of_a_run_pickles(networks, picture):
+    def there(*arguments):
+        """The events as they come out of another process."""
+        arguments = pickle.loads(pickle.dumps(arguments))
+        return [pickle.loads(pickle.dumps(event)) for event in networks.here(*arguments)]
+
+    order = Order("", PLAN, 7, {0: 0, 1: 1}, uniform=True)
+    analysis, sheet, *events = there(order, picture)
+    assert isinstance(analysis, Analysis) and isinstance(sheet, Image.Image)
+    assert {type(event) for event in events} == {Progress, Partial, Result, Baseline}
+    result, uniform = (event for event in (getattr(e, "event", e) for e in events) if isinstance(event, Result))
+    *_, plain = networks.here(replace(order, uniform=False), picture)
+    assert torch.equal(result.picture.rgb, plain.picture.rgb) and json.dumps(result.report())
+    # The second run, of what the first one left.
+    again, _ = there(order, analysis.restored(), result.sampled, uniform.sampled)
+    assert torch.equal(again.picture.rgb, result.picture.rgb) and not again.rendered.any()
+    (images,) = there(analysis.priors.values[0])
+    assert images.shape == (3, 3, 128, 128)
+
+
+def test_errors_are_made_visible_before_they_leave(networks, picture, monkeypatch):
+    monkeypatch.setattr(networks._pipeline, "analyze", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(gr.Error) as caught:
+        list(networks.here(Order("", PLAN, 7, {}), picture))
+    arrived = pickle.loads(pickle.dumps(caught.value))
+    assert (arrived.title, arrived.message) == (caught.value.title, caught.value.message)
+    assert arrived.title == "Out of memory"
+
+
+# Seconds
+
+
+def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, picture, tiny_pipeline):
+    networks._calibration.learn(evaluations=10, sampling=1.0, pixels=1000, rest=0.01)  # 0.1 s, 10 µs
+    analysis = tiny_pipeline.analyze(picture)
+    known, pixels = analysis.restored(), 16 * 64 * 80
+    rest = 2 * pixels * 1e-5
+    order = Order("", PLAN, 7, {index: 2 for index in range(4)} | {index: 0 for index in range(4, 9)})
+    assert networks.seconds(order, known) == pytest.approx(START_SECONDS + rest + 2 * 0.1 * (4 * 3 + 5), abs=1)
+    *_, result = tiny_pipeline.refine(known, PLAN, 7, by_hand=order.by_hand)
+    longer = replace(order, plan=replace(PLAN, steps=(1, 2, 20)))
+    assert networks.seconds(order, known, result.sampled) == pytest.approx(START_SECONDS + rest, abs=1)
+    more = networks.seconds(longer, known, result.sampled)
+    assert more == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 4 * 20, abs=1)
+    both = networks.seconds(replace(order, uniform=True), known, result.sampled)
+    assert both == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 9 * 20, abs=1)
+
+
+def test_before_the_analysis_all_patches_count_as_hard(networks, picture, tiny_pipeline):
+    networks._calibration.learn(evaluations=10, sampling=1.0, pixels=1000, rest=0.0)
+    order = Order("", PLAN, 7, {})
+    assert len(PatchGrid.covering(256, 320)) == len(tiny_pipeline.analyze(picture).grid) == 9
+    assert networks.seconds(order, picture) == pytest.approx(START_SECONDS + 2 * 0.1 * 9 * 3, abs=1)
+    assert networks.seconds(replace(order, refine=False), picture) == START_SECONDS
+    assert networks.seconds(torch.zeros(3, 4, 16, 16)) == START_SECONDS
+
+
+@pytest.mark.parametrize("side", [1, 16, 128, 512, 2000])
+def test_seconds_are_whole_and_never_above_the_limit(networks, side):
+    large = Picture(torch.zeros(1).expand(3, side, side))
+    asked = [networks.seconds(Order("", plan, 0, {}), large) for plan in (PLAN, SamplingPlan.uniform())]
+    assert all(type(value) is int and START_SECONDS < value <= MOST_SECONDS for value in asked)
+    assert asked[0] <= asked[1]
+
+
+# The real `spaces` package: its wrapper, its fork and its queues
+
+
+CHILD = """
+import sys
+import torch
+if torch.version.cuda is None:  # what `spaces` takes hold of, and PyTorch for CPUs lacks
+    torch.version.cuda, torch._C._cuda_init, torch.cuda._is_in_bad_fork = "12.8", lambda: None, bool
+import spaces
+from spaces.zero import client, torch as emulation, wrappers
+wrappers.torch.init = lambda uuid: None  # there is no GPU, so the weights stay where they are
+wrappers.torch.move = lambda callback=None: None
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+from patchscaler.checkpoints import load_pipeline
+from patchscaler.grouping import SamplingPlan
+from patchscaler.images import write_png
+from patchscaler.records import Result
+from patchscaler.ui.gpu import Order
+from patchscaler.ui.handlers import Handlers
+
+weights, image, output = sys.argv[1:]
+# Module level, as in app.py: ZeroGPU's CUDA takes the weights before there is a device.
+on_cuda = load_pipeline(weights)
+print({str(parameter.device) for parameter in on_cuda.transformer.parameters()}, emulation.pack() > 0)
+
+handlers = Handlers(load_pipeline(weights, device="cpu", dtype=torch.float32))
+client.startup_report()
+order = Order(image, SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3)), 7, {0: 0, 1: 1}, uniform=True)
+for run in range(2):
+    events = list(handlers.events(order))
+    print(" ".join(dict.fromkeys(type(event).__name__ for event in events)))
+result = next(event for event in events if isinstance(event, Result))
+write_png(result.picture, output)
+stopped = handlers.events(Order(image, SamplingPlan.uniform(), 8, {}))
+next(stopped), next(stopped)
+stopped.close()
+"""
+
+
+def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
+    requests = []
+
+    class Scheduler(BaseHTTPRequestHandler):
+        """Gives everyone the device at once."""
+
+        def do_POST(self):
+            requests.append(urlparse(self.path))
+            body = b'{"idle": true, "nvidiaIndex": 0, "nvidiaUUID": "GPU-0", "allowToken": "token"}'
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    tiny_pipeline.save_pretrained(tmp_path / "weights")
+    image, output = write_png(picture, tmp_path / "image.png"), tmp_path / "output.png"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Scheduler) as scheduler:
+        threading.Thread(target=scheduler.serve_forever, daemon=True).start()
+        settings = {
+            "SPACES_ZERO_GPU": "true",
+            "SPACES_ZERO_DEVICE_API_URL": f"http://127.0.0.1:{scheduler.server_port}",
+            "ZEROGPU_OFFLOAD_DIR": str(tmp_path / "packed"),
+            "PYTHONPATH": str(ROOT),
+        }
+        arguments = [tmp_path / "weights", image, output]
+        run = subprocess.run(
+            [sys.executable, "-c", CHILD, *arguments],
+            env={**os.environ, **settings},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        scheduler.shutdown()
+    assert run.returncode == 0, run.stderr
+    said = [line for line in run.stdout.splitlines() if "DEBUG" not in line]
+    assert said[0] == "{'cuda:0'} True"
+    assert said[1:] == ["Analysis Study Progress Partial Result Baseline", "Study Result Baseline"]
+    tasks = [parse_qs(request.query) for request in requests if request.path == "/schedule"]
+    assert len(tasks) == 3 and len({task["taskId"][0] for task in tasks}) == 1
+    assert all(START_SECONDS <= int(task["durationSeconds"][0]) <= MOST_SECONDS for task in tasks)
+    assert [request.path for request in requests].count("/allow") == 1  # one process for all
+    *_, plain = tiny_pipeline.refine(tiny_pipeline.analyze(read_picture(image)), PLAN, 7, by_hand={0: 0, 1: 1})
+    expected = write_png(plain.picture, tmp_path / "expected.png")
+    with Image.open(output) as ours, Image.open(expected) as theirs:
+        assert ours.tobytes() == theirs.tobytes()
