@@ -350,6 +350,10 @@ def _pad(image: Tensor, multiple: int, least: int) -> Tensor:
     return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), mode="replicate")
 
 
+class NotFiniteError(RuntimeError):
+    """The networks gave NaN or infinity; the message says where."""
+
+
 def _require_finite(name: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise RuntimeError(f"{name} has values that are NaN or infinite; try dtype=torch.float32")
+        raise NotFiniteError(f"{name} has values that are NaN or infinite; try dtype=torch.float32")

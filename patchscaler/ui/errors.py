@@ -9,6 +9,7 @@ import gradio as gr
 import torch
 
 from patchscaler.images import ImageError
+from patchscaler.pipeline import NotFiniteError
 from patchscaler.ui.jobs import JobError
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ def explain(error: Exception) -> gr.Error:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return visible_error("Out of memory", "There is not enough memory for this image. Try a smaller one.")
     log.error("a run failed", exc_info=error)
+    if isinstance(error, NotFiniteError):
+        return visible_error("The run failed", "The networks gave values that are NaN or infinite. Try another seed.")
     return visible_error("The run failed", f"{type(error).__name__}; the server's log has the details.")
 
 

@@ -1,0 +1,252 @@
+"""Many visitors at once, visitors who leave, and faults in the midst of a run: one pipeline, and it goes on.
+
+The rows are those of the table of bad inputs and faults that tests/service.py names.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import make_tiny_pipeline
+from corpus import encoded, noise
+from PIL import Image
+from service import QUICK, SLOW, Service
+
+from patchscaler.ui import jobs as jobs_module
+from patchscaler.ui.dials import dials_of
+from patchscaler.ui.layout import WAITING
+
+QUICK_DIALS, SLOW_DIALS = (*dials_of(QUICK), 7), (*dials_of(SLOW), 7)
+SLOW_CALL = (SLOW.gamma1, SLOW.gamma2, list(SLOW.start), list(SLOW.steps), 7)
+
+
+@pytest.fixture(scope="module")
+def service(tiny_pipeline, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        service = Service(tiny_pipeline)
+        yield service
+        service.close()
+
+
+@pytest.fixture
+def image(service):
+    """A picture that the page has not seen yet."""
+    service.watch.fault, service.watch.most = None, 0
+    image.count = getattr(image, "count", 0) + 1
+    picture = Image.fromarray(noise(40, 40))
+    picture.putpixel((0, 0), (image.count, 0, 0))
+    yield service.upload("photo.png", encoded(picture, "PNG"))
+    service.watch.fault = None
+    wait_until(lambda: service.jobs.state()["running_seconds"] is None and not service.jobs.state()["waiting"])
+    assert service.health()["status"] == "ok" and service.watch.running == 0
+
+
+def wait_until(true, seconds: float = 30) -> float:
+    """Seconds until it was true."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def slowly(seconds: float):
+    return lambda: time.sleep(seconds)
+
+
+def file_of(service: Service, file: dict) -> bytes:
+    return service.web.get(f"/gradio_api/file={file['path']}").content
+
+
+def test_eight_users_at_once_get_what_each_would_get_alone(service, image):
+    """Row 21: by page and API, bit by bit."""
+    plan = (0.9, 0.1, [100, 200, 300], [2, 3, 4], 7)
+    dials = (*plan[:2], *plan[2], *plan[3], plan[4])
+
+    def user(number: int) -> bytes:
+        if number % 2:
+            return file_of(service, service.call(image, *plan)[0])
+        return file_of(service, service.run(f"user {number}", image, dials)["final"])
+
+    with ThreadPoolExecutor(8) as users:
+        together = list(users.map(user, range(8)))
+    assert service.watch.most == 1
+    assert set(together) == {user(0), user(1)} and len(set(together)) == 1
+    another = service.call(image, *plan[:4], 8)[0]
+    assert file_of(service, another) != together[0]
+
+
+def test_a_hundred_runs_are_joined_and_cancelled(service, image):
+    """Row 22."""
+    service.watch.fault = slowly(0.05)
+    run = service.functions["run"]._id
+    for number in range(100):
+        session = f"leaver {number}"
+        answer = service.join(session, image, SLOW_DIALS)
+        assert answer.status_code == 200, answer.text
+        if number % 10 == 0:  # some have begun
+            time.sleep(0.1)
+        body = {"session_hash": session, "fn_index": run, "event_id": answer.json()["event_id"]}
+        assert service.post("cancel", body).json() == {"success": True}
+    left = time.monotonic()
+    service.join("stayer", image, SLOW_DIALS)
+    for message in service.messages("stayer"):
+        if "step 1 of" in str(message.get("output")):
+            break
+    assert time.monotonic() - left < 2
+    assert service.watch.most == 1
+    assert sum(thread.name.startswith("pipeline") for thread in threading.enumerate()) <= 2  # another test's may linger
+    wait_until(lambda: service.watch.running == 0)  # the stayer has left too
+
+
+@pytest.mark.parametrize("by", ["page", "api"])
+def test_a_visitor_who_leaves_stops_the_run(service, image, by):
+    """Row 23: within a step."""
+    service.watch.fault = slowly(0.25)
+    began = service.watch.steps
+    if by == "page":
+        service.join("leaver", image, SLOW_DIALS)
+        address, parameters = "/gradio_api/queue/data", {"session_hash": "leaver"}
+    else:
+        answer = service.post("call/upscale", {"data": [image, *SLOW_CALL]})
+        address, parameters = f"/gradio_api/call/upscale/{answer.json()['event_id']}", {}
+    with service.web.stream("GET", address, params=parameters):
+        wait_until(lambda: service.watch.steps >= began + 2)
+        seen = service.watch.steps
+    wait_until(lambda: service.watch.running == 0, 3)
+    assert service.watch.steps <= seen + 2  # the one it was at, and one for the word to get through
+    service.watch.fault = None
+    began = time.monotonic()
+    assert isinstance(service.call(image), list) and time.monotonic() - began < 3
+
+
+def test_a_visitor_who_leaves_while_waiting_never_gets_a_turn(service, image):
+    """Row 23."""
+    gate = threading.Event()
+    service.watch.fault = gate.wait
+    service.join("first", image, QUICK_DIALS)
+    event = service.post("call/upscale", {"data": [image, *SLOW_CALL]}).json()["event_id"]
+    with service.web.stream("GET", f"/gradio_api/call/upscale/{event}"):
+        wait_until(lambda: service.jobs.state()["waiting"] == 1)
+    time.sleep(0.5)
+    began = service.watch.steps
+    gate.set()
+    wait_until(lambda: service.jobs.state()["waiting"] == 0)
+    wait_until(lambda: service.watch.running == 0)
+    assert service.watch.steps - began <= sum(QUICK.steps)
+
+
+def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
+    """Row 24."""
+    service.run("mover", image, QUICK_DIALS)
+    gate = threading.Event()
+    service.watch.fault = gate.wait
+    try:
+        accepted = 0
+        while (answer := service.join(f"crowd {accepted}", image, QUICK_DIALS)).status_code == 200:
+            accepted += 1
+            assert accepted <= 2 * WAITING + 1
+            time.sleep(0.02)
+        assert answer.status_code == 503 and f"Queue is full. Max size is {WAITING}" in answer.text
+        assert service.call(image).startswith("503")
+        health = service.health()
+        assert health["status"] == "ok" and health["queued"] == WAITING
+        assert health["worker"]["waiting"] == WAITING - 1 and health["worker"]["running_seconds"] > 0
+        for moved in range(5):
+            began = time.monotonic()
+            answer = service.light("regrouped", "mover", [image, None, None, True, 0.9, moved / 10, *QUICK_DIALS[2:]])
+            assert answer.status_code == 200 and time.monotonic() - began < 2
+    finally:
+        gate.set()
+    assert accepted >= WAITING
+    wait_until(lambda: service.health()["queued"] == 0)
+
+
+def test_small_jobs_cannot_pile_up_without_end(service, image, monkeypatch):
+    """Row 24: those that do not pass through the queue."""
+    monkeypatch.setattr(jobs_module, "WAITING", 2)
+    gate = threading.Event()
+    service.watch.fault = gate.wait
+    try:
+        for number in range(3):
+            service.join(f"small {number}", image, QUICK_DIALS)
+            wait_until(lambda: service.jobs.state()["running_seconds"] is not None)
+        wait_until(lambda: service.jobs.state()["waiting"] == 2)
+        assert "2 jobs wait already; the limit is 2" in service.run("too many", image, QUICK_DIALS)["error"]
+        assert "2 jobs wait already" in service.call(image)
+    finally:
+        gate.set()
+
+
+@pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, OSError])
+def test_no_fault_in_the_worker_ends_the_server(service, image, fault):
+    """Row 26."""
+
+    def fail():
+        raise fault
+
+    service.watch.fault = fail
+    for text in (service.run(f"{fault}", image, QUICK_DIALS)["error"], service.call(image)):
+        assert "log has the details" in text or "memory" in text
+    service.watch.fault = None
+    assert isinstance(service.call(image), list) and "final" in service.run("after", image, QUICK_DIALS)
+
+
+def test_a_run_past_its_deadline_is_an_error_and_no_zombie(service, image, monkeypatch):
+    """Row 27."""
+    monkeypatch.setattr(service.jobs, "seconds", 0.5)
+    service.watch.fault = slowly(0.1)
+    for text in (service.run("late", image, SLOW_DIALS)["error"], service.call(image, *SLOW_CALL)):
+        assert "It took too long; the limit is 0.5 seconds." in text
+    assert wait_until(lambda: service.watch.running == 0) < 1
+    service.watch.fault = None
+    assert isinstance(service.call(image), list)
+
+
+def test_the_deadline_does_not_wait_for_a_step_and_health_tells_a_stuck_worker(service, image, monkeypatch):
+    """Row 27."""
+    monkeypatch.setattr(service.jobs, "seconds", 0.3)
+    monkeypatch.setattr(jobs_module, "STUCK_SECONDS", 0.3)
+    gate = threading.Event()
+    service.watch.fault = gate.wait
+    began = time.monotonic()
+    assert "It took too long" in service.run("stuck", image, QUICK_DIALS)["error"]
+    assert time.monotonic() - began < 2
+    wait_until(lambda: service.health()["code"] == 503)
+    assert service.health()["status"] == "stuck"
+    gate.set()
+    wait_until(lambda: service.health()["code"] == 200)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "soon"])
+def test_a_bad_deadline_is_named(monkeypatch, text):
+    """Row 27."""
+    monkeypatch.setenv("PATCHSCALER_MAX_RUN_SECONDS", text)
+    with pytest.raises(ValueError, match="PATCHSCALER_MAX_RUN_SECONDS"):
+        jobs_module.Jobs()
+    monkeypatch.setenv("PATCHSCALER_MAX_RUN_SECONDS", "77")
+    assert jobs_module.Jobs().seconds == 77
+
+
+@pytest.mark.parametrize(("part", "value"), [("grm", torch.nan), ("transformer", torch.inf), ("vae", torch.nan)])
+def test_values_that_are_not_finite_are_an_error_and_never_a_picture(part, value, image, tmp_path, monkeypatch):
+    """Row 28."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    pipeline = make_tiny_pipeline()
+    with torch.no_grad():
+        for parameter in getattr(pipeline, part).parameters():
+            parameter.view(-1)[0] = value
+    sick = Service(pipeline)
+    try:
+        image = sick.upload("photo.png", encoded(Image.fromarray(noise(20, 20)), "PNG"))
+        shown = sick.run("sick", image, QUICK_DIALS)
+        assert "NaN or infinite" in shown["error"] and "final" not in shown
+        assert "NaN or infinite" in sick.call(image)
+        assert not list(tmp_path.rglob("*_x4.png"))
+    finally:
+        sick.close()
