@@ -68,6 +68,8 @@ def make_batches(members: Mapping[int, Tensor], plan: SamplingPlan, size: int) -
     batches: list[Batch] = []
     filling: dict[int, Tensor] = {}
     for group, rest in members.items():
+        if not len(rest):
+            continue
         together = [(plan.start[each], plan.steps[each]) for each in (group, *filling)]
         if filling and not nested(together):
             batches.append(Batch(filling))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEVELS = 5
+REACH = 2**LEVELS - 1  # rows and columns
 BAND = 256  # rows at a time: what is made of them stays in a CPU's cache, and memory is bounded
 
 
-def wavelet_color_fix(output: Tensor, reference: Tensor, levels: int = 5) -> Tensor:
+def wavelet_color_fix(output: Tensor, reference: Tensor, levels: int = LEVELS) -> Tensor:
     """Give `output` the low frequencies, and so the colours, of `reference` and keep its own detail.
 
     This is StableSR's wavelet fix: the highs of the output plus the low of the reference. Both are Bx3xHxW in

@@ -6,6 +6,7 @@ C channels, H W pixels, h w latents, N patches, V patch side.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,10 @@ class Patch:
         """The patch's area of an image ...xHxW: ...x8Vx8V, or less where H and W end before the grid does."""
         top, left, side = (LATENT_PIXELS * cells for cells in (self.top, self.left, self.size))
         return image[..., top : top + side, left : left + side]
+
+    def cells(self, latents: Tensor, top: int = 0) -> Tensor:
+        """The patch's area of latents ...xhxw: ...xVxV. ``top`` is the first row that ``latents`` hold."""
+        return latents[..., self.top - top : self.top - top + self.size, self.left : self.left + self.size]
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def split(latents: Tensor, grid: PatchGrid) -> Tensor:
     """Cut Cxhxw into the NxCxVxV patches of the grid. Raises ValueError if the grid is for another size."""
     if latents.shape[-2:] != (grid.height, grid.width):
         raise ValueError(f"latents {tuple(latents.shape)} do not fit a grid of {grid.height}x{grid.width}")
-    return torch.stack([latents[:, _rows(patch), _columns(patch)] for patch in grid.patches])
+    return torch.stack([patch.cells(latents) for patch in grid.patches])
 
 
 def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
@@ -102,13 +107,18 @@ def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
     if len(patches) != len(grid) or patches.shape[-2:] != (grid.size, grid.size):
         expected = f"{len(grid)} of {grid.size}x{grid.size}"
         raise ValueError(f"patches {tuple(patches.shape)} do not fit a grid of {expected}")
-    weight = gaussian_weight(grid.size).to(patches.device)  # V V
     total = torch.zeros(patches.shape[1], grid.height, grid.width, device=patches.device)  # C h w
     weights = torch.zeros(grid.height, grid.width, device=patches.device)  # h w
-    for patch, values in zip(grid.patches, patches):
-        total[:, _rows(patch), _columns(patch)] += values.float() * weight
-        weights[_rows(patch), _columns(patch)] += weight
+    blend(grid.patches, patches, total, weights)
     return (total / weights).to(patches.dtype)
+
+
+def blend(places: Iterable[Patch], values: Tensor, total: Tensor, weights: Tensor, top: int = 0) -> None:
+    """Add patches NxCxVxV to ``total`` Cxhxw and their Gaussian weights to ``weights`` hxw, rows from ``top`` on."""
+    weight = gaussian_weight(values.shape[-1]).to(values.device)  # VxV
+    for patch, value in zip(places, values, strict=True):
+        patch.cells(total, top).add_(value.float() * weight)
+        patch.cells(weights, top).add_(weight)
 
 
 def gaussian_weight(size: int) -> Tensor:
@@ -120,11 +130,3 @@ def gaussian_weight(size: int) -> Tensor:
     offset = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / size
     line = torch.exp(-offset.square() / (2 * 0.04))
     return line[:, None] * line[None, :]
-
-
-def _rows(patch: Patch) -> slice:
-    return slice(patch.top, patch.top + patch.size)
-
-
-def _columns(patch: Patch) -> slice:
-    return slice(patch.left, patch.left + patch.size)

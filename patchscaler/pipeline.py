@@ -122,29 +122,29 @@ class PatchScalerPipeline(DiffusionPipeline):
         seconds = {}
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
-        size = self.transformer.config.size
         upscaled = bicubic(picture.rgb[None].to(device), SCALE)  # 1x3xHxW
         height, width = upscaled.shape[-2:]
-        padded = _pad(upscaled, LATENT_PIXELS, LATENT_PIXELS * size)  # 1x3x8hx8w
-        y_lr = self._by_tiles(self.encoding, padded)  # 1xCxhxw
+        grid = PatchGrid.covering(height, width, self.transformer.config.size)
+        beyond = (0, LATENT_PIXELS * grid.width - width, 0, LATENT_PIXELS * grid.height - height)
+        padded = F.pad(upscaled, beyond, mode="replicate")  # 1x3x8hx8w
+        y_lr = self.by_tiles(self.encoding, padded)  # 1xCxhxw
         del padded
         seconds["encode"] = clock.lap()
 
         # 2. Restore, with a confidence (Eq. 1).
-        y0, confidence = self._by_tiles(self.restoring, y_lr).split([y_lr.shape[1], 1], dim=1)  # 1xCxhxw, 1x1xhxw
-        _require_finite("the restored latent", y0)
-        _require_finite("the confidence", confidence)
+        y0, confidence = self.by_tiles(self.restoring, y_lr).split([y_lr.shape[1], 1], dim=1)  # 1xCxhxw, 1x1xhxw
+        require_finite("the restored latent", y0)
+        require_finite("the confidence", confidence)
         seconds["restore"] = clock.lap()
 
         # 3. Cut into overlapping patches and prompt each with the texture priors that it resembles.
-        grid = PatchGrid(*y0.shape[-2:], size=size)
         patches = split(y0[0], grid)  # NxCxVxV
         patch_confidence = split(confidence[0], grid).mean((1, 2, 3))  # N
         priors, prompt = self._prompt(patches, batch_size)
         seconds["retrieve"] = clock.lap()
 
         # 4. Decode the coarse image.
-        coarse = self._by_tiles(self.decoding, y0)[0, :, :height, :width]  # 3xHxW
+        coarse = self.by_tiles(self.decoding, y0)[0, :, :height, :width]  # 3xHxW
         seconds["decode"] = clock.lap()
 
         return Analysis(
@@ -217,7 +217,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         total = int(steps[rendered].sum())
         done, decode, spent, finished = 0, 0.0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
         for run in runs:
-            for step in self._sample(patches, run, plan, batch_size):
+            for step in self.sample(patches, run, plan, batch_size):
                 done += step.evaluations
                 for group, k in step.steps.items():
                     spent[group] += step.seconds[group]
@@ -286,13 +286,13 @@ class PatchScalerPipeline(DiffusionPipeline):
         """Patches NxCxVxV as the upscaled picture, and the seconds of merging and decoding, and of the colours."""
         height, width = analysis.bicubic.shape[-2:]
         x_hr = merge(x0, analysis.grid)  # Cxhxw
-        _require_finite("the refined latent", x_hr)
-        output = self._by_tiles(self.decoding, x_hr[None])[..., :height, :width]  # 1x3xHxW
+        require_finite("the refined latent", x_hr)
+        output = self.by_tiles(self.decoding, x_hr[None])[..., :height, :width]  # 1x3xHxW
         decode = clock.lap()
         if color_fix:
             reference = analysis.bicubic[None].to(output.device)
             output = wavelet_color_fix(output, reference).clamp_(-1, 1)
-        _require_finite("the output", output)
+        require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:
             alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
@@ -318,7 +318,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         restored = self.grm(y_lr)
         return torch.cat([restored.latents.float(), restored.confidence], dim=1)
 
-    def _by_tiles(self, local: Local, values: Tensor) -> Tensor:
+    def by_tiles(self, local: Local, values: Tensor) -> Tensor:
+        """``local.run(values)`` in tiles, smaller ones when memory is short."""
         side = min(TILE, max(values.shape[-2:]) // local.before)
         return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
 
@@ -336,24 +337,18 @@ class PatchScalerPipeline(DiffusionPipeline):
             found.append((priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu()))
         return Priors(*(torch.cat(parts) for parts in zip(*found, strict=True))), torch.cat(prompts)
 
-    def _sample(
+    def sample(
         self, patches: Patches, members: Mapping[int, Tensor], plan: SamplingPlan, batch_size: int
     ) -> Iterator[Step]:
-        """Sample the ``members`` of the groups, on one device or several."""
+        """Sample the ``members`` of the groups, LongTensors: see `sample_batches`."""
         batches = make_batches(members, plan, batch_size)
         return sample_batches([self.transformer], self.scheduler, plan, patches, batches)
-
-
-def _pad(image: Tensor, multiple: int, least: int) -> Tensor:
-    """Repeat the last row and column until both sides are multiples and at least ``least``. BxCxHxW."""
-    height, width = (max(least, -(-side // multiple) * multiple) for side in image.shape[-2:])
-    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), mode="replicate")
 
 
 class NotFiniteError(RuntimeError):
     """The networks gave NaN or infinity; the message says where."""
 
 
-def _require_finite(name: str, values: Tensor) -> None:
+def require_finite(name: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
         raise NotFiniteError(f"{name} has values that are NaN or infinite; try dtype=torch.float32")

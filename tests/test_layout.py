@@ -14,7 +14,7 @@ FLOORS = [
     {"images", "color", "patches", "devices", "figures", "tiles"},
     {"models"},
     {"grouping", "sampling", "retrieval"},
-    {"pipeline", "records", "checkpoints", "options", "cluster", "batches"},
+    {"pipeline", "records", "checkpoints", "options", "cluster", "batches", "bands"},
     {"ui", "cli", "training", "evaluation"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor} | {

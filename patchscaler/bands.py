@@ -1,0 +1,212 @@
+"""Pictures of any size, from top to bottom: memory is that of a band, and the pixels are those of a whole run.
+
+Each stage makes the rows that the next one asks for, and forgets those that nobody will ask for again.
+C channels, H W pixels of the upscaled picture, h w latents, N patches, R rows, V patch side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from tempfile import TemporaryFile
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import patchscaler
+from patchscaler.batches import Patches
+from patchscaler.color import REACH, wavelet_color_fix
+from patchscaler.devices import Stopwatch, advising
+from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.images import Picture, bicubic, to_pil
+from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
+from patchscaler.pipeline import SCALE, PatchScalerPipeline, require_finite
+from patchscaler.records import GroupReport
+from patchscaler.tiles import Local
+
+BAND = 64  # cells, of 8 pixels, that a stage makes at once
+PATCHES = 256  # at least as many are sampled at once, to fill batches
+NOISE = 2**20  # values drawn at once
+MARGIN = 4  # rows of the input, more than bicubic interpolation looks away
+
+
+class Rows:
+    """Rows CxRxW of one stage. They are asked for from top to bottom, and those above are let go."""
+
+    def __init__(self, height: int, make: Callable[[int], Tensor]) -> None:
+        """``make(first)`` gives the rows from ``first`` on, as many as it likes, but at least one."""
+        self.height = height
+        self._make = make
+        self._first = 0
+        self._kept: Tensor | None = None
+
+    def get(self, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last``, or what there are of them. ``first`` must not fall from call to call."""
+        first, last = max(0, first), min(self.height, last)
+        kept, end = [], self._first
+        if self._kept is not None:
+            kept, end = [self._kept], self._first + self._kept.shape[1]
+        while end < last:
+            kept.append(self._make(end))
+            end += kept[-1].shape[1]
+        self._kept = torch.cat(kept, dim=1)[:, first - self._first :].clone()
+        self._first = first
+        return self._kept[:, : last - first]
+
+
+class Bands:
+    """A picture upscaled x4 in bands of rows: iterate over it once, then ask for its `report`.
+
+    The pixels are those of ``pipeline(picture, plan, seed)``, but for the rounding of sums. Of the picture only the
+    input is held in memory; the noise of the whole latent lies in a temporary file of C/16 bytes for each pixel.
+
+    Raises ValueError for an autoencoder that sees the whole picture at once.
+    """
+
+    def __init__(
+        self, pipeline: PatchScalerPipeline, picture: Picture, plan: SamplingPlan, seed: int = 0, batch_size: int = 64
+    ) -> None:
+        self.pipeline, self.picture, self.plan, self.seed, self.batch_size = pipeline, picture, plan, seed, batch_size
+        self.device = pipeline._execution_device
+        self.channels = pipeline.transformer.config.channels
+        self.height, self.width = SCALE * picture.height, SCALE * picture.width
+        self.grid = PatchGrid.covering(self.height, self.width, pipeline.transformer.config.size)
+        self.counts, self.spent = [0] * len(GROUPS), [0.0] * len(GROUPS)
+        self.seconds = dict.fromkeys(("encode", "restore", "retrieve", "refine", "decode", "color"), 0.0)
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Bands RxWx3 or RxWx4 of 8 bits. Raises OutOfMemory and, for NaN, RuntimeError."""
+        with advising(self.device), TemporaryFile() as noise:
+            self._draw(noise)
+            upscaled = Rows(LATENT_PIXELS * self.grid.height, self._upscaled)
+            encoded = self._stage("encode", self.pipeline.encoding, upscaled, 3)
+            restored = self._stage("restore", self.pipeline.restoring, encoded, self.channels)
+            sampled = self._sampled(restored, noise)
+            refined = Rows(self.grid.height, lambda first: next(sampled))
+            decoded = self._stage("decode", self.pipeline.decoding, refined, self.channels)
+            reference = Rows(LATENT_PIXELS * self.grid.height, self._upscaled)  # far behind the first
+            step = LATENT_PIXELS * BAND
+            for top in range(0, self.height, step):
+                yield self._finished(top, min(top + step, self.height), decoded, reference)
+
+    def report(self) -> dict:
+        """As that of a Result."""
+        groups = zip(GROUPS, self.counts, self.plan.start, self.plan.steps, self.spent, strict=True)
+        return {
+            "version": patchscaler.__version__,
+            "plan": asdict(self.plan),
+            "seed": self.seed,
+            "device": str(self.device),
+            "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
+            "groups": [
+                asdict(GroupReport(name, count, start, steps, count * steps, seconds))
+                for name, count, start, steps, seconds in groups
+            ],
+            "stages": self.seconds,
+        }
+
+    def _upscaled(self, first: int) -> Tensor:
+        """Rows of the bicubic picture, filled up to the size of the grid: 3xRx8w."""
+        last = min(first + LATENT_PIXELS * BAND, LATENT_PIXELS * self.grid.height)
+        rows = _bicubic_rows(self.picture.rgb.to(self.device), min(first, self.height - 1), min(last, self.height))
+        beyond = (0, LATENT_PIXELS * self.grid.width - self.width, 0, last - first - rows.shape[1])
+        return F.pad(rows, beyond, mode="replicate")
+
+    def _stage(self, name: str, local: Local, source: Rows, channels: int) -> Rows:
+        """What a network makes of the rows of another stage, with those around them that it sees."""
+        reach = local.reach(channels, self.device)
+        if reach is None:
+            raise ValueError(f"{type(local.network).__name__} sees the whole picture; it cannot {name} it in bands")
+
+        def make(begin: int) -> Tensor:
+            first = begin // local.after
+            last = min(first + BAND, self.grid.height)
+            above, below = max(0, first - reach), min(self.grid.height, last + reach)
+            values = source.get(above * local.before, below * local.before)
+            clock = Stopwatch(self.device)
+            rows = self.pipeline.by_tiles(local, values[None])[0]
+            require_finite(f"the result of the stage {name}", rows)
+            self.seconds[name] += clock.lap()
+            return rows[:, (first - above) * local.after : (last - above) * local.after]
+
+        return Rows(self.grid.height * local.after, make)
+
+    def _sampled(self, restored: Rows, noise: BinaryIO) -> Iterator[Tensor]:
+        """Refine some rows of patches at a time, and give those rows of the latent that no later patch covers."""
+        columns = len({patch.left for patch in self.grid.patches})
+        most = columns * -(-PATCHES // columns)
+        total = weights = None  # of rows that the last patches covered and the next ones will
+        for begin in range(0, len(self.grid), most):
+            patches = self.grid.patches[begin : begin + most]
+            top, bottom = patches[0].top, patches[-1].top + self.grid.size
+            end = self.grid.patches[begin + most].top if begin + most < len(self.grid) else bottom
+            x0 = self._sample(patches, restored.get(top, bottom), self._noise(noise, top, bottom))
+            unfinished = 0 if total is None else total.shape[1]
+            sums = x0.new_zeros(self.channels + 1, bottom - top, self.grid.width)  # the last is that of the weights
+            if unfinished:
+                sums[:-1, :unfinished], sums[-1, :unfinished] = total, weights
+            total, weights = sums[:-1], sums[-1]
+            blend(patches, x0, total, weights, top)
+            yield total[:, : end - top] / weights[: end - top]
+            total, weights = total[:, end - top :], weights[end - top :]
+
+    def _sample(self, patches: tuple[Patch, ...], restored: Tensor, noise: Tensor) -> Tensor:
+        """x0 NxCxVxV of patches in a window of the restored latent and confidence, (C+1)xRxw, and its noise CxRxw."""
+        top = patches[0].top
+
+        def cut(values: Tensor) -> Tensor:
+            return torch.stack([patch.cells(values, top) for patch in patches])
+
+        clock = Stopwatch(self.device)
+        y0 = cut(restored[:-1])  # NxCxVxV
+        assignment = assign(cut(restored[-1:]).mean((1, 2, 3)).cpu(), self.plan)  # N
+        _, prompt = self.pipeline.prompt(y0, self.batch_size)
+        self.seconds["retrieve"] += clock.lap()
+        members = {group: (assignment == group).nonzero()[:, 0] for group in range(len(GROUPS))}
+        x0 = torch.empty_like(y0)
+        task = Patches(y0.cpu(), cut(noise), prompt, x0)
+        for step in self.pipeline.sample(task, members, self.plan, self.batch_size):
+            for group, seconds in step.seconds.items():
+                self.spent[group] += seconds
+        self.counts = [before + len(members[group]) for group, before in enumerate(self.counts)]
+        self.seconds["refine"] = sum(self.spent)
+        return x0
+
+    def _finished(self, top: int, bottom: int, decoded: Rows, reference: Rows) -> np.ndarray:
+        above, below = max(0, top - REACH), min(self.height, bottom + REACH)
+        output, wanted = (rows.get(above, below)[None, ..., : self.width] for rows in (decoded, reference))
+        clock = Stopwatch(self.device)
+        rgb = wavelet_color_fix(output, wanted)[0, :, top - above : bottom - above].clamp_(-1, 1)
+        alpha = self.picture.alpha
+        if alpha is not None:
+            alpha = _bicubic_rows(alpha, top, bottom).clamp(0, 1)
+        self.seconds["color"] += clock.lap()
+        return np.asarray(to_pil(Picture(rgb, alpha)))
+
+    def _draw(self, file: BinaryIO) -> None:
+        """The noise of a whole run, Cxhxw float32. Drawn in pieces, which are multiples of 16, it is the same."""
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        left = self.channels * self.grid.height * self.grid.width
+        while left:
+            count = left if left < 2 * NOISE else NOISE
+            file.write(torch.randn(count, generator=generator).numpy())
+            left -= count
+
+    def _noise(self, file: BinaryIO, first: int, last: int) -> Tensor:
+        """Rows of the noise: CxRxw."""
+        rows = np.empty((self.channels, last - first, self.grid.width), np.float32)
+        for channel, values in enumerate(rows):
+            file.seek(values.itemsize * self.grid.width * (channel * self.grid.height + first))
+            file.readinto(values)
+        return torch.from_numpy(rows)
+
+
+def _bicubic_rows(image: Tensor, first: int, last: int) -> Tensor:
+    """Rows of a picture CxHxW upscaled x4: CxRx4W."""
+    top = max(0, first // SCALE - MARGIN)
+    rows = bicubic(image[None, :, top : -(-last // SCALE) + MARGIN], SCALE)[0]
+    return rows[:, first - SCALE * top : last - SCALE * top]
