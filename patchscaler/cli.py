@@ -8,20 +8,34 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from patchscaler.bands import Bands
 from patchscaler.checkpoints import CheckpointError, load_pipeline
 from patchscaler.devices import pick_device
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import SamplingPlan
-from patchscaler.images import FORMATS, Picture, picture_from_pil, read_picture, write_png
+from patchscaler.images import (
+    FORMATS,
+    OUTPUT_PER_INPUT,
+    ImageError,
+    Limits,
+    Picture,
+    picture_from_pil,
+    read_picture,
+    write_png,
+)
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.records import Analysis, Progress, Result
 
 STAGES = ("coarse", "qmap", "priors")
+LARGE_PIXELS = 64_000_000  # of the input: what --large takes, as this is held in memory
 PRIOR_ROWS = 8  # patches on the priors sheet
 
 
@@ -40,6 +54,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add_pipeline_options(upscale)
     add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
     add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
+    add("--large", action="store_true", help="take larger pictures too, in bands, and write these as NAME.tif")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many images on many workers (extra cluster)")
     add("--workers", type=positive, help="ray: pipelines at once (default: one per GPU, or per two cores)")
     add("--address", help="ray: of a cluster, as for ray.init (default: Ray on this machine)")
@@ -55,9 +70,11 @@ def run(args: argparse.Namespace) -> int:
         for place in (*args.inputs, args.out):
             if isinstance(place, str):
                 raise UsageError(f"{place} needs --engine ray")
+        if args.large and find_spec("tifffile") is None:
+            raise UsageError("--large needs the extra large: pip install tifffile")
         plan = _plan(args)
         sources = _sources(args.inputs)
-        outputs = _outputs(sources, args.out, args.save_stages, args.report)
+        outputs = _outputs(sources, args)
         device = pick_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -71,9 +88,12 @@ def run(args: argparse.Namespace) -> int:
     for source, output in zip(sources, outputs, strict=True):
         # Whatever befalls one file (unreadable, too large, out of memory, disk full) ends that file only.
         try:
-            reports.append(_upscale(pipeline, source, output, plan, args))
+            upscale = _upscale_large if output.suffix == ".tif" else _upscale
+            reports.append(upscale(pipeline, source, output, plan, args))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failed |= _complain(str(source), error)
+            if isinstance(error, ImageError) and not args.large and _is_large(source):
+                print("--large takes larger pictures", file=sys.stderr)
     if args.report and reports:
         one = len(args.inputs) == 1 and not args.inputs[0].is_dir()
         try:
@@ -84,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_on_ray(args: argparse.Namespace) -> int:
-    if args.save_stages or args.report:
-        raise UsageError("--save-stages and --report need --engine local; with ray, manifest.json has the groups")
+    if args.save_stages or args.report or args.large:
+        raise UsageError("--save-stages, --report and --large need --engine local; manifest.json has the groups")
     try:
         from patchscaler import cluster  # here, because Ray is an extra
     except ImportError as error:
@@ -137,18 +157,33 @@ def _sources(inputs: list[Path]) -> list[Path]:
     return sources
 
 
-def _outputs(sources: list[Path], out: Path, stages: bool, report: Path | None) -> list[Path]:
-    """``out/NAME.png`` for each source. Refuses whatever would overwrite an input or another output."""
+def _outputs(sources: list[Path], args: argparse.Namespace) -> list[Path]:
+    """``out/NAME.png`` or .tif for each source. Refuses whatever would overwrite an input or another output."""
+    out, report = args.out, args.report
     if report and not report.parent.is_dir() and report.parent.resolve() != out.resolve():
         raise UsageError(f"the report's folder {report.parent} does not exist")
     taken = {_key(source): f"the input {source}" for source in sources}
     if report:
         _claim(taken, report, "the report")
+    outputs = []
     for source in sources:
-        _claim(taken, out / f"{source.stem}.png", f"the output of {source}")
-        for stage in STAGES if stages else ():
+        large = args.large and _is_large(source)
+        outputs.append(out / f"{source.stem}{'.tif' if large else '.png'}")
+        _claim(taken, outputs[-1], f"the output of {source}")
+        for stage in STAGES if args.save_stages and not large else ():
             _claim(taken, out / f"{source.stem}.{stage}.png", f"the {stage} stage of {source}")
-    return [out / f"{source.stem}.png" for source in sources]
+    return outputs
+
+
+def _is_large(source: Path) -> bool:
+    """Whether a picture is too large to be held upscaled, as its header has it."""
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            pixels = image.width * image.height
+    except Exception:  # whatever it is, reading it will say so
+        return False
+    limits = Limits.from_environment()
+    return pixels > limits.input_pixels or OUTPUT_PER_INPUT * pixels > limits.output_pixels
 
 
 def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
@@ -178,6 +213,35 @@ def _upscale(
     size = f"{result.picture.width}x{result.picture.height}"
     print(f"{source} -> {output}  {size}  {time.perf_counter() - began:.1f} s")
     return {"input": str(source), "output": str(output), **result.report()}
+
+
+def _upscale_large(
+    pipeline: PatchScalerPipeline, source: Path, output: Path, plan: SamplingPlan, args: argparse.Namespace
+) -> dict:
+    """`_upscale` in bands, which are written as they come. Stages are not kept."""
+    from patchscaler.tiff import write_tiff  # here, because it needs an extra
+
+    began = time.perf_counter()
+    picture = read_picture(source, LARGE_PIXELS)
+    for note in picture.notes:
+        print(f"{source}: {note}", file=sys.stderr)
+    bands = Bands(pipeline, picture, plan, args.seed, args.batch_size)
+    shape = (bands.height, bands.width, 3 if picture.alpha is None else 4)
+    text = json.dumps({"plan": json.loads(plan.to_json()), "seed": args.seed})
+    write_tiff(_shown(bands), output, shape, text)
+    print(f"{source} -> {output}  {bands.width}x{bands.height}  {time.perf_counter() - began:.1f} s")
+    return {"input": str(source), "output": str(output), **bands.report()}
+
+
+def _shown(bands: Bands) -> Iterator[np.ndarray]:
+    """The bands, with their progress where someone may watch."""
+    rows = 0
+    for band in bands:
+        yield band
+        rows += len(band)
+        if sys.stderr.isatty():
+            end = "" if rows < bands.height else "\r\033[K"
+            print(f"\r{rows}/{bands.height} rows{end}", end="", file=sys.stderr, flush=True)
 
 
 def _refine(pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, args: argparse.Namespace) -> Result:
