@@ -75,5 +75,6 @@ def test_a_picture_beyond_the_limit_is_written_as_tiff(upscale, tmp_path, monkey
 def test_without_tifffile_it_says_what_to_install(upscale, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("patchscaler.cli.find_spec", lambda name: None)
     Image.fromarray(levels(5, 6, 3)).save(tmp_path / "a.png")
-    assert upscale(tmp_path / "a.png", "-o", tmp_path / "out", "--large") == 2
+    with pytest.raises(SystemExit, match="2"):
+        upscale(tmp_path / "a.png", "-o", tmp_path / "out", "--large")
     assert "pip install tifffile" in capsys.readouterr().err
