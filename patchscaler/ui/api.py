@@ -28,6 +28,7 @@ from patchscaler.ui.dials import plan_of, seed_of
 from patchscaler.ui.errors import explain
 from patchscaler.ui.gpu import Order
 from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.serving import mcp_wanted
 from patchscaler.ui.studies import Study
 from patchscaler.ui.views import ByHand, new_folder, save_final, stem
 
@@ -49,7 +50,8 @@ class Endpoints:
         """Add the endpoints to a page that is being built; `waiting` runs may wait together with the page's."""
         heavy = {"concurrency_id": "pipeline", "concurrency_limit": waiting}
         _publish(page, self.analyze, **heavy)
-        _publish(page, self.regroup, queue=False)
+        # Beside the queue, but for MCP: Gradio gives its tools' files to such endpoints without asking the doorkeeper.
+        _publish(page, self.regroup, queue=mcp_wanted())
         _publish(page, self.refine, **heavy)
         _publish(page, self.upscale, **heavy)
 
@@ -57,13 +59,13 @@ class Endpoints:
         """Restore an image coarsely at four times its size, and estimate for each patch how sure that restoration is. Once done for an image, regroup tries plans on the result at no cost, and refine renders them.
 
         Args:
-            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB.
+            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB
 
         Returns:
-            coarse: the restored image at four times the size, a lossless PNG.
-            overlay: the groups under the paper's thresholds: teal simple, amber medium, crimson hard. A PNG.
-            analysis: the file for regroup and refine, in safetensors format.
-            report: size, patch grid, each patch's confidence row by row, its group, seconds of each stage, notes.
+            coarse: the restored image at four times the size, a lossless PNG
+            overlay: the groups under the paper's thresholds: teal simple, amber medium, crimson hard; a PNG
+            analysis: the file for regroup and refine, in safetensors format
+            report: size, patch grid, each patch's confidence row by row, its group, seconds of each stage, notes
         """  # noqa: E501
         source = _path("image", image)
         return await self._last(lambda: self._analyze(source))
@@ -81,17 +83,17 @@ class Endpoints:
         """Tell which patches of an analysed image a plan makes simple, medium and hard, and how many network evaluations it costs. Runs no network and waits for no other call.
 
         Args:
-            analysis: the file that analyze gave. Either this or confidence.
-            confidence: the confidence of each patch from analyze's report; then no overlay is drawn.
-            gamma1: patches with a confidence above this are simple; at most 1.
-            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1.
-            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling.
-            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling.
-            by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0.
+            analysis: the file that analyze gave; either this or confidence is needed
+            confidence: the confidence of each patch from analyze's report; then no overlay is drawn
+            gamma1: patches with a confidence above this are simple; at most 1
+            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1
+            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
+            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
+            by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0
 
         Returns:
-            overlay: the groups drawn over the coarse image in grey, a PNG of at most 1024 pixels a side.
-            report: the plan, the number of patches in each group, each patch's group, and network evaluations.
+            overlay: the groups drawn over the coarse image in grey, a PNG of at most 1024 pixels a side
+            report: the plan, the number of patches in each group, each patch's group, and network evaluations
         """  # noqa: E501
         plan, _ = _checked(gamma1, gamma2, start, steps)
         by_hand = _by_hand(by_hand)
@@ -126,18 +128,18 @@ class Endpoints:
         """Render an analysed image under a plan. With the same plan and seed the result is that of upscale.
 
         Args:
-            analysis: the file that analyze gave.
-            gamma1: patches with a confidence above this are simple; at most 1.
-            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1.
-            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling.
-            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling.
-            seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image.
-            by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0.
-            color_fix: give the result the colours of the input.
+            analysis: the file that analyze gave
+            gamma1: patches with a confidence above this are simple; at most 1
+            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1
+            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
+            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
+            seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
+            by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0
+            color_fix: give the result the colours of the input
 
         Returns:
-            final: the image at four times the size, a lossless PNG with plan and seed inside.
-            report: the plan, the seed, and patches, network evaluations and seconds of each group and stage.
+            final: the image at four times the size, a lossless PNG with plan and seed inside
+            report: the plan, the seed, and patches, network evaluations and seconds of each group and stage
         """
         plan, seed = _checked(gamma1, gamma2, start, steps, seed)
         order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), _flag(color_fix), live=False)
@@ -156,17 +158,17 @@ class Endpoints:
         """Upscale a photograph four times in each direction: analyze and refine in one call. Fine detail is made up: it is plausible, not evidence.
 
         Args:
-            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB.
-            gamma1: patches with a confidence above this are simple; at most 1.
-            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1.
-            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling.
-            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling.
-            seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image.
-            color_fix: give the result the colours of the input.
+            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB
+            gamma1: patches with a confidence above this are simple; at most 1
+            gamma2: patches with a confidence up to this are hard, those between medium; below gamma1
+            start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
+            steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
+            seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
+            color_fix: give the result the colours of the input
 
         Returns:
-            final: the image at four times the size, a lossless PNG with plan and seed inside.
-            report: the plan, the seed, and patches, network evaluations and seconds of each group and stage.
+            final: the image at four times the size, a lossless PNG with plan and seed inside
+            report: the plan, the seed, and patches, network evaluations and seconds of each group and stage
         """  # noqa: E501
         plan, seed = _checked(gamma1, gamma2, start, steps, seed)
         order = Order(_path("image", image), plan, seed, {}, _flag(color_fix), live=False)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
+from urllib.parse import unquote
 
 from gradio_client.utils import is_http_url_like
 from starlette.responses import JSONResponse
@@ -23,6 +24,7 @@ MAX_FILES = 16  # in one upload
 KEPT_FREE = 500_000_000  # bytes of disk that uploads must leave
 # Gradio would fetch any public address for anybody, take screen recordings and call methods of components.
 CLOSED = re.compile(r"/gradio_api/(proxy=|file[=/]+\w+:|process_recording|component_server|stream/|dev/|vibe)", re.I)
+OWN = re.compile(r"https?://[^?#]*/gradio_api/file=([^?#]+)", re.I)  # the address of an upload or result
 BOUNDARY = re.compile(rb'multipart/form-data;.*boundary="?([^";,]+)', re.I)
 
 
@@ -58,7 +60,11 @@ class Doorkeeper:
             await refusal(413, str(error))(scope, receive, send)
             return
         with suppress(ValueError, RecursionError):  # Gradio says what is wrong with that
-            if _names_an_address(json.loads(body)):
+            data = json.loads(body)
+            if _names_an_address(data):
+                data = _with_paths(data)
+                body = json.dumps(data).encode()
+            if _names_an_address(data):
                 await refusal(403, "images are uploaded, not fetched from addresses")(scope, receive, send)
                 return
         answered = False
@@ -156,6 +162,18 @@ def _names_an_address(data: Any) -> bool:
         path = data.get("path")
         return isinstance(path, str) and is_http_url_like(path) or any(map(_names_an_address, data.values()))
     return isinstance(data, list) and any(map(_names_an_address, data))
+
+
+def _with_paths(data: Any) -> Any:
+    """The JSON with the paths of uploads and results in place of their addresses, by which MCP clients know them.
+
+    No matter at which host: nothing is fetched, and Gradio looks at every path.
+    """
+    if isinstance(data, dict):
+        data = {key: _with_paths(value) for key, value in data.items()}
+        own = OWN.fullmatch(path) if isinstance(path := data.get("path"), str) else None
+        return {**data, "path": unquote(own[1])} if own else data
+    return [_with_paths(value) for value in data] if isinstance(data, list) else data
 
 
 def refusal(status: int, detail: str) -> JSONResponse:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -27,7 +29,7 @@ def launch_settings(jobs: Jobs) -> dict[str, Any]:
         "enable_monitoring": False,
         "strict_cors": True,
         "ssr_mode": False,
-        "mcp_server": False,
+        "mcp_server": mcp_wanted(),
         "run_history": False,
         "state_session_capacity": 200,
         "app_kwargs": {
@@ -37,6 +39,18 @@ def launch_settings(jobs: Jobs) -> dict[str, Any]:
             "openapi_url": None,
         },
     }
+
+
+def mcp_wanted() -> bool:
+    """Whether GRADIO_MCP_SERVER asks for the API as tools for language models, by the Model Context Protocol.
+
+    SystemExit if a package is missing for that: Gradio would only print it, and serve the page without the tools.
+    """
+    if os.environ.get("GRADIO_MCP_SERVER", "").lower() not in ("true", "1"):
+        return False
+    if find_spec("mcp") is None:
+        raise SystemExit("GRADIO_MCP_SERVER is set, but the package mcp is missing: pip install 'gradio[mcp]==6.31.*'")
+    return True
 
 
 def health_endpoint(jobs: Jobs) -> Callable:
