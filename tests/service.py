@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
@@ -126,16 +126,16 @@ class Service:
                 shown["error"] = str(output.get("error"))
         return shown
 
-    def call(self, image: Any, *settings: Any) -> Any:
-        """The API's /upscale, as users of curl call it: a list of outputs, or the text of an error.
+    def begin(self, endpoint: str = "upscale", **arguments: Any) -> httpx.Response:
+        """A call of the API, as users of curl make it. What is not given is the endpoint's default."""
+        return self.post(f"call/v2/{endpoint}", arguments)
 
-        What is not given of gamma1, gamma2, start, steps, seed and color_fix is that of QUICK, 0 and true.
-        """
-        plan = (QUICK.gamma1, QUICK.gamma2, list(QUICK.start), list(QUICK.steps), 0, True)
-        answer = self.post("call/upscale", {"data": [image, *settings, *plan[len(settings) :]]})
+    def call(self, image: Any, plan: SamplingPlan = QUICK, endpoint: str = "upscale", **arguments: Any) -> Any:
+        """The endpoint's list of outputs, or the text of an error."""
+        answer = self.begin(endpoint, **{"image": image, **asdict(plan), **arguments})
         if answer.status_code != 200:
             return f"{answer.status_code} {answer.text}"
-        with self.web.stream("GET", f"/gradio_api/call/upscale/{answer.json()['event_id']}") as stream:
+        with self.web.stream("GET", f"/gradio_api/call/v2/{endpoint}/{answer.json()['event_id']}") as stream:
             for line in stream.iter_lines():
                 if line.startswith("event:"):
                     kind = line.split()[1]

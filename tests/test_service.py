@@ -127,15 +127,15 @@ def test_a_sliders_value_is_checked_inside(service, image, value, place, name):
 def test_a_plan_out_of_order_is_named(service, image):
     """Row 14. In the page the dials push each other: test_handlers.py."""
     for arguments, text in [
-        ((0.1, 0.9, [1, 1, 1], [1, 1, 1]), "gamma1=0.1 must be above gamma2=0.9"),
-        ((0.5, 0.5, [1, 1, 1], [1, 1, 1]), "gamma1=0.5 must be above gamma2=0.5"),
-        ((0.9, 0.1, [300, 200, 400], [1, 1, 1]), "start=(300, 200, 400) falls from simple to hard"),
-        ((0.9, 0.1, [100, 200, 300], [3, 2, 1]), "steps=(3, 2, 1) falls from simple to hard"),
-        ((0.9, 0.1, [1, 1], [1, 1, 1]), "lists of three whole numbers"),
-        ((0.9, 0.1, "111", [1, 1, 1]), "lists of three whole numbers"),
-        ((0.9, 0.1, [1, 1, 1], [2, 2, 2]), "steps=2 of the simple group is not a whole number in 1..1"),
+        ({"gamma1": 0.1, "gamma2": 0.9}, "gamma1=0.1 must be above gamma2=0.9"),
+        ({"gamma1": 0.5, "gamma2": 0.5}, "gamma1=0.5 must be above gamma2=0.5"),
+        ({"start": [300, 200, 400]}, "start=(300, 200, 400) falls from simple to hard"),
+        ({"start": [100, 200, 300], "steps": [3, 2, 1]}, "steps=(3, 2, 1) falls from simple to hard"),
+        ({"start": [1, 1]}, "lists of three whole numbers"),
+        ({"start": "111"}, "lists of three whole numbers"),
+        ({"steps": [2, 2, 2]}, "steps=2 of the simple group is not a whole number in 1..1"),
     ]:
-        assert text in service.call(image, *arguments, 0)
+        assert text in service.call(image, **arguments)
     assert "must be above" in service.run("crossed", image, (0.1, 0.9, *DIALS[2:]))["error"]
 
 
@@ -143,13 +143,11 @@ def test_a_plan_out_of_order_is_named(service, image):
 def test_a_seed_is_a_whole_number_up_to_the_limit_and_is_echoed(service, image, seed):
     """Row 15."""
     refusal = f"is not a whole number from 0 to {MAX_SEED}"
-    for text in (
-        service.call(image, 0.9, 0.1, [1, 1, 1], [1, 1, 1], seed),
-        service.run(f"{seed}", image, (*DIALS[:8], seed))["error"],
-    ):
+    shown, called = service.run(f"{seed}", image, (*DIALS[:8], seed)), service.call(image, seed=seed)
+    for text in (shown["error"], called):
         assert refusal in text and "seed=" in text
     for seed in (0, MAX_SEED, 12.0):
-        file, report = service.call(image, 0.9, 0.1, [1, 1, 1], [1, 1, 1], seed)
+        file, report = service.call(image, seed=seed)
         assert report["seed"] == seed and picture(service, file).text["seed"] == str(int(seed))
 
 
@@ -290,7 +288,7 @@ def test_no_event_reads_a_file_that_nobody_uploaded(service, image, tmp_path):
     for address in ("http://127.0.0.1:9/", "http://169.254.169.254/", "https://example.com/a.png", "http://[::1]/"):
         for answer in (
             service.join("address", file_data(address)),
-            service.web.post(f"{API}/call/upscale", json={"data": [file_data(address)]}),
+            service.begin(image=file_data(address)),
             service.light("new_image", "address", [file_data(address)]),
             service.light("seams", "address", [None, {"deep": [{"path": address}]}]),
         ):
