@@ -23,6 +23,7 @@ from patchscaler.devices import Stopwatch, advising, halving
 from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
+from patchscaler.interrupts import still_wanted
 from patchscaler.models import (
     GRM,
     PatchDiT,
@@ -330,6 +331,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         found, prompts = [], []
         for batch in patches.split(batch_size):
+            still_wanted()
             queries = self.texture_classifier.features(batch)  # NxD
             priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
             prompt = self.texture_encoder(priors.values, priors.similarities, batch)  # NxLxD

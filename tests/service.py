@@ -22,6 +22,7 @@ from patchscaler.ui.views import RunView
 QUICK = SamplingPlan(0.9, 0.1, (1, 1, 1), (1, 1, 1))
 SLOW = SamplingPlan(0.9, 0.1, (1000, 1000, 1000), (50, 50, 50))
 PATIENCE = 60  # seconds
+DIALS = ("gamma1", "gamma2", "start1", "start2", "start3", "steps1", "steps2", "steps3", "seed")  # elements
 
 
 @dataclass
@@ -94,10 +95,15 @@ class Service:
         assert answer.status_code == 200, answer.text
         return file_data(answer.json()[0])
 
-    def join(self, session: str, image: Any, dials: tuple = (*dials_of(QUICK), 0), **settings: Any) -> httpx.Response:
+    def inputs(self, name: str, image: Any, dials: tuple = (*dials_of(QUICK), 0), **given: Any) -> list:
+        """What the browser sends for an event: `given` by element, and for the others what a new page shows."""
+        given = {"input": image, **dict(zip(DIALS, dials)), **given}
+        values = [(component.elem_id, component.value) for component in self.functions[name].inputs]
+        return [given.get(element, None if element is None else value) for element, value in values]
+
+    def join(self, session: str, *args: Any, **given: Any) -> httpx.Response:
         """Press Run as the browser does, without waiting for anything."""
-        given = {"color_fix": True, "batch": 64, "uniform": False} | settings
-        data = [image, None, *given.values(), *dials]
+        data = self.inputs("run", *args, **given)
         body = {"data": data, "fn_index": self.functions["run"]._id, "session_hash": session}
         return self.post("queue/join", body)
 
@@ -111,9 +117,9 @@ class Service:
                     if message["msg"] == "close_stream":
                         return
 
-    def run(self, session: str, image: Any, *args: Any, **settings: Any) -> dict:
+    def run(self, session: str, *args: Any, **given: Any) -> dict:
         """Press Run and wait. Gives what the page shows in the end by its place in RunView, and any `error`."""
-        answer = self.join(session, image, *args, **settings)
+        answer = self.join(session, *args, **given)
         assert answer.status_code == 200, answer.text
         values, shown = None, {}
         for message in self.messages(session):
@@ -144,14 +150,10 @@ class Service:
                     return content if kind == "complete" else f"{(content or {}).get('title')}: {content}"
         raise AssertionError("the stream ended without a result")
 
-    def light(self, name: str, session: str, data: list, **event: Any) -> httpx.Response:
+    def light(self, name: str, session: str, *args: Any, **given: Any) -> httpx.Response:
         """An event that bypasses the queue, by its handler's name."""
-        body = {"data": data, "fn_index": self.functions[name]._id, "session_hash": session, **event}
-        return self.post("run/predict", body)
-
-    def regroup(self, session: str, image: Any, dials: tuple) -> httpx.Response:
-        """What a moved dial asks."""
-        return self.light("regrouped", session, [image, None, None, True, *dials])
+        data = self.inputs(name, *args, **given)
+        return self.post("run/predict", {"data": data, "fn_index": self.functions[name]._id, "session_hash": session})
 
 
 def file_data(path: str, **fields: Any) -> dict:

@@ -20,6 +20,7 @@ from PIL import Image
 from service import QUICK, SLOW, Service
 
 from patchscaler.grouping import SamplingPlan
+from patchscaler.interrupts import still_wanted
 from patchscaler.ui import jobs as jobs_module
 from patchscaler.ui.dials import dials_of
 from patchscaler.ui.layout import WAITING
@@ -152,6 +153,24 @@ def test_a_visitor_who_leaves_while_waiting_never_gets_a_turn(service, image):
     assert service.watch.steps - began <= sum(QUICK.steps)
 
 
+def test_a_large_picture_is_given_up_between_its_tiles(service, image, monkeypatch):
+    """Rows 23 and 27: there are no steps yet while a picture is analysed."""
+    asked = []
+
+    def slowly_asked() -> None:
+        asked.append(time.sleep(0.1))
+        still_wanted()
+
+    monkeypatch.setattr("patchscaler.tiles.still_wanted", slowly_asked)
+    monkeypatch.setattr("patchscaler.pipeline.TILE", 4)  # cells: 25 tiles in each of three stages
+    event = service.begin(image=image).json()["event_id"]
+    with service.web.stream("GET", f"/gradio_api/call/v2/upscale/{event}"):
+        wait_until(lambda: len(asked) > 2)
+    left = len(asked)
+    wait_until(lambda: service.watch.running == 0)
+    assert len(asked) <= left + 8
+
+
 def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
     """Row 24."""
     service.run("mover", image, QUICK_DIALS)
@@ -168,7 +187,7 @@ def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
         assert health["worker"]["waiting"] == WAITING - 1 and health["worker"]["running_seconds"] > 0
         for moved in range(5):
             began = time.monotonic()
-            answer = service.light("regrouped", "mover", [image, None, None, True, 0.9, moved / 10, *QUICK_DIALS[2:]])
+            answer = service.light("regrouped", "mover", image, (0.9, moved / 10, *QUICK_DIALS[2:]))
             assert answer.status_code == 200 and time.monotonic() - began < 3
     assert accepted >= WAITING
     wait_until(lambda: service.health()["queued"] == 0)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # Imports run downwards only. Parts on one floor may import each other, except the four at the top.
 FLOORS = [
-    {"images", "color", "patches", "devices", "figures", "tiles", "tiff"},
+    {"images", "color", "patches", "devices", "figures", "interrupts", "tiles", "tiff"},
     {"models"},
     {"grouping", "sampling", "retrieval", "adapters"},
     {"pipeline", "records", "checkpoints", "options", "cluster", "batches", "bands"},

@@ -118,7 +118,7 @@ def test_a_sliders_value_is_checked_inside(service, image, value, place, name):
     service.run("sliders", image, DIALS)  # from now on a moved dial has something to group
     dials = [0.9, 0.1, 1000, 1000, 1000, 1, 1, 1, 0]
     dials[place] = value
-    answer = service.light("regrouped", "sliders", [image, None, None, True, *dials])
+    answer = service.light("regrouped", "sliders", image, dials)
     assert answer.status_code == 200 and all("__type__" in part for part in answer.json()["data"][:8])
     error = service.run(f"slider {place} {value}", image, tuple(dials))["error"]
     assert re.match(rf"{name}=.* (is not a (whole )?number in|must be above)", error), error
@@ -221,7 +221,7 @@ def test_a_full_disk_takes_no_uploads(service, monkeypatch):
 
 def test_heavy_events_cannot_be_run_past_the_queue(service, image):
     """Row 19."""
-    run = {"data": [image, None, True, 64, False, *DIALS], "fn_index": service.functions["run"]._id}
+    run = {"data": service.inputs("run", image), "fn_index": service.functions["run"]._id}
     before = service.watch.steps
     for path, body in [
         ("run/upscale", {"data": [image]}),
@@ -289,8 +289,8 @@ def test_no_event_reads_a_file_that_nobody_uploaded(service, image, tmp_path):
         for answer in (
             service.join("address", file_data(address)),
             service.begin(image=file_data(address)),
-            service.light("new_image", "address", [file_data(address)]),
-            service.light("seams", "address", [None, {"deep": [{"path": address}]}]),
+            service.light("new_image", "address", file_data(address)),
+            service.light("seams", "address", None, seams={"deep": [{"path": address}]}),
         ):
             assert answer.status_code == 403 and "uploaded, not fetched" in answer.text
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from gradio.context import LocalContext
 
 from patchscaler.images import limit_from_environment
+from patchscaler.interrupts import answering
 
 Item = TypeVar("Item")
 _END = object()
@@ -60,6 +61,11 @@ class Jobs:
         began: list[float] = []  # when the job's turn came
         gone = _visitor_gone()
 
+        def check() -> None:
+            if stopped.is_set():
+                raise JobError("It was stopped.")
+            self._check(began)
+
         def work() -> None:
             with self._lock:
                 self._waiting -= 1
@@ -67,14 +73,11 @@ class Jobs:
             began.append(self._began)
             last = _END
             try:
-                self._check(began)
-                if not stopped.is_set():
-                    with closing(job()) as running:
-                        for item in running:
-                            if stopped.is_set():
-                                break
-                            self._check(began)
-                            loop.call_soon_threadsafe(items.put_nowait, item)
+                check()
+                with answering(check), closing(job()) as running:
+                    for item in running:
+                        check()
+                        loop.call_soon_threadsafe(items.put_nowait, item)
             except BaseException as error:  # SystemExit and its like must not end the thread or reach the event loop
                 last = error
             finally:
