@@ -116,13 +116,18 @@ from patchscaler.checkpoints import load_pipeline
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.records import Result
+from patchscaler.ui.analysis_file import fingerprint
 from patchscaler.ui.gpu import Order
 from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.jobs import Jobs
+from patchscaler.ui.layout import build_page
 
 weights, image, output = sys.argv[1:]
 # Module level, as in app.py: ZeroGPU's CUDA takes the weights before there is a device.
 on_cuda = load_pipeline(weights)
-print({str(parameter.device) for parameter in on_cuda.transformer.parameters()}, emulation.pack() > 0)
+build_page(on_cuda, Jobs())
+same = fingerprint(on_cuda) == fingerprint(load_pipeline(weights, device="cpu", dtype=on_cuda.dtype))
+print({str(parameter.device) for parameter in on_cuda.transformer.parameters()}, same, emulation.pack() > 0)
 
 handlers = Handlers(load_pipeline(weights, device="cpu", dtype=torch.float32))
 client.startup_report()
@@ -178,7 +183,7 @@ def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
         scheduler.shutdown()
     assert run.returncode == 0, run.stderr
     said = [line for line in run.stdout.splitlines() if "DEBUG" not in line]
-    assert said[0] == "{'cuda:0'} True"
+    assert said[0] == "{'cuda:0'} True True"
     assert said[1:] == ["Analysis Study Progress Partial Result Baseline", "Study Result Baseline"]
     tasks = [parse_qs(request.query) for request in requests if request.path == "/schedule"]
     assert len(tasks) == 3 and len({task["taskId"][0] for task in tasks}) == 1

@@ -59,7 +59,7 @@ class Endpoints:
         """Restore an image coarsely at four times its size, and estimate for each patch how sure that restoration is. Once done for an image, regroup tries plans on the result at no cost, and refine renders them.
 
         Args:
-            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB
+            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of up to 4 million pixels and 20 MB, or this server's own limits
 
         Returns:
             coarse: the restored image at four times the size, a lossless PNG
@@ -72,14 +72,14 @@ class Endpoints:
 
     def regroup(
         self,
-        analysis: FileData = None,
-        confidence: list[float] = None,
+        analysis: FileData | None = None,
+        confidence: list[float] | None = None,
         gamma1: float = PAPER.gamma1,
         gamma2: float = PAPER.gamma2,
         start: list[int] = START,  # noqa: B006  never changed
         steps: list[int] = STEPS,  # noqa: B006
         by_hand: Groups = BY_CONFIDENCE,
-    ) -> tuple[FileData, dict]:
+    ) -> tuple[FileData | None, dict]:
         """Tell which patches of an analysed image a plan makes simple, medium and hard, and how many network evaluations it costs. Runs no network and waits for no other call.
 
         Args:
@@ -158,7 +158,7 @@ class Endpoints:
         """Upscale a photograph four times in each direction: analyze and refine in one call. Fine detail is made up: it is plausible, not evidence.
 
         Args:
-            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of at most 4 million pixels and 20 MB
+            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of up to 4 million pixels and 20 MB, or this server's own limits
             gamma1: patches with a confidence above this are simple; at most 1
             gamma2: patches with a confidence up to this are hard, those between medium; below gamma1
             start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
@@ -223,8 +223,10 @@ def _publish(page: gr.Blocks, endpoint: Callable, **options: Any) -> None:
     event = gr.api(endpoint, api_name=endpoint.__name__, **options)
     _, arguments, results = get_function_description(endpoint)
     for number, (name, text) in zip(event["inputs"], arguments.items()):
-        page.blocks[number].label = name
-        page.blocks[number]._api_info["additional_description"] = text
+        block = page.blocks[number]
+        # What may be left out need not also be null: MCP finds files only where nothing else may stand.
+        (kind,) = [kind for kind in block._api_info.pop("oneOf", [block._api_info]) if kind != {"type": "null"}]
+        block.label, block._api_info = name, {**kind, "additional_description": text}
     for number, line in zip(event["outputs"], results):
         name, text = line.split(": ", 1)
         page.blocks[number].label = name
