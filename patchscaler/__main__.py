@@ -7,7 +7,7 @@ import signal
 import sys
 
 from patchscaler import cli
-from patchscaler.evaluation import benchmark, sweep
+from patchscaler.evaluation import bench, benchmark, sweep
 from patchscaler.options import UsageError
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="patchscaler", description="PatchScaler x4 super-resolution")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (cli, benchmark, sweep):
+    for command in (cli, benchmark, sweep, bench):
         command.add_command(commands)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # by default it ends Python without any clean-up

@@ -1,0 +1,129 @@
+"""The command `bench`: real measurements of a tiny pipeline, the sizes of the stand-ins, and the arithmetic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchscaler.__main__ import main
+from patchscaler.evaluation import bench, bench_tables, measure, standins
+from patchscaler.grouping import PRESETS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_pipeline, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+def task(weights, plan="paper", tiles=1) -> dict:
+    image = str(bench.DEFAULT_IMAGE)
+    common = {"kind": "ours", "device": "cpu", "weights": str(weights), "image": image, "repeats": 1}
+    return {**common, "plan": asdict(PRESETS[plan]), "tiles": tiles}
+
+
+def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "in_new_process", lambda task: measure.KINDS[task["kind"]](task))
+    monkeypatch.setattr(bench, "BUDGET", 0.2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "-o", str(tmp_path / "out"), "--weights", str(weights), "--quick"]) == 0
+    text = (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == text
+    assert "## CUDA\n\nnot measured" in text
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
+
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())["devices"]["cpu"]
+    plans = found["ours"]["512"]
+    assert list(plans) == list(PRESETS) and list(found["scaling"]) == ["512", "1024"]
+    for name, row in plans.items():
+        assert row["evaluations"] == PRESETS[name].evaluations(row["patches"])
+        assert row["pixels"] == 512 * 512 and sum(row["patches"]) == 25 and sum(row["large_patches"]) == 1
+        assert 0 < row["seconds"] < sum(row["stages"].values()) * 1.5
+    for rate in found["rates"].values():
+        assert 0 < rate["patch_dit"] and 0 < rate["own"] and 0 < rate["large"]
+    assert f"| ours, uniform | 512² | 500 patches | {sum(plans['uniform']['flops'].values()) / 1e12:.2f} |" in text
+
+
+def test_flops_are_those_of_a_whole_run(tiny_pipeline, weights):
+    """Counted in two short runs and scaled, they are what a counter sees in the run itself."""
+    counted = measure.ours(task(weights, "fast"))["flops"]
+    picture = measure.tiled(bench.DEFAULT_IMAGE, 1)
+    with FlopCounterMode(display=False) as counter:
+        tiny_pipeline(picture, PRESETS["fast"])
+    assert sum(counted.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert min(counted[stage] for stage in ("encode", "restore", "retrieve", "decode")) > 0
+
+
+def test_a_process_of_its_own_has_its_own_peak_memory(weights):
+    held = torch.ones(400_000_000, dtype=torch.int8)  # 0.4 GB here are not to be seen there
+    row = measure.in_new_process(task(weights))
+    assert 100e6 < row["peak_bytes"] < measure.peak_memory(torch.device("cpu"))
+    assert row["pixels"] == 512 * 512 and held[-1] == 1
+    with pytest.raises(RuntimeError, match="Error"):
+        measure.in_new_process({**task(weights), "image": "missing.png"})
+
+
+def test_larger_inputs_repeat_the_tile_without_an_edge():
+    one, three = (measure.tiled(bench.DEFAULT_IMAGE, n).rgb for n in (1, 3))
+    assert one.shape == (3, 128, 128) and three.shape == (3, 384, 384)
+    assert torch.equal(three[:, 256:, 256:], one) and torch.equal(three[:, :128, 128:256], one.flip(-1))
+    assert torch.equal(three[:, 127], three[:, 128])
+    with pytest.raises(ValueError, match="2-cat.png is 150x100; at least 128x128"):
+        measure.tiled(ROOT / "examples" / "2-cat.png", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "step", "encode", "decode"),
+    [("resshift-64", (119.1, 55.3), 80, 1793, 3095), ("sd", (865.9, 83.7), 804, 1117, 2515)],
+)
+def test_stand_ins_have_the_published_sizes(name, millions, step, encode, decode):
+    with torch.device("meta"):
+        parts = standins.STANDINS[name].build()
+    sizes = [sum(weight.numel() for weight in part.parameters()) / 1e6 for part in parts]
+    assert sizes == pytest.approx(millions, abs=0.05)
+    flops = {part: round(count / 1e9) for part, count in standins.count_flops(standins.STANDINS[name]).items()}
+    assert flops == {"encode": encode, "step": step, "decode": decode}
+
+
+def tiny_stand_in() -> tuple[nn.Module, nn.Module]:
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    unet = UNet2DConditionModel(down_block_types=down, up_block_types=up, cross_attention_dim=8, **sizes)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return unet, AutoencoderKL(**sizes, **blocks)
+
+
+def test_a_stand_in_is_run_and_timed(monkeypatch):
+    monkeypatch.setattr(standins, "TILE", 64)
+    kind = standins.StandIn("tiny", tiny_stand_in, ((1, 4, 32, 32), (1, 5, 8)), (1, 4, 32, 32), (2,))
+    monkeypatch.setitem(standins.STANDINS, "tiny", kind)
+    row = measure.standin({"name": "tiny", "device": "cpu", "budget": 0.1})
+    assert set(row["seconds"]) == set(row["flops"]) == {"encode", "step", "decode"}
+    assert all(value > 0 for part in (row["seconds"], row["flops"]) for value in part.values())
+    calls = standins.ready(kind, torch.device("cpu"), torch.float32)
+    assert calls["step"]().shape == (1, 4, 32, 32) and calls["decode"]().shape == (1, 3, 64, 64)
+    assert calls["step"]().isfinite().all()
+
+
+def test_totals_and_linearity():
+    parts = {"encode": 1.0, "step": 0.5, "decode": 2.0}
+    row = {"seconds": parts, "flops": parts}
+    assert standins.tiles(512) == 1 and standins.tiles(513) == 4 and standins.tiles(2048) == 25
+    assert bench_tables.standin_total(row, 15, 512, "seconds") == 10.5
+    assert bench_tables.standin_total(row, 4, 2048, "seconds") == 25 * 5
+    stages = {"encode": 0.1, "restore": 0.2, "decode": 0.4}
+    ours = {"large_patches": [10, 10, 5], "stages": stages, "flops": stages}
+    evaluations = 10 * 8 + 10 * 14 + 5 * 20
+    assert bench_tables.pgs_total(ours, row) == pytest.approx((evaluations, *[0.5 + 25 * 3 + evaluations * 0.5] * 2))
+    scaling = {side: {"seconds": seconds, "pixels": pixels} for side, seconds, pixels in ((1, 9, 10), (2, 22, 20))}
+    assert bench_tables.linearity(scaling) == pytest.approx(0.1)  # 0.9 and 1.1 around 1
