@@ -18,7 +18,7 @@ from patchscaler.models import (
     decode_latents,
     encode_latents,
 )
-from patchscaler.models.autoencoder import pixel_metric
+from patchscaler.models.autoencoder import decode_unclamped
 from patchscaler.models.grm import GRMOutput, confidence_loss, restoration_loss
 from patchscaler.models.texture_encoder import match_statistics
 
@@ -147,23 +147,21 @@ def test_confidence_does_not_trade_the_restoration():
     assert torch.equal(latents.grad, torch.zeros_like(latents))
 
 
-def test_restoration_loss_is_the_log_of_each_images_squared_error():
+def test_restoration_loss_is_the_log_of_each_images_squared_errors():
     latents = torch.stack([torch.full((C, 2, 3), 0.5), torch.full((C, 2, 3), 2.0)])
-    metric = torch.eye(C) * 0.01  # squared pixel errors of .01 C 0.25 and .01 C 4
-    expected = sum(math.log(0.01 * C * square + 3e-4) for square in (0.25, 4.0)) / 2
-    loss = restoration_loss(latents, torch.zeros_like(latents), metric, floor=3e-4)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    decoded = torch.stack([torch.full((3, 16, 24), 0.1), torch.full((3, 16, 24), 0.3)])
+    loss = restoration_loss(latents, torch.zeros_like(latents), decoded, torch.zeros_like(decoded), 0.5, floor=1e-3)
+    pixels, cells = math.log(0.011) + math.log(0.091), math.log(0.26) + math.log(4.01)
+    assert loss.item() == pytest.approx((pixels + 0.5 * cells) / 2, rel=1e-5)
 
 
-def test_pixel_metric_foretells_the_error_of_the_decoded_image():
+def test_unclamped_images_have_a_gradient_outside_the_range_that_the_clamped_lack():
     model = CompactAutoencoder(C, (8, 16), (1, 1), (1, 1)).eval()
-    latents, error = 0.1 * _random(4, C, 8, 8), 0.01 * _random(4, C, 8, 8).flip(0)
-    metric = pixel_metric(model, latents)
-    assert torch.allclose(metric, metric.T) and torch.linalg.eigvalsh(metric).min() > -1e-7
-    with torch.no_grad():
-        seen = (decode_latents(model, latents + error) - decode_latents(model, latents)).square().mean()
-    told = torch.einsum("bchw,cd,bdhw->", error, metric, error) / error[:, 0].numel()
-    assert told.item() == pytest.approx(seen.item(), rel=0.3)
+    torch.nn.init.constant_(model.decoder[-2].bias, 3.0)
+    latents = _random(1, C, 2, 2).requires_grad_()
+    assert decode_unclamped(model, latents).min() > 1 and decode_latents(model, latents).max() == 1
+    decode_unclamped(model, latents).sum().backward()
+    assert latents.grad.abs().max() > 0
 
 
 @torch.no_grad()

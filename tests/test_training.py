@@ -19,7 +19,9 @@ from patchscaler.training.data import ImageBank, is_held_out
 from patchscaler.training.fit import fit, learning_rate, make_accelerator, parser, pool_size, step_generator
 from patchscaler.training.optimizer import MuonAdamW
 from patchscaler.training.pairs import draw_pairs
+from patchscaler.training.patch_dit import draw_times
 from patchscaler.training.pool import Pool
+from patchscaler.training.synthetic import draw_page
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,26 @@ def test_crops_follow_their_generator(images):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_drawn_crops_replace_photographs_and_hold_ink_on_a_ground(images):
+    bank = ImageBank(images)
+    plain, _ = bank.crops(40, 32, step_generator(0, 0))
+    mixed, _ = bank.crops(40, 32, step_generator(0, 0), drawn=0.5)
+    changed = (mixed != plain).flatten(1).any(1)
+    assert 8 < changed.sum() < 32 and mixed.abs().max() <= 1
+    pages = [draw_page(64, seed) for seed in range(20)]
+    assert all(page.shape == (64, 64, 3) and page.dtype == np.uint8 for page in pages)
+    assert sum(int(np.ptp(page, axis=(0, 1)).max()) > 60 for page in pages) >= 17  # a page may come out empty
+    assert np.array_equal(draw_page(64, 3), pages[3])
+
+
+def test_times_stay_mostly_within_the_groups_start():
+    start = torch.tensor([400, 1000]).repeat_interleave(4000)
+    times = draw_times(start, 1000, step_generator(0, 0))
+    assert times.min() >= 1 and times.max() <= 1000
+    assert (times[:4000] > 400).float().mean() == pytest.approx(0.2 * 0.6, abs=0.03)
+    assert times[4000:].float().mean() == pytest.approx(500, abs=20)
+
+
 def test_classes_come_from_the_names(images):
     bank = ImageBank(images)
     classes = bank.classes()
@@ -93,6 +115,7 @@ class Double(nn.Module):
 def test_pairs_are_aligned_and_degraded(images):
     pairs = draw_pairs(Double(), ImageBank(images), 20, 64, step_generator(0, 0))
     assert pairs["y_lr"].shape == pairs["x_hr"].shape == (20, 3, 8, 8)
+    assert pairs["images"].shape == (20, 3, 64, 64) and pairs["images"].dtype == torch.uint8
     matched = (pairs["y_lr"].float() - pairs["x_hr"].float()).square().mean()
     crossed = (pairs["y_lr"].float() - pairs["x_hr"].float().roll(1, 0)).square().mean()
     assert 0 < matched < crossed

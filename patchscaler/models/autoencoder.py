@@ -103,29 +103,13 @@ def encode_latents(vae: nn.Module, images: Tensor) -> Tensor:
 
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """B×c×h×w with zero mean and unit variance → B×3×8h×8w in [-1, 1], float32: undoes `encode_latents`."""
+    return decode_unclamped(vae, latents).clamp(-1, 1)
+
+
+def decode_unclamped(vae: nn.Module, latents: Tensor) -> Tensor:
+    """`decode_latents` without the clamp, which has no gradient outside [-1, 1]: for losses in pixels."""
     mean, std = _statistics(vae, latents.device)
-    return vae.decode((latents * std + mean).to(vae.dtype)).sample.float().clamp(-1, 1)
-
-
-@torch.no_grad()
-def pixel_metric(vae: nn.Module, latents: Tensor, step: float = 0.1) -> Tensor:
-    """What an error of the latents costs in pixels: M, c×c, such that e ᵀ M e is about the squared pixel error.
-
-    M is the mean of JᵀJ, J the decoder's Jacobian, by central differences along one random field per channel.
-
-    Args:
-        vae: whose decoder to probe.
-        latents: B×c×h×w of natural images, zero mean and unit variance.
-        step: size of the differences, in latent units.
-    """
-    field = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(latents) * step  # B×h×w
-    slopes = []
-    for channel in range(latents.shape[1]):
-        shift = torch.zeros_like(latents)
-        shift[:, channel] = field
-        slopes.append((decode_latents(vae, latents + shift) - decode_latents(vae, latents - shift)).flatten())
-    slopes = torch.stack(slopes) / (2 * step)  # c×pixels
-    return slopes @ slopes.T / slopes.shape[1]
+    return vae.decode((latents * std + mean).to(vae.dtype)).sample.float()
 
 
 def _statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ from torch import nn
 
 from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents, load_autoencoder
 from patchscaler.patches import LATENT_PIXELS
-from patchscaler.training.data import ImageBank
+from patchscaler.training.data import DRAWN, ImageBank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, save_component, step_generator
 
-CONFIGS = {"compact": {"latent_channels": 16, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)}}
+CONFIGS = {"compact": {"latent_channels": 32, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)}}
 # The paper freezes Stable Diffusion's autoencoder (c = 4).
 PRETRAINED = {"paper": "stabilityai/sd-vae-ft-mse"}
 LATENT_NOISE = 0.05
@@ -44,7 +44,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, torch.Tensor]:
         generator = step_generator(args.seed, step, accelerator.process_index)
-        images, _ = bank.crops(batch, CROP, generator)
+        images, _ = bank.crops(batch, CROP, generator, drawn=DRAWN)
         shape = (batch, CONFIGS[args.config]["latent_channels"], CROP // LATENT_PIXELS, CROP // LATENT_PIXELS)
         noise = LATENT_NOISE * torch.randn(shape, generator=generator).to(device)
         with bf16(device):

@@ -15,7 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from patchscaler.training.synthetic import draw_page
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+DRAWN = 0.07  # share of text and line art where images are restored
 HOLD_OUT = 20  # one image of twenty is kept for validation
 
 
@@ -55,20 +58,32 @@ class ImageBank:
         return dict(sorted(found.items()))
 
     def crops(
-        self, count: int, size: int, generator: torch.Generator, among: Tensor | None = None, zoom: float = 2.0
+        self,
+        count: int,
+        size: int,
+        generator: torch.Generator,
+        among: Tensor | None = None,
+        zoom: float = 2.0,
+        drawn: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Draw random square crops: B×3×size×size in [-1, 1] and the B image indices.
 
         Every pixel of the source is equally likely, unless `among` (B image indices) says which image to
         crop. Half of the crops are taken up to `zoom` times larger and shrunk, which is sharper than most
         photographs are at full size. Crops are flipped and turned at random. Images whose shorter side is
-        below `size` are used whole, reflected at their borders.
+        below `size` are used whole, reflected at their borders. A share `drawn` of the crops is replaced by text
+        and line art.
         """
         if among is None:
             weights = torch.tensor([float(image[0].numel()) for image in self.images])
             among = torch.multinomial(weights, count, replacement=True, generator=generator)
         draws = torch.rand(count, 5, generator=generator)
         crops = [self._crop(int(i), size, zoom, draw) for i, draw in zip(among, draws.tolist(), strict=True)]
+        if drawn:
+            for place in (torch.rand(count, generator=generator) < drawn).nonzero()[:, 0].tolist():
+                seed = int(torch.randint(2**31, (), generator=generator))
+                page = torch.tensor(draw_page(size, seed), device=self.device)
+                crops[place] = page.permute(2, 0, 1).float().div(127.5).sub(1)
         return torch.stack(crops), among
 
     def _crop(self, index: int, size: int, zoom: float, draw: list[float]) -> Tensor:

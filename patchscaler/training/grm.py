@@ -12,30 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchscaler.grouping import SamplingPlan
-from patchscaler.models.autoencoder import load_autoencoder, pixel_metric
+from patchscaler.grouping import SamplingPlan, assign, times_and_steps
+from patchscaler.models.autoencoder import load_autoencoder
 from patchscaler.models.grm import GRM, confidence_loss, restoration_loss, squared_error
 from patchscaler.training.data import ImageBank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
 from patchscaler.training.pairs import draw_pairs
 from patchscaler.training.pool import Pool
+from patchscaler.training.stand_in import STEPS, learn_stand_in
 
 CONFIGS = {
-    "compact": {"widths": (96, 192), "depths": (2, 4, 2)},
+    "compact": {"widths": (128, 224), "depths": (2, 4, 3)},
     "paper": {"widths": (320, 512), "depths": (6, 8, 6)},
 }
-CROP = 128
+CROP = 192
 ETA_QUANTILE = 0.65
 JUDGING_WEIGHT = 0.2  # λ of Eq. 1
 VALIDATION_CROP = 256
-HARD_SHARE = 0.3  # of held-out patches, at the paper's thresholds
+EVALUATIONS = 0.54  # of uniform sampling's, for held-out patches under the paper's plan
 
 
 def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
     """Train, save to OUT/grm and return its errors on held-out images."""
     accelerator = make_accelerator(args)
     device = accelerator.device
-    batch = 4 if args.dry_run else args.batch or (16 if device.type == "cpu" else 64)
+    batch = 4 if args.dry_run else args.batch or (8 if device.type == "cpu" else 64)
     bank = bank or ImageBank(args.data, device)
     vae = load_autoencoder(args.out / "vae").to(device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
@@ -44,11 +45,10 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return draw_pairs(vae, bank, count, CROP, generator)
 
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 2048), 6 if device.type == "cpu" else 1)
+    size, passes = (32, 1) if args.dry_run else (pool_size(args, 1024), 6 if device.type == "cpu" else 1)
     pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
 
-    probes = draw(4 if args.dry_run else 32, step_generator(args.seed, 0, 2))
-    metric = pixel_metric(vae, probes["x_hr"].float())
+    decoder, missed = learn_stand_in(vae, pool, vae.config.latent_channels, 2 if args.dry_run else STEPS, args.seed)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
@@ -56,7 +56,10 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         with bf16(device):
             output = model(rows["y_lr"].float().contiguous(memory_format=torch.channels_last))
         eta = squared_error(output.latents.detach(), target).quantile(ETA_QUANTILE).item()
-        restored = restoration_loss(output.latents, target, metric)
+        images = rows["images"].float().div(127.5).sub(1)
+        with bf16(device):
+            decoded = decoder(output.latents)
+        restored = restoration_loss(output.latents, target, decoded, images)
         judged = confidence_loss(output, target, eta)
         return {"loss": restored + JUDGING_WEIGHT * judged, "restored": restored.detach(), "judged": judged.detach()}
 
@@ -64,6 +67,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     held_out = ImageBank(args.data, device, held_out=True)
     pairs = draw_pairs(vae, held_out, 8 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())
+    figures["stand-in for the decoder, PSNR to it, dB"] = (-10 * (missed / 4).log10()).item()
     if accelerator.is_main_process:
         save_component(average, args.out / "grm")
     return figures
@@ -74,22 +78,23 @@ def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
     """Set η by how full the groups shall be, and measure the latent errors on held-out pairs B×c×h×w.
 
     Where it is not saturated C is η / e², so a shift of its logits by b stands for η multiplied by eᵇ. b is
-    chosen so that `HARD_SHARE` of the patches lie below the paper's γ₂; it goes into the last bias, and η into
-    the config.
+    chosen so that the paper's plan needs `EVALUATIONS` of those of uniform sampling; it goes into the last bias,
+    and η into the config.
     """
     outputs = [model(part) for part in y_lr.split(16)]
     logits = torch.cat([output.confidence_logits.float() for output in outputs])  # B×1×h×w
     errors = squared_error(torch.cat([output.latents for output in outputs]), x_hr)  # B×1×h×w
-    low, high = -10.0, 10.0
+    paper, (low, high) = SamplingPlan.paper(), (-10.0, 10.0)
     for _ in range(40):
         shift = (low + high) / 2
         confidence = F.avg_pool2d((logits + shift).sigmoid(), 16)  # of patches that do not overlap
-        hard = (confidence <= SamplingPlan.paper().gamma2).float().mean().item()
-        low, high = (shift, high) if hard > HARD_SHARE else (low, shift)
+        groups = assign(confidence.flatten(), paper)
+        needed = times_and_steps(paper, groups)[1].float().mean().item() / max(paper.steps)
+        low, high = (shift, high) if needed > EVALUATIONS else (low, shift)
     model.judge[-1].bias.add_(shift)
     eta = errors.flatten().quantile(ETA_QUANTILE).item() * math.exp(shift)
     model.register_to_config(eta=eta)
-    simple = (confidence > SamplingPlan.paper().gamma1).float().mean().item()
+    simple, _, hard = (groups.bincount(minlength=3) / len(groups)).tolist()
     return {
         "y_LR, squared latent error": squared_error(y_lr, x_hr).mean().item(),
         "y_HR, squared latent error": errors.mean().item(),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from patchscaler.images import bicubic
 from patchscaler.models.autoencoder import encode_latents
-from patchscaler.training.data import ImageBank
+from patchscaler.training.data import DRAWN, ImageBank
 from patchscaler.training.degradation import degrade
 from patchscaler.training.fit import bf16
 
@@ -27,9 +27,9 @@ def draw_pairs(
     """Draw `count` crops and degrade each by one kind of `SHARES`.
 
     Returns:
-        y_lr and x_hr, count×c×size/8×size/8 in fp16.
+        y_lr and x_hr, count×c×size/8×size/8 in fp16; images, count×3×size×size in uint8.
     """
-    images, _ = bank.crops(count, size, generator)
+    images, _ = bank.crops(count, size, generator, drawn=DRAWN)
     counts = [round(count * share) for share in SHARES.values()]
     counts[0] += count - sum(counts)
     parts = images.split(counts)
@@ -39,4 +39,5 @@ def draw_pairs(
     with bf16(images.device):
         y_lr = encode_latents(vae, bicubic(small, 4))
         x_hr = encode_latents(vae, images)
-    return {"y_lr": y_lr.half(), "x_hr": x_hr.half()}
+    codes = ((images + 1) * 127.5).round().to(torch.uint8)
+    return {"y_lr": y_lr.half(), "x_hr": x_hr.half(), "images": codes}

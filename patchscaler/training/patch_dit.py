@@ -1,7 +1,8 @@
 """Train Patch-DiT and the texture encoder: python -m patchscaler.training.patch_dit --data DIR --out DIR --minutes 40
 
 x₀ prediction on patches of (y₀ from the GRM, x₀), with the priors that the memory gives for y₀; one prompt in
-ten is dropped. Both networks are trained together, everything else is frozen.
+ten is dropped. Most times are drawn below the T of the patch's group, since the paper's plan asks for no others. Both
+networks are trained together, everything else is frozen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from patchscaler.grouping import SamplingPlan, assign, times_and_steps
 from patchscaler.models.autoencoder import load_autoencoder
 from patchscaler.models.grm import GRM
 from patchscaler.models.patch_dit import PatchDiT, denoising_loss
@@ -32,6 +34,7 @@ CONFIGS = {
 }
 CROP = 256  # gives four patches that do not overlap
 DROPPED_PROMPTS = 0.1
+ANY_TIME = 0.2  # share of samples at any time: for plans other than the paper's
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -93,7 +96,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
         generator = step_generator(args.seed, step, accelerator.process_index)
-        t = torch.randint(1, len(alphas) + 1, (batch,), generator=generator).to(device)
+        t = draw_times(rows["start"].cpu(), len(alphas), generator).to(device)
         noise = torch.randn(rows["x0"].shape, generator=generator).to(device)
         drop = (torch.rand(batch, generator=generator) < DROPPED_PROMPTS).to(device)
         return {"loss": denoise(model, rows, t, noise, drop)}
@@ -119,15 +122,26 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
 @torch.inference_mode()
 def draw_patches(vae, grm, classifier, memory, bank: ImageBank, count: int, generator, top_k: int) -> dict[str, Tensor]:
-    """`count` patches (a multiple of 4): y0 and x0 N×c×16×16 fp16, and the priors' indices and similarities."""
+    """`count` patches (a multiple of 4): y0 and x0 N×c×16×16 fp16, T_i by the paper's plan, and the priors found."""
     pairs = draw_pairs(vae, bank, count // 4, CROP, generator)
     with bf16(bank.device):
-        restored = grm(pairs["y_lr"].float()).latents.float()
+        restored = grm(pairs["y_lr"].float())
     grid = PatchGrid(CROP // LATENT_PIXELS, CROP // LATENT_PIXELS, stride=16)
-    y0 = torch.cat([split(latents, grid) for latents in restored])
+    y0 = torch.cat([split(latents.float(), grid) for latents in restored.latents])
+    confidence = torch.cat([split(each, grid).mean((1, 2, 3)) for each in restored.confidence])
+    plan = SamplingPlan.paper()
+    start, _ = times_and_steps(plan, assign(confidence, plan))
     x0 = torch.cat([split(latents, grid) for latents in pairs["x_hr"].float()])
     priors = retrieve(classifier.features(y0), memory, min(top_k, memory.config.size))
-    return {"y0": y0.half(), "x0": x0.half(), "indices": priors.indices, "similarities": priors.similarities}
+    found = {"indices": priors.indices, "similarities": priors.similarities}
+    return {"y0": y0.half(), "x0": x0.half(), "start": start, **found}
+
+
+def draw_times(start: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Times to train at, N integers: evenly in 1…T_i of each patch (`start`, N), `ANY_TIME` of them in 1…`most`."""
+    anywhere = torch.rand(len(start), generator=generator) < ANY_TIME
+    latest = torch.where(anywhere, most, start)
+    return (torch.rand(len(start), generator=generator) * latest).long() + 1
 
 
 if __name__ == "__main__":
