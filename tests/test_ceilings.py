@@ -1,0 +1,49 @@
+"""The table of what limits quality."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from patchscaler.evaluation import ceilings
+from patchscaler.images import ImageError, Picture, bicubic, write_png
+from patchscaler.models import PatchDiT
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """One pair, 40x36 → 160x144, of which neither side is a whole number of patches."""
+    generator = torch.Generator().manual_seed(0)
+    truth = bicubic(torch.randn(1, 3, 36, 40, generator=generator).tanh(), 4)[0]
+    for name, image in (("lr", bicubic(truth[None], 0.25)[0]), ("hr", truth)):
+        (tmp_path / name).mkdir()
+        write_png(Picture(image), tmp_path / name / "rock.png")
+    return tmp_path / "lr", tmp_path / "hr"
+
+
+def cells(table: str, row: str) -> list[float]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {row}"))
+    return [float(cell) for cell in line.split("|")[2:-1] if cell.strip()]
+
+
+def test_each_part_is_measured_with_perfect_parts_before_it(tiny_pipeline, folders, tmp_path, capsys, monkeypatch):
+    # A Patch-DiT that leaves y0 as it is: then only what comes before it can differ.
+    tiny_pipeline.save_pretrained(tmp_path / "weights")
+    arguments = ["--lr", str(folders[0]), "--hr", str(folders[1]), "--weights", str(tmp_path / "weights")]
+    monkeypatch.setattr(PatchDiT, "forward", lambda self, x_t, y0, t, prompt=None: y0)
+    ceilings.main(arguments)
+    table = capsys.readouterr().out
+    same = cells(table, "final: GRM and Patch-DiT")
+    for group in ("simple", "medium", "hard"):
+        assert cells(table, f"every patch {group}") == same
+    assert cells(table, "bicubic ")[0] > cells(table, "bicubic, encoded")[0]
+    # Up to the colour fix, which the final picture has had.
+    perfect, truth = cells(table, "Patch-DiT on the true latents"), cells(table, "truth, encoded")
+    assert perfect != same and len(perfect) == len(truth) == len(same)
+
+
+def test_a_truth_of_another_size_is_named(tiny_pipeline, folders, tmp_path):
+    write_png(Picture(torch.zeros(3, 8, 8)), folders[1] / "rock.png")
+    pair = (folders[0] / "rock.png", folders[1] / "rock.png")
+    with pytest.raises(ImageError, match="is 8x8; 4 times its input is 160x144"):
+        ceilings.measure(tiny_pipeline, [pair], ceilings.SamplingPlan.paper())
