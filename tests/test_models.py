@@ -196,7 +196,7 @@ def test_priors_take_the_statistics_of_their_query():
 def test_memory_keeps_values_within_half_a_step_and_unit_keys():
     patches, features = _random(9, 20, V, V), 7 * _random(9, 12)
     memory = TextureMemory.from_patches(patches, features)
-    assert memory.value_codes_0.shape[1] == 16 and memory.value_codes_16.shape[1] == 4
+    assert memory.value_codes.shape[1] == 16 and memory.value_codes_16.shape[1] == 4
     scales = torch.tensor(memory.config.scales).view(1, -1, 1, 1)
     assert ((memory.patches(torch.arange(9)) - patches).abs() <= 0.501 * scales).all()
     assert torch.allclose(memory.features, torch.nn.functional.normalize(features, dim=1), atol=1e-4)

@@ -37,7 +37,7 @@ class TextureMemory(ModelMixin, ConfigMixin):
         super().__init__()
         for part in range(0, channels, CHANNELS_PER_BUFFER):
             count = min(CHANNELS_PER_BUFFER, channels - part)
-            self.register_buffer(f"value_codes_{part}", torch.zeros(size, count, patch, patch, dtype=torch.int8))
+            self.register_buffer(_buffer(part), torch.zeros(size, count, patch, patch, dtype=torch.int8))
         self.register_buffer("key_codes", torch.zeros(size, width, dtype=torch.int16))
 
     @classmethod
@@ -64,4 +64,9 @@ class TextureMemory(ModelMixin, ConfigMixin):
 
     def _value_codes(self) -> list[Tensor]:
         """The buffers of RTM-value, M×(up to 16)×V×V each, in the order of the channels."""
-        return [getattr(self, f"value_codes_{part}") for part in range(0, self.config.channels, CHANNELS_PER_BUFFER)]
+        return [getattr(self, _buffer(part)) for part in range(0, self.config.channels, CHANNELS_PER_BUFFER)]
+
+
+def _buffer(part: int) -> str:
+    """Name of the buffer that begins at a channel."""
+    return f"value_codes_{part}" if part else "value_codes"
