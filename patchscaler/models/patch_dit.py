@@ -61,7 +61,7 @@ class PatchDiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(block.cross_out.bias)
 
     def prompt_keys(self, prompt: Tensor | None) -> PromptKeys:
-        """Keys and values of all blocks for a prompt N×L×prompt_width: what every step shares.
+        """Keys and values of all blocks for a prompt N×L×prompt_width: what every step shares, ready to multiply.
 
         None stands for "no prompt" and gives those of one learned token, which broadcasts over N.
         """
@@ -91,7 +91,7 @@ class PatchDiT(ModelMixin, ConfigMixin):
         for block, pair_of_keys in zip(self.blocks, keys, strict=True):
             x = block(x, modulation, pair_of_keys)  # N×L'×D
         shift, scale = self.final_modulation(time).unsqueeze(1).chunk(2, dim=-1)  # N×1×D
-        x = self.final(F.layer_norm(x, (width,)) * (1 + scale) + shift)  # N×L'×c·p²
+        x = self.final(modulate(x, shift, scale))  # N×L'×c·p²
         side = size // patch
         added = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), patch)  # N×c×V×V
         return y0 + added.to(y0.dtype)
@@ -109,40 +109,50 @@ class DiTBlock(nn.Module):
         self.cross_query = nn.Linear(width, width)
         self.cross_keys = nn.Linear(prompt_width, 2 * width)
         self.cross_out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def prompt_keys(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """N×L×prompt_width → keys and values, each N×heads×L×D/heads."""
-        keys, values = self.cross_keys(prompt).chunk(2, dim=-1)
-        return self._split(keys), self._split(values)
+        keys, values = self._split(self.cross_keys(prompt), 2)
+        return keys, values
 
     def forward(self, x: Tensor, modulation: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
         shift, scale, gate, cross_scale, mlp_shift, mlp_scale, mlp_gate = (
             (self.table + modulation).unsqueeze(2).unbind(1)
         )  # each N×1×D
-        width = x.shape[-1]
-        h = F.layer_norm(x, (width,)) * (1 + scale) + shift
-        query, key, value = (self._split(part) for part in self.qkv(h).chunk(3, dim=-1))
-        x = x + gate * self.out(self._attend(query, key, value))
+        query, key, value = self._split(self.qkv(modulate(x, shift, scale)), 3)  # each N×heads×L'×D/heads
+        x = torch.addcmul(x, gate, self.out(self._attend(query, key, value)))
+        (query,) = self._split(self.cross_query(x), 1)
         keys, values = (part.expand(len(x), -1, -1, -1) for part in prompt)
-        seen = self.cross_out(self._attend(self._split(self.cross_query(x)), keys, values))
-        x = x + (1 + cross_scale) * seen  # the dimension-wise scaling from the time embedding
-        h = F.layer_norm(x, (width,)) * (1 + mlp_scale) + mlp_shift
-        return x + mlp_gate * self.mlp(h)
+        seen = self.cross_out(self._attend(query, keys, values))
+        x = torch.addcmul(x, 1 + cross_scale, seen)  # the dimension-wise scaling from the time embedding
+        return torch.addcmul(x, mlp_gate, self.mlp(modulate(x, mlp_shift, mlp_scale)))
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # N×heads×L×D/heads
+    def _split(self, x: Tensor, count: int) -> Tensor:
+        """N×L×(count D) → count×N×heads×L×D/heads, in one copy."""
+        return x.unflatten(-1, (count, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
 
     @staticmethod
     def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if query.device.type == "cpu":
-            # With 64 tokens plain products are faster than torch's flash attention for CPUs: a training step
-            # takes .56 of the time, sampling .88.
-            weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1).to(value.dtype)
-            seen = weights @ value
+            # With 64 tokens plain products are faster than torch's flash attention for CPUs: they take .56 of a
+            # training step, and .61 of the attention in sampling.
+            heads = query.shape[1]
+            query, key, value = (part.flatten(0, 1) for part in (query, key, value))  # each N·heads×L×D/heads
+            none = query.new_zeros(1, 1, 1)
+            scores = torch.baddbmm(none, query, key.transpose(1, 2), beta=0, alpha=query.shape[-1] ** -0.5)
+            seen = (scores.softmax(-1).to(value.dtype) @ value).unflatten(0, (-1, heads))
         else:
             seen = F.scaled_dot_product_attention(query, key, value)
         return seen.transpose(1, 2).flatten(2)  # N×L'×D
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: layer_norm(x) (1 + scale) + shift for x N×L'×D, in one pass where all patches share the time (1×1×D)."""
+    width = x.shape[-1:]
+    if len(scale) == 1:
+        return F.layer_norm(x, width, 1 + scale[0, 0], shift[0, 0])
+    return F.layer_norm(x, width) * (1 + scale) + shift
 
 
 def denoising_loss(predicted: Tensor, target: Tensor, alphas: Tensor) -> Tensor:
