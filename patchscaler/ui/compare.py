@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import Picture, to_pil
-from patchscaler.patches import LATENT_PIXELS
+from patchscaler.patches import LATENT_PIXELS, Patch
 from patchscaler.ui import fragments
 from patchscaler.ui.studies import Study
 from patchscaler.ui.views import ByHand, Shown, save_preview
@@ -76,14 +77,28 @@ def difference(a: Tensor, b: Tensor) -> Image.Image:
     return Image.fromarray((ramp * 255).round().astype(np.uint8))
 
 
-def clicked(study: Study, at: tuple[float, float], panel: str) -> tuple[float, float]:
-    """A pixel of the upscaled picture for a place on a panel's, of which the Qmap's may be smaller."""
-    scale = max(1.0, max(study.analysis.coarse.shape[-2:]) / OVERLAY_SIDE) if panel == "qmap" else 1.0
+def clicked(study: Study, at: tuple[float, float]) -> tuple[float, float]:
+    """A pixel of the upscaled picture for a place on the Qmap overlay, which may be smaller."""
+    scale = max(1.0, max(study.analysis.coarse.shape[-2:]) / OVERLAY_SIDE)
     return at[0] * scale, at[1] * scale
 
 
-def patch_facts(study: Study, shown: Shown | None, index: int, plan: SamplingPlan, by_hand: ByHand) -> str:
-    """All about one patch but its priors, which a network must decode first."""
+def touched(study: Study, points: list[tuple[float, float]]) -> list[int]:
+    """The patches nearest to points, in shares of the picture's width and height."""
+    height, width = study.analysis.coarse.shape[-2:]
+    middles = torch.tensor([middle(patch) for patch in study.analysis.grid.patches])  # Nx2
+    return torch.cdist(torch.tensor(points) * torch.tensor([width, height]), middles).argmin(1).unique().tolist()
+
+
+def middle(patch: Patch) -> tuple[float, float]:
+    """The pixel in the middle of a patch: x, y."""
+    return tuple(LATENT_PIXELS * (cells + patch.size / 2) for cells in (patch.left, patch.top))
+
+
+def patch_views(
+    study: Study, shown: Shown | None, index: int, plan: SamplingPlan, by_hand: ByHand
+) -> tuple[str, str]:
+    """A line about one patch, and its pictures. Its priors come later: a network must decode them first."""
     analysis = study.analysis
     patch = analysis.grid.patches[index]
     height, width = analysis.coarse.shape[-2:]
@@ -92,8 +107,14 @@ def patch_facts(study: Study, shown: Shown | None, index: int, plan: SamplingPla
     group = int(assign(analysis.patch_confidence, plan, by_hand)[index])
     pictures = [
         (label, magnified(picture, PATCH_ZOOM))
-        for label, name in (("Before: bicubic", "Bicubic input"), ("y₀: coarse", "Coarse"), ("After", "Final"))
+        for label, name in (("Before: bicubic", "Bicubic input"), ("After: final", "Final"))
         if (picture := side(study, shown, name, box)) is not None
     ]
     confidence = analysis.patch_confidence[index].item()
-    return fragments.patch(index, box, confidence, group, plan, index in by_hand, pictures)
+    facts = fragments.patch(index, box, confidence, group, plan, index in by_hand)
+    return facts, fragments.pictures(pictures)
+
+
+def patch_coarse(study: Study, index: int) -> Image.Image:
+    """The patch's y0, decoded."""
+    return to_pil(Picture(study.analysis.grid.patches[index].pixels(study.analysis.coarse)))

@@ -20,6 +20,7 @@ RANGES = (
     *[(1, 50, 1)] * 3,
 )
 MAX_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
+MAX_BATCH = 256  # patches at once
 
 
 def dials_of(plan: SamplingPlan) -> tuple[float, ...]:
@@ -54,6 +55,11 @@ def in_range(dials: Sequence[Any]) -> bool:
         and (step < 1 or value == int(value))
         for value, (low, high, step) in zip(dials, RANGES)
     )
+
+
+def is_batch(value: Any) -> bool:
+    """Whether a value of the patch batch's field is one."""
+    return isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
 
 
 def hold_order(dials: Sequence[float], moved: int) -> list[float]:

@@ -96,22 +96,24 @@ def patch(
     group: int,
     plan: SamplingPlan,
     by_hand: bool,
-    pictures: Sequence[tuple[str, Image.Image]],
 ) -> str:
-    """A patch's facts and its pictures; `box` is its left, top, right and bottom pixel."""
+    """A patch's facts in a line; `box` is its left, top, right and bottom pixel."""
     hand = ", set by hand" if by_hand else ""
-    figures = "".join(_figure(picture, label) for label, picture in pictures)
     return (
         f"<p><b>Patch {index}</b>, pixels {box[0]}, {box[1]} to {box[2]}, {box[3]}: "
         f"confidence <b>{confidence:.3f}</b>, "
         f"{_swatch(group)}{GROUPS[group]}{hand}, T {plan.start[group]}, N {plan.steps[group]}</p>"
-        f'<div class="patches">{figures}</div>'
     )
 
 
-def priors(pictures: Sequence[Image.Image], similarities: Sequence[float]) -> str:
-    """The texture priors of a patch, best first."""
-    figures = "".join(
+def pictures(labelled: Sequence[tuple[str, Image.Image]]) -> str:
+    """Pictures side by side, of a patch before and after."""
+    return f'<div class="patches">{"".join(_figure(picture, label) for label, picture in labelled)}</div>'
+
+
+def priors(coarse: Image.Image, pictures: Sequence[Image.Image], similarities: Sequence[float]) -> str:
+    """A patch's y0, and beside it the texture priors that were found for it, best first."""
+    figures = _figure(coarse, "y₀: the coarse patch") + "".join(
         _figure(picture, f"Prior {place}, similarity {similarity:.3f}")
         for place, (picture, similarity) in enumerate(zip(pictures, similarities), start=1)
     )
@@ -125,7 +127,7 @@ def baseline(evaluations: tuple[int, int], seconds: tuple[float, float]) -> str:
         f"<p>Uniform sampling (T 1000, N 20) needs <b>{evaluations[1]:,}</b> network evaluations and "
         f"<b>{seconds[1]:.2f} s</b> of sampling, this plan {evaluations[0]:,} and {seconds[0]:.2f} s. "
         f"Saved: <b>{fewer:,}</b> evaluations ({fewer / evaluations[1]:.0%}) and <b>{sooner:.2f} s</b>. "
-        "Seconds are evaluations times what one took in this run.</p>"
+        "Seconds are by what calls of the network take on this device.</p>"
     )
 
 

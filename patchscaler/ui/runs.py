@@ -15,10 +15,10 @@ from patchscaler.images import read_picture, to_pil
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.records import Analysis, Partial, Progress, Result, Sampled
 from patchscaler.ui import compare, fragments
-from patchscaler.ui.calibration import Calibration
+from patchscaler.ui.calibration import Calibration, Call
 from patchscaler.ui.gpu import Baseline, Networks, Order
 from patchscaler.ui.studies import Studies, Study
-from patchscaler.ui.views import RunView, Shown, coarse_preview, grouping, save_final, save_preview
+from patchscaler.ui.views import RunView, Shown, coarse_preview, grouping, save_final, save_preview, work
 
 
 class Runs:
@@ -52,6 +52,28 @@ class Runs:
                 study.uniform = event.event.sampled
             yield event
 
+    def _baseline(self, order: Order, result: Result, uniform: Result) -> dict[str, Any]:
+        """What uniform sampling costs more and looks other: views of both."""
+        costs = []
+        for run in (result, uniform):
+            todo = work(None, run.plan, run.seed, run.assignment, order.batch_size)
+            # By rates, since either may have taken patches over.
+            costs.append((todo.evaluations, self.calibration.seconds(todo.evaluations, 0, todo.calls)))
+        image = compare.difference(result.picture.rgb, uniform.picture.rgb)
+        return {
+            "baseline": fragments.baseline(*zip(*costs)),
+            "difference": gr.update(value=save_preview(image, "difference"), visible=True),
+        }
+
+    def _learn(self, order: Order, result: Result, seconds: float) -> None:
+        """Have the calibration learn from a run that took so long after the analysis."""
+        groups = []
+        for group in result.groups:
+            batches = -(-group.evaluations // group.steps // order.batch_size)
+            groups.append(Call(batches * group.steps, group.evaluations, group.seconds))
+        rest = max(0.0, seconds - sum(group.seconds for group in groups))
+        self.calibration.learn(groups, result.picture.rgb[0].numel(), rest)
+
     def _views(self, order: Order) -> Iterator[RunView]:
         began = time.perf_counter()
         plan, seed, by_hand = order.plan, order.seed, order.by_hand
@@ -64,13 +86,13 @@ class Runs:
             event = event.event if uniform else event
             if isinstance(event, Analysis):
                 # The overlay before any run is known: what a run costs is said when there is a Study to keep.
-                fresh = grouping(Study(event, None), plan, seed, by_hand, self.calibration)
+                fresh = grouping(Study(event, None), plan, seed, by_hand, self.calibration, order.batch_size)
                 status = fragments.status("Drawing the texture priors…")
                 yield RunView(coarse=coarse_preview(event), **fresh, status=status)
             elif isinstance(event, Study):
                 again = {}
                 if reused:
-                    again = grouping(event, plan, seed, by_hand, self.calibration)
+                    again = grouping(event, plan, seed, by_hand, self.calibration, order.batch_size)
                     again["coarse"] = coarse_preview(event.analysis)
                 yield RunView(**again, priors=save_preview(event.priors, "priors"))
                 sampling = time.perf_counter()
@@ -90,16 +112,15 @@ class Runs:
                 )
             elif uniform:
                 shown = shown._replace(uniform=save_final(event, order.source, "uniform"))
-                yield RunView(**_baseline(result, event), shown=shown, status=fragments.status("Done, with baseline."))
+                self._learn(order, event, time.perf_counter() - sampling)
+                status = fragments.status("Done, with baseline.")
+                yield RunView(**self._baseline(order, result, event), shown=shown, status=status)
             else:
                 result = event
                 path = save_final(result, order.source)
                 shown = _shown(order, result.sampled, path, result.report())
                 now = time.perf_counter()
-                at_work = sum(group.seconds for group in result.groups)
-                evaluations = sum(group.evaluations for group in result.groups)
-                pixels = result.picture.rgb[0].numel()
-                self.calibration.learn(evaluations, at_work, pixels, max(0.0, now - sampling - at_work))
+                self._learn(order, result, now - sampling)
                 anew, count = int(result.rendered.sum()), len(result.rendered)
                 done = (
                     f"Done in {now - began:.1f} s with {fragments.describe(plan, seed)}. "
@@ -120,15 +141,3 @@ class Runs:
 def _shown(order: Order, sampled: Sampled, final: Path, report: dict) -> Shown:
     made = (sampled.start, sampled.steps, final, order.by_hand, report)
     return Shown(order.source, order.plan, order.seed, order.color_fix, *made)
-
-
-def _baseline(result: Result, uniform: Result) -> dict[str, Any]:
-    """What uniform sampling costs more and looks other: views of both."""
-    groups = [group for run in (result, uniform) for group in run.groups if group.evaluations]
-    each = sum(group.seconds for group in groups) / max(1, sum(group.evaluations for group in groups))
-    evaluations = int(result.sampled.steps.sum()), int(uniform.sampled.steps.sum())
-    image = compare.difference(result.picture.rgb, uniform.picture.rgb)
-    return {
-        "baseline": fragments.baseline(evaluations, (evaluations[0] * each, evaluations[1] * each)),
-        "difference": gr.update(value=save_preview(image, "difference"), visible=True),
-    }

@@ -5,33 +5,51 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile
 
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import assign
 from patchscaler.images import Picture, write_png
-from patchscaler.ui.dials import in_range, plan_of, seed_of
+from patchscaler.ui.dials import in_range, is_batch, plan_of, seed_of
 from patchscaler.ui.studies import Study
 from patchscaler.ui.views import Shown, new_folder, stem
 
 # Writes what `restored` reads: the settings, never the image.
-LINK = """(...dials) => {
-  const query = `?plan=${dials.slice(0, 8).join(",")}&seed=${dials[8]}`;
-  if (dials.every(value => value !== null)) history.replaceState(null, "", window.location.pathname + query);
+LINK = """(...values) => {
+  const [dials, [colorFix, uniform, batch]] = [values.slice(0, 9), values.slice(9)];
+  const settings = {plan: dials.slice(0, 8).join(","), seed: dials[8], color: +colorFix, uniform: +uniform, batch};
+  const query = Object.entries(settings).map(([name, value]) => `${name}=${value}`).join("&");
+  if (values.every(value => value !== null)) history.replaceState(null, "", `${window.location.pathname}?${query}`);
 }"""
 
 
-def restored(query: str) -> tuple[float, ...] | None:
-    """The nine dials in a link's query, or None if it has none that work."""
-    values = parse_qs(query.removeprefix("?"))
+SWITCHES = {"color": "1", "uniform": "0"}  # and what they are in a link without them
+
+
+class Linked(NamedTuple):
+    """The settings in a link."""
+
+    dials: tuple[float, ...]  # eight
+    seed: int
+    color_fix: bool = True
+    uniform: bool = False
+    batch: int = 64
+
+
+def restored(query: str) -> Linked | None:
+    """What a link's query sets, or None if it does not work. Plan and seed must be there, the rest may."""
+    values = {name: texts[0] for name, texts in parse_qs(query.removeprefix("?")).items()}
     try:
-        dials = tuple(float(text) for text in values["plan"][0].split(","))
-        seed = seed_of(float(values["seed"][0]))
+        dials = tuple(float(text) for text in values["plan"].split(","))
+        seed = seed_of(float(values["seed"]))
         plan_of(dials)
+        switches = [bool(("0", "1").index(values.get(name, usual))) for name, usual in SWITCHES.items()]
+        batch = float(values.get("batch", 64))
     except (KeyError, ValueError, OverflowError):
         return None
-    return (*dials, seed) if in_range(dials) else None
+    return Linked(dials, seed, *switches, int(batch)) if in_range(dials) and is_batch(batch) else None
 
 
 def stages_zip(study: Study, shown: Shown) -> Path:

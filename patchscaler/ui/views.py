@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+import torch
 from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
@@ -57,6 +58,7 @@ class RunView(NamedTuple):
     timing: Any = SKIP
     baseline: Any = SKIP
     difference: Any = SKIP
+    facts: Any = SKIP
     inspector: Any = SKIP
     inspected: Any = SKIP
     compare: Any = SKIP
@@ -67,6 +69,7 @@ class RunView(NamedTuple):
     by_hand: Any = SKIP
     run: Any = SKIP
     stop: Any = SKIP
+    note: Any = SKIP
 
 
 class DialView(NamedTuple):
@@ -95,6 +98,7 @@ def emptied(image: dict | None) -> RunView:
         timing=fragments.NO_TIMING,
         baseline="",
         difference=gr.update(value=None, visible=False),
+        facts="",
         inspector=fragments.NO_PATCH,
         inspected="",
         compare=None,
@@ -104,33 +108,45 @@ def emptied(image: dict | None) -> RunView:
         source=(image or {}).get("path"),
         by_hand={},
         run=gr.update(interactive=image is not None),
+        note="",
     )
 
 
-def grouping(study: Study, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration) -> dict[str, Any]:
+def grouping(
+    study: Study, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration, batch_size: int = 64
+) -> dict[str, Any]:
     """Overlay, legend, histogram and cost under `plan`, by their places in the views. No network runs."""
     analysis = study.analysis
     assignment = assign(analysis.patch_confidence, plan, by_hand)
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     height, width = analysis.coarse.shape[-2:]
     overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=study.grey)
-    anew, evaluations = work(study.sampled, plan, seed, assignment)
-    expected = calibration.seconds(evaluations, height * width)
+    todo = work(study.sampled, plan, seed, assignment, batch_size)
+    expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
     return {
         "qmap": save_preview(overlay, "qmap"),
         "legend": fragments.legend(counts),
-        "cost": fragments.cost(plan, counts, width, height, anew, evaluations, expected),
+        "cost": fragments.cost(plan, counts, width, height, todo.anew, todo.evaluations, expected),
         "histogram": charts.histogram(analysis.patch_confidence, assignment, plan),
     }
 
 
-def work(earlier: Sampled | None, plan: SamplingPlan, seed: Any, assignment: Tensor) -> tuple[int, int]:
-    """How many patches a run would sample anew, and the network evaluations that this takes."""
+class Work(NamedTuple):
+    """What a run would do: patches sampled anew, their network evaluations, in how many calls, pictures decoded."""
+
+    anew: int
+    evaluations: int
+    calls: int
+    pictures: int
+
+
+def work(earlier: Sampled | None, plan: SamplingPlan, seed: Any, assignment: Tensor, batch_size: int = 64) -> Work:
+    """What a run of `plan` has to do after `earlier`."""
     start, steps = times_and_steps(plan, assignment)
-    if earlier is None:
-        return len(steps), int(steps.sum())
-    anew = earlier.differs(start, steps, seed)
-    return int(anew.sum()), int(steps[anew].sum())
+    anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
+    groups = assignment[anew].bincount(minlength=len(GROUPS)).tolist()
+    calls = sum(n * -(-count // batch_size) for n, count in zip(plan.steps, groups))
+    return Work(sum(groups), int(steps[anew].sum()), calls, max(1, sum(count > 0 for count in groups)))
 
 
 def stale(

@@ -1,0 +1,66 @@
+// What Python cannot do from its side: a brush on the Qmap, a place for screen readers' news, and a glance at the results.
+() => {
+  const find = (selector) => document.querySelector(selector);
+  const SEND_EVERY = 80; // ms between two states of a growing stroke
+  const SEND_MOST = 600; // points: its end, for what came before was sent already
+
+  // The brush. Gradio tells of clicks only. The stroke goes to a hidden field, in shares of the picture's sides.
+  let stroke = null, sent = 0;
+
+  const mode = () => find("#mode input:checked")?.value;
+
+  // Where the pointer is in the picture, which lies in the middle of its frame; null beside it.
+  const place = (event) => {
+    const picture = find("#qmap img");
+    if (!picture?.naturalWidth) return null;
+    const box = picture.getBoundingClientRect();
+    const scale = Math.min(box.width / picture.naturalWidth, box.height / picture.naturalHeight);
+    const [width, height] = [picture.naturalWidth * scale, picture.naturalHeight * scale];
+    const x = (event.clientX - box.left - (box.width - width) / 2) / width;
+    const y = (event.clientY - box.top - (box.height - height) / 2) / height;
+    return x >= 0 && x <= 1 && y >= 0 && y <= 1 ? [+x.toFixed(4), +y.toFixed(4)] : null;
+  };
+
+  const send = () => {
+    const field = find("#stroke textarea, #stroke input");
+    const type = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
+    Object.getOwnPropertyDescriptor(type.prototype, "value").set.call(field, JSON.stringify(stroke.slice(-SEND_MOST)));
+    field.dispatchEvent(new Event("input", {bubbles: true}));
+    sent = performance.now();
+  };
+
+  document.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0 || !event.target.closest?.("#qmap") || mode() === "inspect") return;
+    const point = place(event);
+    if (point) stroke = [point];
+  });
+  document.addEventListener("pointermove", (event) => {
+    if (!stroke) return;
+    for (const moved of event.getCoalescedEvents?.() ?? [event]) {
+      const point = place(moved), last = stroke[stroke.length - 1];
+      if (!point) continue;
+      // Between two events a quick hand leaps over patches: fill in.
+      const leaps = Math.ceil(Math.hypot(point[0] - last[0], point[1] - last[1]) / 0.01);
+      for (let i = 1; i <= leaps; i++) {
+        stroke.push([0, 1].map((axis) => +(last[axis] + (point[axis] - last[axis]) * i / leaps).toFixed(4)));
+      }
+    }
+    if (stroke.length > 1 && performance.now() - sent > SEND_EVERY) send();
+  });
+  for (const name of ["pointerup", "pointercancel"]) {
+    document.addEventListener(name, () => {
+      if (stroke?.length > 1) send();
+      stroke = null;
+    });
+  }
+  document.addEventListener("dragstart", (event) => {
+    if (event.target.closest?.("#qmap")) event.preventDefault(); // the browser would carry the picture away
+  });
+
+  // On a phone the results lie below the controls.
+  document.addEventListener("click", (event) => {
+    if (event.target.closest?.("#run") && window.innerWidth < 768) find("#status").scrollIntoView({behavior: "smooth"});
+  });
+
+  for (const id of ["status", "stale", "note"]) find(`#${id}`)?.setAttribute("aria-live", "polite");
+}

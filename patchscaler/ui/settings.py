@@ -1,0 +1,71 @@
+"""What a visitor has set, as the page's events receive it, and what of it is wrong."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from patchscaler.grouping import SamplingPlan
+from patchscaler.ui import fragments
+from patchscaler.ui.dials import MAX_BATCH, in_range, is_batch, plan_of, seed_of
+from patchscaler.ui.errors import visible_error
+from patchscaler.ui.views import ByHand, Shown
+
+WRONG = "These settings do not work"
+
+
+class Settings(NamedTuple):
+    """The image, what is on the page, and every control; values are as the browser sent them."""
+
+    image: dict | None  # Gradio's file data
+    shown: Shown | None
+    by_hand: ByHand
+    color_fix: bool
+    batch: Any
+    dials: tuple[Any, ...]  # eight
+    seed: Any
+
+    @classmethod
+    def of(cls, image: Any, shown: Any, by_hand: Any, color_fix: Any, batch: Any, *dials: Any) -> Settings:
+        """From the values in the order in which the page lists them."""
+        return cls(image, shown, by_hand, color_fix, batch, tuple(dials[:8]), dials[8])
+
+    @property
+    def source(self) -> str | None:
+        return (self.image or {}).get("path")
+
+    @property
+    def usable(self) -> bool:
+        """Whether the dials show a plan; they do not while a visitor types."""
+        return in_range(self.dials)
+
+    @property
+    def plan(self) -> SamplingPlan:
+        return plan_of(self.dials)
+
+    @property
+    def batch_size(self) -> int:
+        """The patch batch, or the usual one while something else stands in its field."""
+        return int(self.batch) if is_batch(self.batch) else 64
+
+
+def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
+    """The plan and the seed, or a gr.Error that says which value is wrong."""
+    try:
+        return plan_of(dials), seed_of(seed)
+    except ValueError as error:
+        raise visible_error(WRONG, str(error)) from error
+
+
+def checked_batch(value: Any) -> int:
+    """Patches at once, or a gr.Error."""
+    if not is_batch(value):
+        raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
+    return int(value)
+
+
+def checked_source(image: dict | None) -> str:
+    """The image's path, or a gr.Error if there is none."""
+    source = (image or {}).get("path")
+    if not source:
+        raise visible_error("No image", fragments.NO_IMAGE)
+    return source
