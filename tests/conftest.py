@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from patchscaler.images import Picture, read_picture
+from patchscaler.grouping import SamplingPlan
+from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.models import (
     GRM,
     CompactAutoencoder,
@@ -14,6 +15,8 @@ from patchscaler.models import (
     TextureMemory,
 )
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.ui.dials import dials_of
+from patchscaler.ui.handlers import Handlers
 
 
 def make_tiny_pipeline(vae=None, channels: int = 4) -> PatchScalerPipeline:
@@ -65,3 +68,33 @@ def read(tmp_path):
         return read_picture(path, **options)
 
     return read_bytes
+
+
+@pytest.fixture
+def upload_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+
+
+@pytest.fixture(scope="session")
+def plan(tiny_pipeline, picture):
+    """A quick plan under which no group is empty, though random weights judge all patches nearly alike."""
+    confidence = tiny_pipeline.analyze(picture).patch_confidence.sort().values.tolist()
+    return SamplingPlan(confidence[5], confidence[1], (100, 200, 300), (1, 2, 3))
+
+
+@pytest.fixture(scope="session")
+def dials(plan):
+    """The nine dials of `plan`, seed 7."""
+    return (*dials_of(plan), 7)
+
+
+@pytest.fixture
+def handlers(tiny_pipeline, upload_folder):
+    """The page's handlers over random weights, with a folder of their own for results."""
+    return Handlers(tiny_pipeline)
+
+
+@pytest.fixture
+def image(picture, tmp_path):
+    """An uploaded image as the page's events are given it."""
+    return {"path": str(write_png(picture, tmp_path / "some picture.png"))}

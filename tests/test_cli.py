@@ -191,7 +191,7 @@ def test_plan_from_a_file_with_one_value_replaced(upscale, tmp_path):
         (["a.png"], ["--report", "{}/out/a.png"], "would be both the report"),
         (["a.png"], ["--report", "{}/none/r.json"], "none does not exist"),
         (["empty"], [], "file in the folder"),
-        (["a.png"], ["--plan", "slow"], "'slow' is neither one of paper, fast, uniform nor a file"),
+        (["a.png"], ["--plan", "slow"], "'slow' is neither one of paper, fast, balanced, uniform nor a file"),
         (["a.png"], ["--plan", "{}/bad.json"], "exactly the keys"),
         (["a.png"], ["--gamma1", "0.2"], "gamma1=0.2 must be above gamma2=0.75"),
         (["a.png"], ["--gamma2", "nan"], "gamma2=nan"),

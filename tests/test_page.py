@@ -135,11 +135,11 @@ def test_upload_run_and_drag(page):
     assert counts(page) != before and sum(counts(page)) == sum(before)
     assert page.locator("#cost").inner_text() != cost
     expect(page.locator("#histogram")).to_contain_text("γ₁ 0.01")
-    expect(page.get_by_label("Preset")).to_have_value("custom")
+    expect(page.get_by_label("Preset")).to_have_value("Custom")
 
     # 5. The preset brings the dials back, and with them the picture is the latest; another seed makes it old again.
     page.get_by_label("Preset").click()
-    page.get_by_role("option", name="paper").click()
+    page.get_by_role("option", name="Paper").click()
     expect(page.locator("#stale")).not_to_contain_text("older plan")
     assert counts(page) == before
     page.locator("#seed input").fill("1")
@@ -175,13 +175,13 @@ def test_look_closely_spend_more_and_take_home(page):
     zoom = page.locator("#zoom img").first.get_attribute("src")
     click_corner(page)
     expect(page.locator("#inspector")).to_contain_text("Patch 24, pixels 384, 384 to 512, 512")
-    expect(page.locator("#inspected img")).to_have_count(3)
+    expect(page.locator("#inspected img")).to_have_count(1 + 3)
     expect(page.locator("#zoom img").first).not_to_have_attribute("src", zoom)
 
     # 3. By hand into another group: one patch would change, and one is rendered.
     group = page.locator("#inspector p").inner_text()
     other = "hard" if "simple" in group or "medium" in group else "simple"
-    page.get_by_label(f"Make it {other}").check()
+    page.get_by_label(f"Make {other}").check()
     click_corner(page)
     expect(page.locator("#inspector")).to_contain_text(f"{other}, set by hand")
     expect(page.locator("#stale")).to_contain_text("1 of 25 patches would change")
@@ -191,7 +191,19 @@ def test_look_closely_spend_more_and_take_home(page):
     page.locator("#reset").click()
     expect(page.locator("#stale")).to_contain_text("1 of 25 patches would change")
 
-    # 4. Patch borders, budget, link and ZIP.
+    # 4. The brush: a stroke through the middle takes the patches under it, as it goes on.
+    box = overlay_box(page)
+    page.mouse.move(box["x"] + 0.05 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+    expect(page.locator("#stale")).to_contain_text("would change")
+    page.mouse.move(box["x"] + 0.95 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+    page.mouse.up()
+    expect(page.locator("#stale")).to_contain_text("6 of 25 patches would change")
+    page.locator("#reset").click()
+    expect(page.locator("#stale")).to_contain_text("1 of 25 patches would change")
+
+    # 5. Patch borders, budget, link and ZIP.
     assert page.locator("#final .image-frame").evaluate("e => getComputedStyle(e, '::after').content") == "none"
     page.locator("#seams input").check()
     page.wait_for_function(
@@ -207,11 +219,18 @@ def test_look_closely_spend_more_and_take_home(page):
     expect(page.locator("#zip")).to_contain_text(".zip")
 
 
-def click_corner(page: Page) -> None:
+def overlay_box(page: Page) -> dict[str, float]:
+    """Where the square overlay lies in the middle of its panel."""
+    page.locator("#qmap").scroll_into_view_if_needed()
     box = page.locator("#qmap img").bounding_box()
-    side = min(box["width"], box["height"])  # the square overlay lies in the middle of its panel
-    x, y = box["x"] + box["width"] / 2 + 0.45 * side, box["y"] + box["height"] / 2 + 0.45 * side
-    page.mouse.click(x, y)
+    side = min(box["width"], box["height"])
+    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    return {"x": left, "y": top, "width": side, "height": side}
+
+
+def click_corner(page: Page) -> None:
+    box = overlay_box(page)
+    page.mouse.click(box["x"] + 0.95 * box["width"], box["y"] + 0.95 * box["height"])
 
 
 def test_a_file_that_is_no_image_is_refused_by_name(page, tmp_path):

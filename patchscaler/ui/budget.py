@@ -11,7 +11,7 @@ from patchscaler.grouping import SamplingPlan
 from patchscaler.ui.dials import GAMMA_STEP
 from patchscaler.ui.views import ByHand
 
-SPENT = 0.95  # share of the budget that is spent if thresholds nearer to the present ones do so
+MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it
 
 
 def thresholds_within(
@@ -23,9 +23,9 @@ def thresholds_within(
 ) -> tuple[float, float] | None:
     """γ₁ and γ₂ under which a run of all patches costs at most ``budget``.
 
-    Of the thresholds on the dials' grid that spend nearly all of the budget, those nearest to the plan's. If no
-    thresholds are cheap enough, the cheapest. ``confidence`` N; ``cost`` turns the patches in each group, 3x...,
-    into costs ...; None if it does.
+    Of the thresholds on the dials' grid with nearly the most network evaluations for it, those nearest to the
+    plan's. If no thresholds are cheap enough, the cheapest. ``confidence`` N; ``cost`` turns the patches in each
+    group, 3x..., into costs ...; None if it does.
     """
     by_hand = by_hand or {}
     free = torch.ones(len(confidence), dtype=torch.bool)
@@ -43,7 +43,8 @@ def thresholds_within(
     fits = ordered & (costs <= budget)
     if not fits.any():
         fits = ordered & (costs == costs[ordered].min())
-    fits &= costs >= SPENT * costs[fits].max()
+    evaluations = (torch.tensor(plan.steps)[:, None, None] * counts).sum(0)
+    fits &= evaluations >= MOST * evaluations[fits].max()
     distance = (gammas[:, None] - plan.gamma1).abs() + (gammas[None, :] - plan.gamma2).abs()
     place = int(torch.where(fits, distance, torch.inf).argmin())
     return grid[place // len(grid)], grid[place % len(grid)]

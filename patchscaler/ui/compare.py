@@ -98,7 +98,7 @@ def middle(patch: Patch) -> tuple[float, float]:
 def patch_views(
     study: Study, shown: Shown | None, index: int, plan: SamplingPlan, by_hand: ByHand
 ) -> tuple[str, str]:
-    """A line about one patch, and its pictures. Its priors come later: a network must decode them first."""
+    """A line about one patch, and the same with its pictures. Its priors come later: a network must decode them."""
     analysis = study.analysis
     patch = analysis.grid.patches[index]
     height, width = analysis.coarse.shape[-2:]
@@ -112,7 +112,7 @@ def patch_views(
     ]
     confidence = analysis.patch_confidence[index].item()
     facts = fragments.patch(index, box, confidence, group, plan, index in by_hand)
-    return facts, fragments.pictures(pictures)
+    return facts, facts + fragments.pictures(pictures)
 
 
 def patch_coarse(study: Study, index: int) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from patchscaler.grouping import GROUPS, PRESETS
+from patchscaler.grouping import GROUPS, PRESETS, assign
 from patchscaler.ui import compare
 from patchscaler.ui.budget import thresholds_within
 from patchscaler.ui.dials import dials_of, hold_order, in_range, plan_of, preset_of
@@ -110,8 +110,11 @@ class Tuning(Runs):
         ends = self._seconds(study, now, torch.tensor([[count, 0], [0, 0], [0, count]]))
         if ends is None:
             return SKIP
-        low, high = ends.tolist()
-        return gr.update(minimum=round(low, 1), maximum=round(high + 0.1, 1), interactive=True)
+        low, high = sorted(ends.tolist())
+        groups = assign(study.analysis.patch_confidence, now.plan, now.by_hand).bincount(minlength=len(GROUPS))
+        value = round(self._seconds(study, now, groups).item(), 1)
+        low, high = min(round(low, 1), value), max(round(high + 0.1, 1), value)
+        return gr.update(minimum=low, maximum=high, value=value, interactive=True)
 
     def budget_set(self, seconds: Any, *settings: Any) -> tuple:
         """Move both thresholds so that a run of all patches is expected to take at most so many seconds."""
@@ -130,11 +133,14 @@ class Tuning(Runs):
         return view._replace(dials=values, preset=preset_of(plan_of(values))).flat()
 
     def _seconds(self, study: Study, now: Settings, counts: torch.Tensor) -> torch.Tensor | None:
-        """Expected seconds of full runs with so many patches in each group: 3x... -> ..., or None before any run."""
+        """Expected seconds of full runs with so many patches in each group: 3x... -> ..., or None before any run.
+
+        With a picture for every group, even an empty one.
+        """
         steps = counts.new_tensor(now.plan.steps).view(-1, *[1] * (counts.dim() - 1))
         calls = steps * -(-counts // now.batch_size)
         pixels = study.analysis.coarse[0].numel()
-        return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), (counts > 0).sum(0))
+        return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
 
     def _regroup(self, now: Settings) -> DialView:
         study = self.studies.get(now.source)

@@ -1,0 +1,93 @@
+"""The dials, thresholds for a budget, and what a run is expected to take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from patchscaler.grouping import PRESETS, SamplingPlan, assign
+from patchscaler.ui.budget import thresholds_within
+from patchscaler.ui.calibration import Calibration, Call
+from patchscaler.ui.dials import MAX_SEED, RANGES, dials_of, hold_order, in_range, plan_of, preset_of, seed_of
+
+
+@pytest.mark.parametrize("plan", PRESETS.values(), ids=PRESETS)
+def test_dials_show_a_plan_and_read_back(plan):
+    assert plan_of(dials_of(plan)) == plan
+    assert plan_of([float(value) for value in dials_of(plan)]) == plan  # as a browser may send them
+    assert PRESETS[preset_of(plan)] == plan
+
+
+@pytest.mark.parametrize("moved", range(8))
+@pytest.mark.parametrize("to", ["low", "high"])
+def test_no_move_of_a_dial_crosses_another(moved, to):
+    dials = list(dials_of(SamplingPlan.paper()))
+    dials[moved] = RANGES[moved][to == "high"]
+    assert in_range(dials)
+    held = hold_order(dials, moved)
+    assert held[moved] == dials[moved]
+    plan_of(held)  # raises if anything crossed
+    assert hold_order(held, 8) == held
+    pushed = {i for i in range(8) if held[i] != dials[i]}
+    assert pushed <= ({0, 1} if moved < 2 else {2, 3, 4} if moved < 5 else {5, 6, 7})
+
+
+@pytest.mark.parametrize("value", [None, True, 0.5, -1, MAX_SEED + 1, "3", float("nan"), float("inf")])
+def test_a_seed_that_is_no_whole_number_in_range_is_refused(value):
+    with pytest.raises(ValueError, match="seed="):
+        seed_of(value)
+
+
+def test_a_seed_may_come_as_a_whole_float():
+    assert [seed_of(0), seed_of(5.0), seed_of(MAX_SEED)] == [0, 5, MAX_SEED]
+
+
+def test_expected_seconds_are_those_of_calls_patches_and_pixels():
+    calibration = Calibration()
+    assert calibration.seconds(10, 100) is None and calibration.analysis_seconds(100) is None
+    # A call takes 0.5 s and 0.25 s more for each of its patches; a picture, 0.001 s per pixel.
+    groups = [Call(8, 8 * count, 8 * (0.5 + 0.25 * count)) for count in (2, 20, 40)]
+    calibration.learn([*groups, Call(0, 0, 0.0)], 1000, 3.0)
+    calibration.learn_analysis(1000, 2.0)
+    assert calibration.seconds(100, 5000, calls=10, pictures=2) == pytest.approx(10 * 0.5 + 100 * 0.25 + 10)
+    assert calibration.analysis_seconds(500) == 1.0
+    calibration.learn([], 1000, 9.0)  # a run that sampled nothing tells about the rest only
+    calibration.learn([], 1000, 9.0)
+    assert calibration.seconds(0, 1000) == 9.0
+
+
+@pytest.mark.parametrize(
+    "groups", [[Call(8, 160, 1.6)], [Call(8, 80, 1.0), Call(8, 160, 1.0)], [Call(8, 80, 1.0), Call(8, 160, 9.0)]]
+)
+def test_rates_are_never_negative(groups):
+    calibration = Calibration()
+    calibration.learn(groups, 100, 0.0)
+    assert min(calibration.seconds(1, 0), calibration.seconds(0, 0, calls=1)) >= 0
+    assert calibration.seconds(160, 0, calls=8) == pytest.approx(groups[-1].seconds, rel=0.75)
+
+
+def test_the_budget_is_kept_and_nearly_spent():
+    confidence = torch.rand(60, generator=torch.Generator().manual_seed(1))
+    plan = SamplingPlan.paper()
+
+    def cost(counts):
+        return (counts.new_tensor(plan.steps)[:, None, None] * counts).sum(0)
+
+    def within(budget, by_hand=None):
+        return thresholds_within(confidence, plan, cost, budget, by_hand)
+
+    for budget in (500, 700, 1000, 1190):
+        gammas = within(budget)
+        fitted = replace(plan, gamma1=gammas[0], gamma2=gammas[1])
+        spent = fitted.evaluations(assign(confidence, fitted).bincount(minlength=3).tolist())
+        assert 0.9 * budget < spent <= budget
+    cheapest = within(-5)
+    assert (confidence <= cheapest[0]).sum() == (confidence <= 0.01).sum()
+    # What is spent already is spent: the present thresholds are kept when they fit.
+    now = plan.evaluations(assign(confidence, plan).bincount(minlength=3).tolist())
+    assert within(now) == (plan.gamma1, plan.gamma2)
+    everything_hard = within(20, dict.fromkeys(range(59), 2))
+    assert everything_hard[0] <= 0.01 or confidence[59] > everything_hard[0]
+    assert thresholds_within(confidence, plan, lambda counts: None, 20) is None

@@ -1,0 +1,82 @@
+"""The one thread that works, what is kept of its work, and errors as visitors see them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import gradio as gr
+import pytest
+import torch
+
+from patchscaler.images import read_picture
+from patchscaler.ui.errors import explain, visible_error
+from patchscaler.ui.jobs import Jobs
+from patchscaler.ui.studies import Studies, Study
+
+
+def test_a_job_whose_reader_leaves_stops_at_its_next_item_and_never_two_run_at_once():
+    jobs, running, most, produced = Jobs(), [], [], []
+
+    def job():
+        running.append(1)
+        most.append(len(running))
+        try:
+            for i in range(1000):
+                time.sleep(0.005)
+                produced.append(i)
+                yield i
+        finally:
+            running.pop()
+
+    def short():
+        yield "next"
+
+    async def join_and_leave():
+        for _ in range(20):
+            stream = jobs.stream(job)
+            assert await anext(stream) == 0
+            await stream.aclose()
+        return await anext(jobs.stream(short))
+
+    assert asyncio.run(join_and_leave()) == "next"
+    assert max(most) == 1 and not running
+    assert len(produced) <= 20 * 3
+
+
+@pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, MemoryError])
+def test_no_fault_in_a_job_ends_the_thread(fault):
+    jobs = Jobs()
+
+    def job(error):
+        yield 1
+        if error:
+            raise error
+
+    async def read(error):
+        return [item async for item in jobs.stream(lambda: job(error))]
+
+    with pytest.raises((RuntimeError, MemoryError)):
+        asyncio.run(read(fault()))
+    assert asyncio.run(read(None)) == [1]
+
+
+def test_the_oldest_studies_go_first_and_the_newest_always_stays(tiny_pipeline, image):
+    analysis = tiny_pipeline.analyze(read_picture(image["path"]))
+    study = Study(analysis, tiny_pipeline.draw_priors(analysis))
+    pixels = analysis.coarse[0].numel()
+    studies = Studies(kept_pixels=2 * pixels)
+    for name in "abc":
+        studies.put(name, study)
+        studies.get("a")  # in use, so "b" is the one that goes
+    assert [studies.get(name) is not None for name in "abc"] == [True, False, True]
+    small = Studies(kept_pixels=1)
+    small.put("a", study)
+    assert small.get("a") is study
+
+
+def test_errors_of_the_machine_are_named_and_shown_as_text():
+    assert "memory" in explain(torch.OutOfMemoryError("CUDA")).message
+    assert "KeyError" in explain(KeyError("<script>")).message
+    assert explain(gr.Error("as it is")).message == "as it is"
+    assert "&lt;b&gt;" in visible_error("", "<b>").message
