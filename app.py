@@ -23,7 +23,7 @@ from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.layout import build_page, launch_settings
 
 jobs = Jobs()
-demo = build_page(load_pipeline(os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS)), jobs)
+demo = build_page(load_pipeline(os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS)), jobs, warm_up=True)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is as good as Ctrl-C

@@ -104,14 +104,7 @@ def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Pic
     those on pixels.
     """
     limits = _limits(max_input_pixels)
-    try:
-        with open(source, "rb") as file:
-            data = file.read(limits.file_bytes + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ImageError(f"cannot open the file: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > limits.file_bytes:
-        raise ImageError(f"the file is too large; the limit is {limits.file_bytes:,} bytes")
-    _check_parts(data)
+    data = _bytes(source, limits)
     with _refusing(limits):
         image = _open(data, limits)
         if image.format == "PNG":  # decoding skips the checksums of the pixel data; verify() does not
@@ -181,10 +174,37 @@ def write_png(picture: Picture, path: str | Path, text: dict[str, str] | None = 
     return path
 
 
+def read_png_text(source: str | Path) -> dict[str, str]:
+    """The texts that `write_png` put into a PNG; {} for any other file, and for one that `read_picture` refuses."""
+    limits = Limits.from_environment()
+    try:
+        data = _bytes(source, limits)
+        if not data.startswith(b"\x89PNG"):
+            return {}
+        with _refusing(limits):
+            information = _open(data, limits).info  # of what lies before the pixels, which are not decoded
+    except ImageError:
+        return {}
+    return {key: value for key, value in information.items() if isinstance(value, str)}
+
+
 def bicubic(image: Tensor, scale: float = 4) -> Tensor:
     """Resize BxCxHxW in [-1, 1] to BxCxsHxsW, clamped to [-1, 1]; sides are rounded and at least 1 pixel."""
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
     return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _bytes(source: str | Path, limits: Limits) -> bytes:
+    """A file's content, unless it is too large or made to keep a decoder busy."""
+    try:
+        with open(source, "rb") as file:
+            data = file.read(limits.file_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ImageError(f"cannot open the file: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > limits.file_bytes:
+        raise ImageError(f"the file is too large; the limit is {limits.file_bytes:,} bytes")
+    _check_parts(data)
+    return data
 
 
 def _limits(max_input_pixels: int | None) -> Limits:

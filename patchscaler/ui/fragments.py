@@ -72,6 +72,15 @@ def cost(
     )
 
 
+def unknown_cost(plan: SamplingPlan, patches: int, width: int, height: int) -> str:
+    """What a run costs while it is not known how many patches each group has."""
+    least, most = (n * patches for n in (plan.steps[0], plan.steps[-1]))
+    return (
+        f"<p>{width} × {height} pixels, {_patches(patches)}: {least:,} to {most:,} network evaluations, by the groups "
+        "that the restoration will find. Run starts with it.</p>"
+    )
+
+
 def stale(made_with: SamplingPlan, seed: int, changed: int, patches: int, colors: bool) -> str:
     """Says that the final picture belongs to an older plan; `colors`: to the other setting of the colour fix."""
     also = " The colour fix was set the other way." if colors else ""

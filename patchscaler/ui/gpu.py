@@ -49,6 +49,11 @@ class Baseline(NamedTuple):
     event: Any
 
 
+def zero_gpu() -> bool:
+    """Whether devices are lent for stated seconds, which count against the visitor."""
+    return bool(spaces.config.Config.zero_gpu)
+
+
 class Networks:
     """`run` is the generator, behind `spaces.GPU`: off ZeroGPU that is the same function.
 

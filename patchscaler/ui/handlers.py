@@ -32,7 +32,8 @@ class Handlers(Tuning):
     def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None) -> None:
         super().__init__(pipeline)
         self.jobs = jobs or Jobs()
-        self._stops: dict[str | None, Event] = {}  # by the visitor's session
+        self._stops: dict[str | None, Event] = {}  # of runs, by the visitor's session
+        self._looks: dict[str | None, Event] = {}  # and of first looks
 
     async def run(self, request: gr.Request, uniform: bool, *settings: Any) -> AsyncIterator[RunView]:
         """Analyze if the image is new, then refine. Yields what to show as soon as it is there.
@@ -62,15 +63,49 @@ class Handlers(Tuning):
             if self._stops.get(request.session_hash) is stop:
                 del self._stops[request.session_hash]
 
+    async def look(self, request: gr.Request, *settings: Any) -> AsyncIterator[RunView]:
+        """Analyze an image as it comes in, so that its groups and what a run costs are known before the run."""
+        now = Settings.of(*settings)
+        yield RunView(source=now.source)
+        if now.source is None or not now.usable:
+            return
+        order = Order(now.source, now.plan, now.seed, now.by_hand, now.color_fix, now.batch_size)
+        stop = self._looks[request.session_hash] = Event()
+        try:
+            async for view in self.jobs.stream(lambda: self.looked(order), stop):
+                # A run that waits, or goes on already, has the status line.
+                yield view._replace(status=SKIP) if request.session_hash in self._stops else view
+            if request.session_hash not in self._stops and not stop.is_set():
+                yield RunView(status=fragments.status("Press Run."))
+        except Exception as error:
+            visible = explain(error)
+            yield RunView(status=fragments.status(f"{visible.title}: {unescape(visible.message)}"))
+            raise visible from error
+        finally:
+            if self._looks.get(request.session_hash) is stop:
+                del self._looks[request.session_hash]
+
     def stop(self, request: gr.Request) -> None:
         """Have the visitor's run stop at its next step."""
         if request.session_hash in self._stops:
             self._stops[request.session_hash].set()
 
-    def new_image(self, request: gr.Request, image: dict | None) -> RunView:
-        """Stop the run and empty the page when another image comes in, or none."""
-        self.stop(request)
-        return emptied(image)
+    def new_image(self, request: gr.Request, image: dict | None) -> tuple:
+        """Stop the run and empty the page when another image comes in, or none.
+
+        Gives a RunView, and preset, dials, seed and colour fix: an image that the page once made restores its own.
+        """
+        for stops in (self._stops, self._looks):
+            if request.session_hash in stops:
+                stops[request.session_hash].set()
+        source = (image or {}).get("path")
+        found = takehome.made_with(source) if source else None
+        if found is None:
+            return *emptied(image), *(SKIP,) * 11
+        view = emptied(image)._replace(note=f"<p>{found.said}</p>")
+        if found.dials is None:
+            return *view, *(SKIP,) * 11
+        return *view, preset_of(plan_of(found.dials)), *found.dials, found.seed, found.color_fix
 
     def settle(self, image: dict | None, source: str | None) -> RunView:
         """After a run: empty the page again if the run's last pictures came in behind another image."""

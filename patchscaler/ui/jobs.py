@@ -4,6 +4,7 @@ step."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from gradio.context import LocalContext
 
 from patchscaler.images import limit_from_environment
 from patchscaler.interrupts import answering
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 _END = object()
@@ -106,6 +109,20 @@ class Jobs:
                 yield item
         finally:
             stopped.set()
+
+    def background(self, job: Callable[[], Generator[Item, None, None]]) -> None:
+        """Have `job()` done when its turn comes, for no reader; what goes wrong is logged."""
+
+        def work() -> None:
+            try:
+                with closing(job()) as running:
+                    for _ in running:
+                        if self._closed.is_set():
+                            break
+            except Exception:
+                log.exception("a job in the background failed")
+
+        self._thread.submit(work)
 
     def state(self) -> dict[str, bool | int | float | None]:
         """Whether jobs get done, how long the one at work has been (None: none is), and how many wait."""

@@ -12,6 +12,8 @@ from patchscaler.grouping import GROUPS
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.ui import controls, panels, serving, sweeping
 from patchscaler.ui.api import Endpoints
+from patchscaler.ui.batch import batch_tab
+from patchscaler.ui.gpu import zero_gpu
 from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.wiring import WAITING, wire
@@ -61,18 +63,27 @@ def launch_settings(jobs: Jobs) -> dict[str, Any]:
     return {**serving.launch_settings(jobs), **look}
 
 
-def build_page(pipeline: PatchScalerPipeline, jobs: Jobs) -> gr.Blocks:
-    """The whole page over a loaded pipeline, ready for `launch(**launch_settings(jobs))`."""
+def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, warm_up: bool = False) -> gr.Blocks:
+    """The whole page over a loaded pipeline, ready for `launch(**launch_settings(jobs))`.
+
+    `warm_up` has the networks run once in the background, so that the first visitor waits no longer than others
+    and is told what a run costs; on ZeroGPU that would spend somebody's seconds, and is not done.
+    """
     handlers = Handlers(pipeline, jobs)
+    if warm_up and not zero_gpu():
+        jobs.background(handlers.warmed_up)
     delete_cache = (sweeping.SWEEP_SECONDS, sweeping.KEPT_SECONDS)
     with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as page:
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(elem_id="columns"):
             parts = controls.sidebar()
-            with gr.Column(elem_id="results", min_width=280):
-                parts.update(panels.results())
+            with gr.Column(elem_id="results", min_width=280), gr.Tabs():
+                with gr.Tab("One image"):
+                    parts.update(panels.results())
+                with gr.Tab("Several images", elem_id="batch-tab"):
+                    tab = batch_tab()
         gr.HTML(FOOTER, elem_id="footer")
-        wire(handlers, parts)
+        wire(handlers, parts, tab)
         query = gr.Textbox(visible="hidden", show_label=False)
         page.load(
             handlers.linked,

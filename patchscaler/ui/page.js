@@ -62,5 +62,5 @@
     if (event.target.closest?.("#run") && window.innerWidth < 768) find("#status").scrollIntoView({behavior: "smooth"});
   });
 
-  for (const id of ["status", "stale", "note"]) find(`#${id}`)?.setAttribute("aria-live", "polite");
+  for (const id of ["status", "batch-status", "stale", "note"]) find(`#${id}`)?.setAttribute("aria-live", "polite");
 }

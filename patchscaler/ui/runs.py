@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from PIL import Image
 
-from patchscaler.images import read_picture, to_pil
-from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Analysis, Partial, Progress, Result, Sampled
+from patchscaler.grouping import SamplingPlan
+from patchscaler.images import Picture, read_picture, to_pil
+from patchscaler.patches import PatchGrid
+from patchscaler.pipeline import SCALE, PatchScalerPipeline
+from patchscaler.records import Analysis, Partial, Progress, Restored, Result, Sampled
 from patchscaler.ui import compare, fragments
 from patchscaler.ui.calibration import Calibration, Call
-from patchscaler.ui.gpu import Baseline, Networks, Order
+from patchscaler.ui.gpu import Baseline, Networks, Order, zero_gpu
 from patchscaler.ui.studies import Studies, Study
 from patchscaler.ui.views import RunView, Shown, coarse_preview, grouping, save_final, save_preview, work
+
+LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
 
 class Runs:
@@ -38,9 +43,8 @@ class Runs:
             yield study
             if not order.refine:
                 return
-        # A picture is decoded here: a bad one is refused before any device is asked for.
-        known = study.analysis.restored() if study else read_picture(order.source)
-        for event in self.networks.run(order, known, *earlier):
+        known = study.analysis.restored() if study else None
+        for event in self.fresh_events(order, known, *earlier):
             if isinstance(event, Analysis):
                 analysis = event
             elif isinstance(event, Image.Image):
@@ -51,6 +55,43 @@ class Runs:
             elif isinstance(event, Baseline) and isinstance(event.event, Result):
                 study.uniform = event.event.sampled
             yield event
+
+    def fresh_events(self, order: Order, known: Restored | None = None, *earlier: Sampled | None) -> Iterator[Any]:
+        """The same, with the sheet of priors in place of the Study: nothing is kept, and only what is given reused."""
+        # A picture is decoded here: a bad one is refused before any device is asked for.
+        return self.networks.run(order, read_picture(order.source) if known is None else known, *earlier)
+
+    def looked(self, order: Order) -> Iterator[RunView]:
+        """What can be said of an image before any run. Its groups too, unless that takes long."""
+        if self.studies.get(order.source) is None:
+            picture = read_picture(order.source)
+            height, width = SCALE * picture.height, SCALE * picture.width
+            count = len(PatchGrid.covering(height, width, self.pipeline.transformer.config.size))
+            yield RunView(cost=fragments.unknown_cost(order.plan, count, width, height))
+            expected = self.calibration.analysis_seconds(height * width)
+            if zero_gpu() or expected is None or expected > LOOK_SECONDS:
+                return
+        yield from self._views(replace(order, refine=False))
+
+    def warmed_up(self) -> Iterator[None]:
+        """Run everything on noise, and again to learn what it takes: a process is slow at what it does first."""
+        noise = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        picture, plan = Picture(noise), SamplingPlan(0.9, 0.5, (100, 200, 300), (2, 3, 4))
+        count = len(PatchGrid.covering(SCALE * 96, SCALE * 128, self.pipeline.transformer.config.size))
+        # Groups of different sizes, which tell the cost of a call from that of a patch in it.
+        order = Order("noise", plan, 0, {index: 0 if index < 2 else 1 if index < 8 else 2 for index in range(count)})
+        for known in (False, True):
+            began = time.perf_counter()
+            for event in self.networks.here(order, picture):
+                if isinstance(event, Image.Image):
+                    analysed = time.perf_counter()
+                elif isinstance(event, (Partial, Result)):
+                    save_preview(to_pil(event.picture), "noise")
+                    result = event
+                yield None
+            if known:
+                self.calibration.learn_analysis(SCALE**2 * picture.rgb[0].numel(), analysed - began)
+                self._learn(order, result, time.perf_counter() - analysed)
 
     def _baseline(self, order: Order, result: Result, uniform: Result) -> dict[str, Any]:
         """What uniform sampling costs more and looks other: views of both."""
@@ -94,6 +135,8 @@ class Runs:
                 if reused:
                     again = grouping(event, plan, seed, by_hand, self.calibration, order.batch_size)
                     again["coarse"] = coarse_preview(event.analysis)
+                else:
+                    self.calibration.learn_analysis(event.analysis.coarse[0].numel(), time.perf_counter() - began)
                 yield RunView(**again, priors=save_preview(event.priors, "priors"))
                 sampling = time.perf_counter()
             elif isinstance(event, Progress):
@@ -111,13 +154,13 @@ class Runs:
                     stale=fragments.unfinished(int((sampled.start > 0).sum()), len(sampled.start)),
                 )
             elif uniform:
-                shown = shown._replace(uniform=save_final(event, order.source, "uniform"))
+                shown = shown._replace(uniform=save_final(event, order.source, "uniform", order.color_fix))
                 self._learn(order, event, time.perf_counter() - sampling)
                 status = fragments.status("Done, with baseline.")
                 yield RunView(**self._baseline(order, result, event), shown=shown, status=status)
             else:
                 result = event
-                path = save_final(result, order.source)
+                path = save_final(result, order.source, color_fix=order.color_fix)
                 shown = _shown(order, result.sampled, path, result.report())
                 now = time.perf_counter()
                 self._learn(order, result, now - sampling)

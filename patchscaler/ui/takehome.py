@@ -10,9 +10,10 @@ from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile
 
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import assign
-from patchscaler.images import Picture, write_png
-from patchscaler.ui.dials import in_range, is_batch, plan_of, seed_of
+from patchscaler.grouping import SamplingPlan, assign
+from patchscaler.images import Picture, read_png_text, write_png
+from patchscaler.ui import fragments
+from patchscaler.ui.dials import dials_of, in_range, is_batch, plan_of, seed_of
 from patchscaler.ui.studies import Study
 from patchscaler.ui.views import Shown, new_folder, stem
 
@@ -50,6 +51,32 @@ def restored(query: str) -> Linked | None:
     except (KeyError, ValueError, OverflowError):
         return None
     return Linked(dials, seed, *switches, int(batch)) if in_range(dials) and is_batch(batch) else None
+
+
+class MadeWith(NamedTuple):
+    """The settings in a PNG that was made here, and what is said of them; no dials if these cannot show its plan."""
+
+    said: str
+    dials: tuple[float, ...] | None = None
+    seed: int = 0
+    color_fix: bool = True
+
+
+def made_with(source: str) -> MadeWith | None:
+    """What a PNG of the page, the API or the command line was made with; None for any other file."""
+    text = read_png_text(source)
+    try:
+        plan, seed = SamplingPlan.from_json(text["plan"]), seed_of(int(text["seed"]))
+        by_hand = len(json.loads(text.get("by_hand", "{}")))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    settings = fragments.describe(plan, seed)
+    if not in_range(dials := dials_of(plan)):
+        return MadeWith(f"PatchScaler made this image with {settings}, which is beyond these dials.")
+    said = f"PatchScaler made this image, and its settings are restored: {settings}."
+    if by_hand:
+        said += f" Not so {by_hand} of its patches that were set by hand: they belong to the image it was made from."
+    return MadeWith(f"{said} Run upscales it once more.", dials, seed, text.get("color_fix") != "off")
 
 
 def stages_zip(study: Study, shown: Shown) -> Path:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from patchscaler.ui import takehome
+from patchscaler.ui.batch import Batch, BatchView
 from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.views import DialView, RunView
 
@@ -27,8 +28,8 @@ QUEUED: dict[str, Any] = {
 }
 
 
-def wire(handlers: Handlers, page: dict[str, Any]) -> None:
-    """`page` has the controls and the outputs, by name."""
+def wire(handlers: Handlers, page: dict[str, Any], tab: dict[str, Any]) -> None:
+    """`page` has the controls and the outputs, and `tab` the parts of the tab for several images, by name."""
     image, shown, dials = page["image"], page["shown"], page["dials"]
     settings = [image, shown, page["by_hand"], page["color_fix"], page["batch"], *dials]
     run_outputs = [page[name] for name in RunView._fields]
@@ -38,10 +39,14 @@ def wire(handlers: Handlers, page: dict[str, Any]) -> None:
 
     # Runs.
     running = page["run"].click(handlers.run, [page["uniform"], *settings], run_outputs, **QUEUED)
-    settled = running.then(handlers.settle, [image, page["source"]], run_outputs, **LIVE)
-    refreshed = settled.then(handlers.refresh, settings, [*dial_outputs, page["stop"]], **LIVE)
+    restored = [page["preset"], *dials, page["color_fix"]]
+    emptied = image.change(handlers.new_image, image, [*run_outputs, *restored], **LIVE)
+    looking = emptied.then(handlers.look, settings, run_outputs, **QUEUED)
     page["stop"].click(handlers.stop, None, None, **LIVE)
-    image.change(handlers.new_image, image, run_outputs, **LIVE)
+    ended = []  # events that follow each, when the page is up to date again
+    for event in (running, looking):
+        settled = event.then(handlers.settle, [image, page["source"]], run_outputs, **LIVE)
+        ended.append(settled.then(handlers.refresh, settings, [*dial_outputs, page["stop"]], **LIVE).then)
 
     # Dials.
     for place, dial in enumerate(dials):
@@ -51,7 +56,8 @@ def wire(handlers: Handlers, page: dict[str, Any]) -> None:
     page["batch"].input(handlers.regrouped, settings, dial_outputs, **LIVE)
     rolled = page["dice"].click(handlers.new_seed, None, dials[8], **LIVE)
     rolled.then(handlers.regrouped, settings, dial_outputs, **LIVE)
-    refreshed.then(handlers.budget_known, settings, page["budget"], **LIVE)
+    for event in ended:
+        event(handlers.budget_known, settings, page["budget"], **LIVE)
     page["budget"].input(handlers.budget_set, [page["budget"], *settings], dial_outputs, **LIVE)
 
     # Patches by hand, and one patch closely.
@@ -69,14 +75,14 @@ def wire(handlers: Handlers, page: dict[str, Any]) -> None:
     page["reset"].click(handlers.reset_by_hand, settings, [page["by_hand"], *dial_outputs], **LIVE)
 
     # Looking closely.
-    for event in (refreshed.then, page["left"].input, page["right"].input):
+    for event in (*ended, page["left"].input, page["right"].input):
         event(handlers.compared, sides, page["compare"], **LIVE)
         event(handlers.zoomed, zoomed, page["zoom"], **LIVE)
     page["factor"].input(handlers.zoomed, zoomed, page["zoom"], **LIVE)
     for panel in ("coarse", "final"):
         moved = page[panel].select(handlers.centered, None, page["center"], **LIVE)
         moved.then(handlers.zoomed, zoomed, page["zoom"], **LIVE)
-    for event in (refreshed.then, page["seams"].input):
+    for event in (*ended, page["seams"].input):
         event(handlers.seams, [image, page["seams"]], page["grid"], **LIVE)
 
     # What to take home.
@@ -84,3 +90,9 @@ def wire(handlers: Handlers, page: dict[str, Any]) -> None:
     linked = [*dials, page["color_fix"], page["uniform"], page["batch"]]
     for component in linked:
         component.change(None, linked, None, js=takehome.LINK, **LIVE)
+
+    # Several images.
+    batch = Batch(handlers)
+    batch_outputs = [tab[name] for name in BatchView._fields]
+    tab["run"].click(batch.run_all, [tab["files"], *settings], batch_outputs, **QUEUED)
+    tab["stop"].click(batch.stop_all, None, None, **LIVE)

@@ -1,0 +1,180 @@
+"""The tab for several images: one after the other with the same settings, a gallery and a ZIP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from html import escape, unescape
+from pathlib import Path
+from threading import Event
+from typing import Any, NamedTuple
+from zipfile import ZIP_STORED, ZipFile
+
+import gradio as gr
+from PIL import Image
+
+from patchscaler.grouping import GROUPS
+from patchscaler.images import to_pil
+from patchscaler.records import Progress, Result
+from patchscaler.ui import fragments
+from patchscaler.ui.doorkeeper import MAX_FILES
+from patchscaler.ui.errors import explain, visible_error
+from patchscaler.ui.gpu import Order
+from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.settings import Settings, checked_batch, checked_plan
+from patchscaler.ui.views import SKIP, new_folder, save_final, save_preview, stem
+
+PREVIEW_SIDE = 1024  # of the pictures in the gallery, in pixels
+NO_FILES = "Choose some images, then press Run all. All are upscaled with the settings of the page's first column."
+
+
+class BatchView(NamedTuple):
+    """The tab's outputs, in the order in which the page lists them."""
+
+    status: Any = SKIP
+    gallery: Any = SKIP
+    outcomes: Any = SKIP
+    zip: Any = SKIP
+    stop: Any = SKIP
+
+
+class Outcome(NamedTuple):
+    """What became of a file."""
+
+    name: str
+    text: str
+    picture: Path | None = None
+    preview: Path | None = None
+    report: dict | None = None
+
+
+def batch_tab() -> dict[str, Any]:
+    """The tab's components by the names of BatchView, and `files` and `run`."""
+    parts: dict[str, Any] = {
+        "files": gr.File(
+            label=f"Images, up to {MAX_FILES}", file_count="multiple", file_types=["image"], elem_id="files", height=180
+        )
+    }
+    with gr.Row():
+        parts["run"] = gr.Button("Run all", variant="primary", min_width=100, scale=2, elem_id="run-all")
+        parts["stop"] = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop-all")
+    parts["status"] = gr.HTML(fragments.status(NO_FILES), elem_id="batch-status")
+    parts["outcomes"] = gr.HTML("", elem_id="outcomes")
+    parts["gallery"] = gr.Gallery(
+        label="Upscaled", interactive=False, columns=3, object_fit="contain", buttons=["fullscreen"], elem_id="gallery"
+    )
+    parts["zip"] = gr.File(label="All as lossless PNGs, and report.json", interactive=False, elem_id="batch-zip")
+    return parts
+
+
+class Batch:
+    """The tab's events. Every file is a job of its own, so other visitors' runs come in between."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
+        self._stops: dict[str | None, Event] = {}  # by the visitor's session
+
+    async def run_all(self, request: gr.Request, files: list | None, *settings: Any) -> AsyncIterator[BatchView]:
+        """Upscale file by file. A bad one is reported and the rest go on; Stop keeps what is finished."""
+        now = Settings.of(*settings)
+        plan, seed = checked_plan(now.dials, now.seed)
+        batch_size = checked_batch(now.batch)
+        sources = [file["path"] for file in files or []]
+        if not sources or len(sources) > MAX_FILES:
+            raise visible_error("No images" if not sources else "Too many images", f"1 to {MAX_FILES} are taken.")
+        names = [Path(file.get("orig_name") or file["path"]).name for file in files]
+        stop = self._stops[request.session_hash] = Event()
+        outcomes: list[Outcome] = []
+        waiting = _status("Waiting for the pipeline…", 0, len(sources))
+        yield BatchView(waiting, [], "", None, gr.update(interactive=True))
+        try:
+            for place, (source, name) in enumerate(zip(sources, names)):
+                order = Order(source, plan, seed, {}, now.color_fix, batch_size, live=False)
+                said = f"Image {place + 1} of {len(sources)}, {name}"
+                try:
+                    async for event in self._handlers.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023
+                        if isinstance(event, Outcome):
+                            outcomes.append(event)
+                        elif isinstance(event, Progress):
+                            share = event.done / event.total
+                            step = f"{said}: {GROUPS[event.group]}, step {event.step} of {event.steps}"
+                            yield BatchView(_status(step, place + share, len(sources)))
+                except Exception as error:
+                    visible = explain(error)
+                    outcomes.append(Outcome(name, f"{visible.title}: {unescape(visible.message)}"))
+                if stop.is_set():
+                    break
+                yield BatchView(_status(said, place + 1, len(sources)), _gallery(outcomes), _list(outcomes))
+            yield BatchView(
+                fragments.status(_summary(outcomes, len(sources), stop.is_set())),
+                _gallery(outcomes),
+                _list(outcomes),
+                _zip(outcomes),
+                gr.update(interactive=False),
+            )
+        finally:
+            if self._stops.get(request.session_hash) is stop:
+                del self._stops[request.session_hash]
+
+    def stop_all(self, request: gr.Request) -> None:
+        """Have the visitor's batch stop at its next step."""
+        if request.session_hash in self._stops:
+            self._stops[request.session_hash].set()
+
+    def _upscaled(self, order: Order, name: str) -> Iterator[Progress | Outcome | None]:
+        """A file's progress, and last its Outcome. Nothing is kept of it: nobody will turn a dial for it."""
+        for event in self._handlers.fresh_events(order):
+            if isinstance(event, Result):
+                picture = save_final(event, order.source, color_fix=order.color_fix)
+                preview = to_pil(event.picture)
+                preview.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
+                seconds = sum(event.seconds.values())
+                size = f"{event.picture.width} × {event.picture.height} pixels in {seconds:.1f} s"
+                text = " ".join([size, *event.picture.notes])
+                yield Outcome(name, text, picture, save_preview(preview, stem(order.source)), event.report())
+            else:
+                yield event if isinstance(event, Progress) else None
+
+
+def _status(text: str, done: float, total: int) -> str:
+    return fragments.status(text, round(100 * done), 100 * total)
+
+
+def _gallery(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+    return [(str(outcome.preview), outcome.name) for outcome in outcomes if outcome.preview]
+
+
+def _list(outcomes: list[Outcome]) -> str:
+    entries = "".join(
+        f'<li class="{"done" if outcome.picture else "failed"}"><b>{escape(outcome.name)}</b>: '
+        f"{escape(outcome.text)}</li>"
+        for outcome in outcomes
+    )
+    return f'<ul class="outcomes">{entries}</ul>'
+
+
+def _summary(outcomes: list[Outcome], total: int, stopped: bool) -> str:
+    done = sum(outcome.picture is not None for outcome in outcomes)
+    failed = len(outcomes) - done
+    text = f"{'Stopped' if stopped else 'Done'}: {done} of {total} images are upscaled"
+    return f"{text}, {failed} {'was' if failed == 1 else 'were'} refused." if failed else f"{text}."
+
+
+def _zip(outcomes: list[Outcome]) -> str | None:
+    """The finished pictures under names of their own, and what became of every file; None if none is finished."""
+    if not any(outcome.picture for outcome in outcomes):
+        return None
+    path, taken, report = new_folder() / "patchscaler.zip", set(), []
+    with ZipFile(path, "w", ZIP_STORED) as archive:
+        for outcome in outcomes:
+            entry = {"name": outcome.name, "outcome": outcome.text}
+            if outcome.picture:
+                base, number = outcome.picture.stem, 1
+                while (name := f"{base}{'' if number == 1 else f'_{number}'}.png") in taken:
+                    number += 1
+                taken.add(name)
+                archive.write(outcome.picture, name)
+                entry |= {"file": name, **outcome.report}
+            report.append(entry)
+        archive.writestr("report.json", json.dumps({"images": report}, indent=2))
+    return str(path)
