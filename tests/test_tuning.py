@@ -92,6 +92,14 @@ def test_a_patch_is_put_into_another_group_by_hand_and_back(handlers, image, dia
     by_hand, *rest = handlers.reset_by_hand(*settings(image, dials, last(views, "shown"), hand))
     assert by_hand == {} and "1 of 9 patches" in rest[12]
 
+def test_dials_that_are_crossed_for_a_moment_are_waited_for(handlers, image, dials):
+    shown = last(run(handlers, image, dials), "shown")
+    crossed = settings(image, (*dials[:5], 8, 14, 1, dials[8]), shown)  # N3 is typed, its neighbours not yet pushed
+    assert all(value is SKIP for value in handlers.refresh(*crossed)[:-1])
+    assert handlers.budget_known(*crossed) is SKIP
+    assert dial_view(handlers.dial_moved(7, *crossed))["dials"][5:7] == (1, 1)
+
+
 @pytest.fixture
 def analysed(handlers, image):
     """`handlers` that know `image` as if it had just been analysed."""

@@ -22,7 +22,7 @@ from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.patches import PatchGrid
 from patchscaler.records import Analysis, Partial, Progress, Result
-from patchscaler.ui.calibration import Calibration
+from patchscaler.ui.calibration import Calibration, Call
 from patchscaler.ui.gpu import MOST_SECONDS, START_SECONDS, Baseline, Networks, Order
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_errors_are_made_visible_before_they_leave(networks, picture, monkeypatc
 
 
 def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, picture, tiny_pipeline):
-    networks._calibration.learn(evaluations=10, sampling=1.0, pixels=1000, rest=0.01)  # 0.1 s, 10 µs
+    networks._calibration.learn([Call(1, 10, 1.0), Call(1, 20, 2.0)], 1000, 0.02)  # 0.1 s a patch, 10 µs a pixel
     analysis = tiny_pipeline.analyze(picture)
     known, pixels = analysis.restored(), 16 * 64 * 80
     rest = 2 * pixels * 1e-5
@@ -83,7 +83,7 @@ def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, pict
 
 
 def test_before_the_analysis_all_patches_count_as_hard(networks, picture, tiny_pipeline):
-    networks._calibration.learn(evaluations=10, sampling=1.0, pixels=1000, rest=0.0)
+    networks._calibration.learn([Call(1, 10, 1.0), Call(1, 20, 2.0)], 1000, 0.0)
     order = Order("", PLAN, 7, {})
     assert len(PatchGrid.covering(256, 320)) == len(tiny_pipeline.analyze(picture).grid) == 9
     assert networks.seconds(order, picture) == pytest.approx(START_SECONDS + 2 * 0.1 * 9 * 3, abs=1)

@@ -72,7 +72,8 @@ class Batch:
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
-        self._stops: dict[str | None, Event] = {}  # by the visitor's session
+        # By the visitor's session: the wish to stop, and the job at work. A job's own is also set when it ends.
+        self._stops: dict[str | None, list[Event]] = {}
 
     async def run_all(self, request: gr.Request, files: list | None, *settings: Any) -> AsyncIterator[BatchView]:
         """Upscale file by file. A bad one is reported and the rest go on; Stop keeps what is finished."""
@@ -83,16 +84,17 @@ class Batch:
         if not sources or len(sources) > MAX_FILES:
             raise visible_error("No images" if not sources else "Too many images", f"1 to {MAX_FILES} are taken.")
         names = [Path(file.get("orig_name") or file["path"]).name for file in files]
-        stop = self._stops[request.session_hash] = Event()
+        stops = self._stops[request.session_hash] = [asked := Event()]
         outcomes: list[Outcome] = []
         waiting = _status("Waiting for the pipeline…", 0, len(sources))
         yield BatchView(waiting, [], "", None, gr.update(interactive=True))
         try:
             for place, (source, name) in enumerate(zip(sources, names)):
                 order = Order(source, plan, seed, {}, now.color_fix, batch_size, live=False)
+                stops[1:] = [ended := Event()]
                 said = f"Image {place + 1} of {len(sources)}, {name}"
                 try:
-                    async for event in self._handlers.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023
+                    async for event in self._handlers.jobs.stream(lambda: self._upscaled(order, name), ended):  # noqa: B023
                         if isinstance(event, Outcome):
                             outcomes.append(event)
                         elif isinstance(event, Progress):
@@ -102,24 +104,24 @@ class Batch:
                 except Exception as error:
                     visible = explain(error)
                     outcomes.append(Outcome(name, f"{visible.title}: {unescape(visible.message)}"))
-                if stop.is_set():
+                if asked.is_set():
                     break
                 yield BatchView(_status(said, place + 1, len(sources)), _gallery(outcomes), _list(outcomes))
             yield BatchView(
-                fragments.status(_summary(outcomes, len(sources), stop.is_set())),
+                fragments.status(_summary(outcomes, len(sources), asked.is_set())),
                 _gallery(outcomes),
                 _list(outcomes),
                 _zip(outcomes),
                 gr.update(interactive=False),
             )
         finally:
-            if self._stops.get(request.session_hash) is stop:
+            if self._stops.get(request.session_hash) is stops:
                 del self._stops[request.session_hash]
 
     def stop_all(self, request: gr.Request) -> None:
         """Have the visitor's batch stop at its next step."""
-        if request.session_hash in self._stops:
-            self._stops[request.session_hash].set()
+        for event in self._stops.get(request.session_hash, []):
+            event.set()
 
     def _upscaled(self, order: Order, name: str) -> Iterator[Progress | Outcome | None]:
         """A file's progress, and last its Outcome. Nothing is kept of it: nobody will turn a dial for it."""

@@ -66,9 +66,8 @@ def _plan() -> dict[str, Any]:
     with gr.Row(elem_id="seed-row"):
         seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120, scale=3)
         dice = gr.Button("⚄ New seed", elem_id="dice", min_width=100, scale=1, size="sm")
-    budget = gr.Slider(
-        0, 60, 60, step=0.1, label="Time budget: seconds of a full run", interactive=False, buttons=[], elem_id="budget"
-    )
+    label = "Time budget: seconds of a full run"
+    budget = gr.Slider(0, 60, 60, step=0.01, label=label, interactive=False, buttons=[], elem_id="budget")
     uniform = gr.Checkbox(False, label="Also render the uniform baseline (T 1000, N 20)", elem_id="uniform")
     color_fix = gr.Checkbox(True, label="Colour fix", elem_id="color-fix")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):

@@ -75,7 +75,7 @@ class Handlers(Tuning):
             async for view in self.jobs.stream(lambda: self.looked(order), stop):
                 # A run that waits, or goes on already, has the status line.
                 yield view._replace(status=SKIP) if request.session_hash in self._stops else view
-            if request.session_hash not in self._stops and not stop.is_set():
+            if request.session_hash not in self._stops:
                 yield RunView(status=fragments.status("Press Run."))
         except Exception as error:
             visible = explain(error)

@@ -4,8 +4,9 @@
   const SEND_EVERY = 80; // ms between two states of a growing stroke
   const SEND_MOST = 600; // points: its end, for what came before was sent already
 
-  // The brush. Gradio tells of clicks only. The stroke goes to a hidden field, in shares of the picture's sides.
-  let stroke = null, sent = 0;
+  // The brush. Gradio tells of clicks only. A stroke is sent by a hidden button, in shares of the
+  // picture's sides.
+  let stroke = null, sent = 0, drawn = false;
 
   const mode = () => find("#mode input:checked")?.value;
 
@@ -22,16 +23,15 @@
   };
 
   const send = () => {
-    const field = find("#stroke textarea, #stroke input");
-    const type = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
-    Object.getOwnPropertyDescriptor(type.prototype, "value").set.call(field, JSON.stringify(stroke.slice(-SEND_MOST)));
-    field.dispatchEvent(new Event("input", {bubbles: true}));
+    window.patchscalerStroke = JSON.stringify(stroke.slice(-SEND_MOST));
+    find("#stroke").click();
     sent = performance.now();
   };
 
   document.addEventListener("pointerdown", (event) => {
     if (event.button !== 0 || !event.target.closest?.("#qmap") || mode() === "inspect") return;
     const point = place(event);
+    drawn = false;
     if (point) stroke = [point];
   });
   document.addEventListener("pointermove", (event) => {
@@ -49,10 +49,17 @@
   });
   for (const name of ["pointerup", "pointercancel"]) {
     document.addEventListener(name, () => {
-      if (stroke?.length > 1) send();
+      const painted = stroke?.length > 1;
+      if (painted) send();
+      drawn = painted; // after the hidden button's click, which is one too
       stroke = null;
     });
   }
+  // The click at the end of a stroke would be answered from the groups before it, and undo it.
+  document.addEventListener("click", (event) => {
+    if (drawn && event.target.closest?.("#qmap")) event.stopPropagation();
+    drawn = false;
+  }, true);
   document.addEventListener("dragstart", (event) => {
     if (event.target.closest?.("#qmap")) event.preventDefault(); // the browser would carry the picture away
   });

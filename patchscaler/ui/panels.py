@@ -66,7 +66,7 @@ def _by_hand() -> dict[str, Any]:
             reset = gr.Button("Reset patches set by hand", size="sm", elem_id="reset", min_width=100)
             seams = gr.Checkbox(False, label="Show patch borders", elem_id="seams", min_width=120)
         facts = gr.HTML("", elem_id="facts")
-        stroke = gr.Textbox("", visible="hidden", elem_id="stroke", show_label=False)
+        stroke = gr.Button("Stroke", visible="hidden", elem_id="stroke")  # pressed by page.js
     return {"mode": mode, "number": number, "reset": reset, "seams": seams, "facts": facts, "stroke": stroke}
 
 

@@ -35,8 +35,11 @@ class Settings(NamedTuple):
 
     @property
     def usable(self) -> bool:
-        """Whether the dials show a plan; they do not while a visitor types."""
-        return in_range(self.dials)
+        """Whether the dials show a plan: not so while a visitor types, or before pushed neighbours have moved."""
+        try:
+            return in_range(self.dials) and plan_of(self.dials) is not None
+        except ValueError:
+            return False
 
     @property
     def plan(self) -> SamplingPlan:

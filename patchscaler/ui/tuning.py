@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import ceil, floor
 from typing import Any
 
 import gradio as gr
@@ -29,7 +30,7 @@ class Tuning(Runs):
     def dial_moved(self, moved: int, *settings: Any) -> tuple:
         """Hold the dials' order and group anew. `moved` is the dial's place; 8 is the seed."""
         now = Settings.of(*settings)
-        if not now.usable:
+        if not in_range(now.dials):
             return DialView(stale=SKIP).flat()
         held = tuple(hold_order(now.dials, moved))
         updates = tuple(SKIP if new == old else new for new, old in zip(held, now.dials))
@@ -112,8 +113,8 @@ class Tuning(Runs):
             return SKIP
         low, high = sorted(ends.tolist())
         groups = assign(study.analysis.patch_confidence, now.plan, now.by_hand).bincount(minlength=len(GROUPS))
-        value = round(self._seconds(study, now, groups).item(), 1)
-        low, high = min(round(low, 1), value), max(round(high + 0.1, 1), value)
+        value = self._seconds(study, now, groups).item()
+        low, high, value = floor(100 * min(low, value)) / 100, ceil(100 * max(high, value)) / 100, round(value, 2)
         return gr.update(minimum=low, maximum=high, value=value, interactive=True)
 
     def budget_set(self, seconds: Any, *settings: Any) -> tuple:
@@ -146,7 +147,7 @@ class Tuning(Runs):
         study = self.studies.get(now.source)
         if study is None:
             return DialView()
-        if not in_range(now.dials):
+        if not now.usable:
             return DialView(stale=SKIP)
         return DialView(
             **grouping(study, now.plan, now.seed, now.by_hand, self.calibration, now.batch_size),

@@ -71,7 +71,8 @@ def wire(handlers: Handlers, page: dict[str, Any], tab: dict[str, Any]) -> None:
         picked.then(handlers.inspected, page["patch"], page["inspected"], **LIVE)
         picked.then(handlers.zoomed, zoomed, page["zoom"], **LIVE)
     stroke = [page["stroke"], page["mode"], *settings]
-    page["stroke"].input(handlers.brushed, stroke, [page["by_hand"], *dial_outputs], **LIVE)
+    drawn = "(_, ...others) => [window.patchscalerStroke, ...others]"
+    page["stroke"].click(handlers.brushed, stroke, [page["by_hand"], *dial_outputs], js=drawn, **LIVE)
     page["reset"].click(handlers.reset_by_hand, settings, [page["by_hand"], *dial_outputs], **LIVE)
 
     # Looking closely.

@@ -1,0 +1,125 @@
+"""Several images at once, a first look at one, settings from a PNG, and the warming up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from zipfile import ZipFile
+
+import gradio as gr
+import pytest
+from PIL import Image
+from visitor import VISITOR, last, run, settings
+
+from patchscaler.images import read_png_text
+from patchscaler.ui.batch import Batch
+from patchscaler.ui.views import SKIP
+
+
+@pytest.fixture
+def files(image, tmp_path):
+    """An image, one that is none, and the first again."""
+    (tmp_path / "bad.png").write_bytes(b"<b>no image</b>")
+    return [image, {"path": str(tmp_path / "bad.png"), "orig_name": "<bad>.png"}, image]
+
+
+def run_all(batch, files, dials, stop_at=None):
+    async def collect():
+        views = []
+        async for view in batch.run_all(VISITOR, files, *settings(None, dials)):
+            views.append(view)
+            if stop_at and stop_at in str(view.status):
+                batch.stop_all(VISITOR)
+        return views
+
+    return asyncio.run(collect())
+
+
+def test_a_bad_file_is_reported_and_the_rest_go_on(handlers, files, dials, image):
+    views = run_all(Batch(handlers), files, dials)
+    assert "2 of 3 images are upscaled, 1 was refused" in views[-1].status
+    assert any("Image 1 of 3" in str(view.status) and "step 3 of 3" in str(view.status) for view in views)
+    outcomes = last(views, "outcomes")
+    assert "&lt;bad&gt;.png" in outcomes and "PNG, JPEG" in outcomes and "<bad>" not in outcomes
+    assert len(last(views, "gallery")) == 2
+    with ZipFile(last(views, "zip")) as archive:
+        assert archive.namelist() == ["some_picture_x4.png", "some_picture_x4_2.png", "report.json"]
+        report = json.loads(archive.read("report.json"))["images"]
+        assert archive.read("some_picture_x4.png") == last(run(handlers, image, dials), "final").read_bytes()
+    assert [entry.get("file") for entry in report] == ["some_picture_x4.png", None, "some_picture_x4_2.png"]
+    assert not handlers.studies.get("other")
+
+
+def test_a_stopped_batch_keeps_what_is_finished(handlers, files, dials):
+    views = run_all(Batch(handlers), files, dials, stop_at="Image 3 of 3")
+    assert "Stopped: 1 of 3 images are upscaled, 1 was refused" in views[-1].status
+    with ZipFile(last(views, "zip")) as archive:
+        assert len(archive.namelist()) == 2
+
+
+def test_no_files_and_too_many_are_refused(handlers, image, dials):
+    for files in (None, [], [image] * 17):
+        with pytest.raises(gr.Error, match="1 to 16"):
+            run_all(Batch(handlers), files, dials)
+
+
+# A PNG that the page made
+
+
+def test_a_png_of_the_page_restores_its_settings(handlers, image, dials):
+    dials = (0.9, 0.1, 100, 200, 300, 1, 2, 3, 7)
+    final = last(run(handlers, image, dials, by_hand={0: 2}, color_fix=False), "final")
+    values = handlers.new_image(VISITOR, {"path": str(final)})
+    assert values[-11:] == ("custom", *dials, False)
+    note = values[-12]
+    assert "settings are restored" in note and "seed 7" in note and "1 of its patches" in note
+    assert all(value is SKIP for value in handlers.new_image(VISITOR, image)[-11:])
+    assert all(value is SKIP for value in handlers.new_image(VISITOR, None)[-11:])
+
+
+def test_a_plan_beyond_the_dials_is_named_and_not_restored(handlers, tmp_path, dials, tiny_pipeline, picture):
+    from patchscaler.grouping import SamplingPlan
+    from patchscaler.images import write_png
+
+    result = tiny_pipeline(picture, SamplingPlan(0.9, 0.1, (1, 2, 3), (1, 1, 1)))
+    path = write_png(result.picture, tmp_path / "made.png", result.png_text())
+    assert read_png_text(path)["seed"] == "0"
+    values = handlers.new_image(VISITOR, {"path": str(path)})
+    assert "beyond these dials" in values[-12] and all(value is SKIP for value in values[-11:])
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"no image"])
+def test_no_text_is_read_from_what_is_no_png(tmp_path, data):
+    (tmp_path / "x.png").write_bytes(data)
+    assert read_png_text(tmp_path / "x.png") == {} and read_png_text(tmp_path / "none.png") == {}
+
+
+# A first look
+
+
+def look(handlers, image, dials):
+    async def collect():
+        return [view async for view in handlers.look(VISITOR, *settings(image, dials))]
+
+    return asyncio.run(collect())
+
+
+def test_a_look_gives_the_groups_and_the_cost_before_any_run(handlers, image, dials):
+    first = look(handlers, image, dials)
+    assert "network evaluations, by the groups" in last(first, "cost")  # nothing is known yet of what it takes
+    assert all(view.coarse is SKIP for view in first) and handlers.studies.get(image["path"]) is None
+    for _ in handlers.warmed_up():
+        pass
+    views = look(handlers, image, dials)
+    assert "Run renders 9 of 9 patches anew" in last(views, "cost") and "about <b>" in last(views, "cost")
+    for name in ("coarse", "qmap", "priors"):
+        with Image.open(last(views, name)) as panel:
+            panel.load()
+    assert "Press Run" in last(views, "status")
+    assert "9 of 9 patches were rendered anew" in last(run(handlers, image, dials), "status")
+
+
+def test_a_look_at_a_bad_file_says_so_at_once(handlers, files, dials):
+    with pytest.raises(gr.Error, match="PNG, JPEG"):
+        look(handlers, files[1], dials)
+    assert len(look(handlers, None, dials)) == 1
