@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from html import escape, unescape
 from pathlib import Path
-from threading import Event
 from typing import Any, NamedTuple
 from zipfile import ZIP_STORED, ZipFile
 
@@ -21,6 +20,7 @@ from patchscaler.ui.doorkeeper import MAX_FILES
 from patchscaler.ui.errors import explain, visible_error
 from patchscaler.ui.gpu import Order
 from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.jobs import Stops
 from patchscaler.ui.settings import Settings, checked_batch, checked_plan
 from patchscaler.ui.views import SKIP, new_folder, save_final, save_preview, stem
 
@@ -72,8 +72,7 @@ class Batch:
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
-        # By the visitor's session: the wish to stop, and the job at work. A job's own is also set when it ends.
-        self._stops: dict[str | None, list[Event]] = {}
+        self._batches = Stops()
 
     async def run_all(self, request: gr.Request, files: list | None, *settings: Any) -> AsyncIterator[BatchView]:
         """Upscale file by file. A bad one is reported and the rest go on; Stop keeps what is finished."""
@@ -84,17 +83,15 @@ class Batch:
         if not sources or len(sources) > MAX_FILES:
             raise visible_error("No images" if not sources else "Too many images", f"1 to {MAX_FILES} are taken.")
         names = [Path(file.get("orig_name") or file["path"]).name for file in files]
-        stops = self._stops[request.session_hash] = [asked := Event()]
-        outcomes: list[Outcome] = []
-        waiting = _status("Waiting for the pipeline…", 0, len(sources))
-        yield BatchView(waiting, [], "", None, gr.update(interactive=True))
-        try:
+        with self._batches.of(request.session_hash) as stop:
+            outcomes: list[Outcome] = []
+            waiting = _status("Waiting for the pipeline…", 0, len(sources))
+            yield BatchView(waiting, [], "", None, gr.update(interactive=True))
             for place, (source, name) in enumerate(zip(sources, names)):
                 order = Order(source, plan, seed, {}, now.color_fix, batch_size, live=False)
-                stops[1:] = [ended := Event()]
                 said = f"Image {place + 1} of {len(sources)}, {name}"
                 try:
-                    async for event in self._handlers.jobs.stream(lambda: self._upscaled(order, name), ended):  # noqa: B023
+                    async for event in self._handlers.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023
                         if isinstance(event, Outcome):
                             outcomes.append(event)
                         elif isinstance(event, Progress):
@@ -104,24 +101,20 @@ class Batch:
                 except Exception as error:
                     visible = explain(error)
                     outcomes.append(Outcome(name, f"{visible.title}: {unescape(visible.message)}"))
-                if asked.is_set():
+                if stop.is_set():
                     break
                 yield BatchView(_status(said, place + 1, len(sources)), _gallery(outcomes), _list(outcomes))
             yield BatchView(
-                fragments.status(_summary(outcomes, len(sources), asked.is_set())),
+                fragments.status(_summary(outcomes, len(sources), stop.is_set())),
                 _gallery(outcomes),
                 _list(outcomes),
                 _zip(outcomes),
                 gr.update(interactive=False),
             )
-        finally:
-            if self._stops.get(request.session_hash) is stops:
-                del self._stops[request.session_hash]
 
     def stop_all(self, request: gr.Request) -> None:
         """Have the visitor's batch stop at its next step."""
-        for event in self._stops.get(request.session_hash, []):
-            event.set()
+        self._batches.stop(request.session_hash)
 
     def _upscaled(self, order: Order, name: str) -> Iterator[Progress | Outcome | None]:
         """A file's progress, and last its Outcome. Nothing is kept of it: nobody will turn a dial for it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from html import unescape
-from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -15,8 +14,8 @@ from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.ui import compare, fragments, takehome
 from patchscaler.ui.dials import plan_of, preset_of
 from patchscaler.ui.errors import explain, visible_error
-from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.runs import Order
+from patchscaler.ui.gpu import Order
+from patchscaler.ui.jobs import Jobs, Stops
 from patchscaler.ui.settings import Settings, checked_batch, checked_plan, checked_source
 from patchscaler.ui.tuning import Tuning
 from patchscaler.ui.views import SKIP, RunView, Shown, emptied
@@ -32,8 +31,7 @@ class Handlers(Tuning):
     def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None) -> None:
         super().__init__(pipeline)
         self.jobs = jobs or Jobs()
-        self._stops: dict[str | None, Event] = {}  # of runs, by the visitor's session
-        self._looks: dict[str | None, Event] = {}  # and of first looks
+        self._runs, self._looks = Stops(), Stops()
 
     async def run(self, request: gr.Request, uniform: bool, *settings: Any) -> AsyncIterator[RunView]:
         """Analyze if the image is new, then refine. Yields what to show as soon as it is there.
@@ -43,25 +41,22 @@ class Handlers(Tuning):
         now = Settings.of(*settings)
         source, (plan, seed) = checked_source(now.image), checked_plan(now.dials, now.seed)
         order = Order(source, plan, seed, now.by_hand, now.color_fix, checked_batch(now.batch), uniform)
-        stop = self._stops[request.session_hash] = Event()
-        waiting = fragments.status("Waiting for the pipeline…")
-        yield RunView(status=waiting, source=source, stop=gr.update(interactive=True))
-        done, shown = False, None
-        try:
-            async for view in self.jobs.stream(lambda: self._views(order), stop):
-                if view.shown is not SKIP:
-                    shown = view.shown
-                    done = shown.complete
-                yield view
-            if not done or shown.uniform is None and uniform:
-                yield RunView(status=fragments.status(_stopped(shown)))
-        except Exception as error:
-            visible = explain(error)
-            yield RunView(status=fragments.status(f"{visible.title}: {unescape(visible.message)}"))
-            raise visible from error
-        finally:
-            if self._stops.get(request.session_hash) is stop:
-                del self._stops[request.session_hash]
+        with self._runs.of(request.session_hash) as stop:
+            waiting = fragments.status("Waiting for the pipeline…")
+            yield RunView(status=waiting, source=source, stop=gr.update(interactive=True))
+            done, shown = False, None
+            try:
+                async for view in self.jobs.stream(lambda: self._views(order), stop):
+                    if view.shown is not SKIP:
+                        shown = view.shown
+                        done = shown.complete
+                    yield view
+                if not done or shown.uniform is None and uniform:
+                    yield RunView(status=fragments.status(_stopped(shown)))
+            except Exception as error:
+                visible = explain(error)
+                yield RunView(status=_failed(visible))
+                raise visible from error
 
     async def look(self, request: gr.Request, *settings: Any) -> AsyncIterator[RunView]:
         """Analyze an image as it comes in, so that its groups and what a run costs are known before the run."""
@@ -70,34 +65,29 @@ class Handlers(Tuning):
         if now.source is None or not now.usable:
             return
         order = Order(now.source, now.plan, now.seed, now.by_hand, now.color_fix, now.batch_size)
-        stop = self._looks[request.session_hash] = Event()
-        try:
-            async for view in self.jobs.stream(lambda: self.looked(order), stop):
-                # A run that waits, or goes on already, has the status line.
-                yield view._replace(status=SKIP) if request.session_hash in self._stops else view
-            if request.session_hash not in self._stops:
-                yield RunView(status=fragments.status("Press Run."))
-        except Exception as error:
-            visible = explain(error)
-            yield RunView(status=fragments.status(f"{visible.title}: {unescape(visible.message)}"))
-            raise visible from error
-        finally:
-            if self._looks.get(request.session_hash) is stop:
-                del self._looks[request.session_hash]
+        with self._looks.of(request.session_hash) as stop:
+            try:
+                async for view in self.jobs.stream(lambda: self.looked(order), stop):
+                    # A run that waits, or goes on already, has the status line.
+                    yield view._replace(status=SKIP) if request.session_hash in self._runs else view
+                if request.session_hash not in self._runs and not stop.is_set():
+                    yield RunView(status=fragments.status("Press Run."))
+            except Exception as error:
+                visible = explain(error)
+                yield RunView(status=_failed(visible))
+                raise visible from error
 
     def stop(self, request: gr.Request) -> None:
         """Have the visitor's run stop at its next step."""
-        if request.session_hash in self._stops:
-            self._stops[request.session_hash].set()
+        self._runs.stop(request.session_hash)
 
     def new_image(self, request: gr.Request, image: dict | None) -> tuple:
         """Stop the run and empty the page when another image comes in, or none.
 
         Gives a RunView, and preset, dials, seed and colour fix: an image that the page once made restores its own.
         """
-        for stops in (self._stops, self._looks):
-            if request.session_hash in stops:
-                stops[request.session_hash].set()
+        for stops in (self._runs, self._looks):
+            stops.stop(request.session_hash)
         source = (image or {}).get("path")
         found = takehome.made_with(source) if source else None
         if found is None:
@@ -166,6 +156,10 @@ class Handlers(Tuning):
             return ""
         height, width = study.analysis.coarse.shape[-2:]
         return fragments.seams(study.analysis.grid, width, height)
+
+
+def _failed(error: gr.Error) -> str:
+    return fragments.status(f"{error.title}: {unescape(error.message)}")
 
 
 def _stopped(shown: Shown | None) -> str:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from contextvars import copy_context
 from threading import Event, Lock
 from typing import TypeVar
@@ -61,11 +61,12 @@ class Jobs:
         loop = asyncio.get_running_loop()
         items: asyncio.Queue = asyncio.Queue()
         stopped = stopped or Event()
+        ended = Event()  # for the job: its reader is gone, stopped or not
         began: list[float] = []  # when the job's turn came
         gone = _visitor_gone()
 
         def check() -> None:
-            if stopped.is_set():
+            if stopped.is_set() or ended.is_set():
                 raise JobError("It was stopped.")
             self._check(began)
 
@@ -85,7 +86,7 @@ class Jobs:
                 last = error
             finally:
                 self._began = None
-            if not stopped.is_set():
+            if not (stopped.is_set() or ended.is_set()):
                 loop.call_soon_threadsafe(items.put_nowait, last)
 
         self._admit()
@@ -108,7 +109,7 @@ class Jobs:
                     raise RuntimeError(f"the job ended with {type(item).__name__}") from item
                 yield item
         finally:
-            stopped.set()
+            ended.set()
 
     def background(self, job: Callable[[], Generator[Item, None, None]]) -> None:
         """Have `job()` done when its turn comes, for no reader; what goes wrong is logged."""
@@ -151,6 +152,31 @@ class Jobs:
         if began and time.monotonic() - began[0] > self.seconds:
             limit = f"the limit is {self.seconds:g} seconds"
             raise JobError(f"It took too long; {limit}. Try a smaller image or fewer steps.")
+
+
+class Stops:
+    """Visitors' means to stop what goes on for them, by their session: the latest of one kind of work counts."""
+
+    def __init__(self) -> None:
+        self._events: dict[str | None, Event] = {}
+
+    @contextmanager
+    def of(self, session: str | None) -> Iterator[Event]:
+        """While the work goes on: the event for `Jobs.stream`, in place of that of earlier work."""
+        event = self._events[session] = Event()
+        try:
+            yield event
+        finally:
+            if self._events.get(session) is event:
+                del self._events[session]
+
+    def stop(self, session: str | None) -> None:
+        """Have the visitor's work, if there is any, stop at its next item."""
+        if session in self._events:
+            self._events[session].set()
+
+    def __contains__(self, session: str | None) -> bool:
+        return session in self._events
 
 
 def _visitor_gone() -> Callable[[], bool]:
