@@ -130,8 +130,8 @@ class Networks:
             pixels *= 2  # the restoration costs about what the rest of a run does
         else:
             groups = assign(known.patch_confidence, order.plan, order.by_hand)
-            evaluations += work(earlier, order.plan, order.seed, groups)[1]
-            evaluations += work(uniform, SamplingPlan.uniform(), order.seed, groups)[1] * order.uniform
+            evaluations += work(earlier, order.plan, order.seed, groups).evaluations
+            evaluations += work(uniform, SamplingPlan.uniform(), order.seed, groups).evaluations * order.uniform
         expected = self._calibration.seconds(evaluations, pixels)
         if expected is None:
             expected = evaluations * EVALUATION_SECONDS + pixels * PIXEL_SECONDS
