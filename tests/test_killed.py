@@ -96,7 +96,7 @@ class Server:
     def start_a_long_run(self) -> None:
         files = {"files": ("photo.png", encoded(Image.fromarray(noise(300, 300)), "PNG"))}
         path = httpx.post(f"{self.address}/gradio_api/upload", files=files).json()[0]
-        data = [file_data(path), SLOW.gamma1, SLOW.gamma2, SLOW.start, SLOW.steps, 0]
+        data = [file_data(path), SLOW.gamma1, SLOW.gamma2, SLOW.start, SLOW.steps, 0, True]
         httpx.post(f"{self.address}/gradio_api/call/upscale", json={"data": data}).raise_for_status()
         wait_for(lambda: httpx.get(f"{self.address}/health").json()["worker"]["running_seconds"], self.process)
         time.sleep(0.5)
