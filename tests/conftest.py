@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -47,6 +49,14 @@ def make_tiny_pipeline(vae=None, channels: int = 4) -> PatchScalerPipeline:
 def tiny_pipeline() -> PatchScalerPipeline:
     """A random pipeline in float32 on the CPU. Shared: do not change it."""
     return make_tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def weights(tiny_pipeline, tmp_path_factory) -> Path:
+    """A pipeline folder of the tiny pipeline. Shared: do not change it."""
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_pipeline.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,6 @@ from patchscaler.grouping import PRESETS
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def weights(tiny_pipeline, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    tiny_pipeline.save_pretrained(folder)
-    return folder
-
-
 def task(weights, plan="paper", tiles=1) -> dict:
     image = str(bench.DEFAULT_IMAGE)
     common = {"kind": "ours", "device": "cpu", "weights": str(weights), "image": image, "repeats": 1}

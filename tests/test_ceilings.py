@@ -26,10 +26,9 @@ def cells(table: str, row: str) -> list[float]:
     return [float(cell) for cell in line.split("|")[2:-1] if cell.strip()]
 
 
-def test_each_part_is_measured_with_perfect_parts_before_it(tiny_pipeline, folders, tmp_path, capsys, monkeypatch):
+def test_each_part_is_measured_with_perfect_parts_before_it(weights, folders, capsys, monkeypatch):
     # A Patch-DiT that leaves y0 as it is: then only what comes before it can differ.
-    tiny_pipeline.save_pretrained(tmp_path / "weights")
-    arguments = ["--lr", str(folders[0]), "--hr", str(folders[1]), "--weights", str(tmp_path / "weights")]
+    arguments = ["--lr", str(folders[0]), "--hr", str(folders[1]), "--weights", str(weights)]
     monkeypatch.setattr(PatchDiT, "forward", lambda self, x_t, y0, t, prompt=None: y0)
     ceilings.main(arguments)
     table = capsys.readouterr().out

@@ -18,13 +18,6 @@ QUICK = ("--start", "40,70,100", "--steps", "1,2,3")
 STAGES = {"encode", "restore", "retrieve", "refine", "decode", "color"}
 
 
-@pytest.fixture(scope="module")
-def weights(tiny_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    tiny_pipeline.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def upscale(weights, tmp_path):
     """Run the command on names inside tmp_path, writing to tmp_path/out."""

@@ -49,13 +49,6 @@ def address():
     nodes.shutdown()
 
 
-@pytest.fixture(scope="module")
-def weights(tiny_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    tiny_pipeline.save_pretrained(folder)
-    return folder
-
-
 def make_images(folder, names):
     folder.mkdir()
     draw = np.random.default_rng(0)

@@ -1,0 +1,108 @@
+"""What the parts of a pipeline are worth alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from textures import texture
+
+from patchscaler.evaluation import components
+from patchscaler.evaluation.metrics import psnr_rgb
+from patchscaler.images import ImageError, Picture, read_picture, write_png
+from patchscaler.patches import PatchGrid
+
+
+def test_a_perfect_ranking_correlates_fully():
+    values = torch.tensor([0.1, 0.5, 0.2, 0.9])
+    assert components.spearman(values, values.exp()) == pytest.approx(1)
+    assert components.spearman(values, -(values**3)) == pytest.approx(-1)
+
+
+def test_equal_values_share_their_mean_rank():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5.
+    a, b = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0, 40.0])
+    assert components.spearman(a, b) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert components.spearman(a, b.flip(0)) == pytest.approx(-4.5 / math.sqrt(4.5 * 5))
+    assert math.isnan(components.spearman(torch.ones(4), b))
+
+
+def test_patch_errors_find_the_patch_that_is_wrong():
+    grid = PatchGrid(28, 16)  # two patches, one above the other, rows 0 to 128 and 96 to 224
+    truth = torch.zeros(3, 220, 125)  # an output is smaller than the grid that was filled up for it
+    image = truth.clone()
+    image[:, 128:] = 0.5
+    upper, lower = components.patch_errors(image, truth, grid).tolist()
+    assert upper == 0
+    assert lower == pytest.approx(0.25 * (220 - 128) / (220 - 96))
+
+
+def test_eight_bits_are_what_a_file_gives_back(tmp_path):
+    image = texture(20, 30, seed=5) * 1.2
+    back = read_picture(write_png(Picture(image), tmp_path / "image.png")).rgb
+    torch.testing.assert_close(components.to_8bit(image), back)
+
+
+def test_autoencoder_psnr_is_of_the_cut_image_in_eight_bits(tiny_pipeline, tmp_path):
+    image = components.to_8bit(texture(45, 50, seed=7))
+    write_png(Picture(image), tmp_path / "cut.png")
+    write_png(Picture(image[:, :40, :48]), tmp_path / "whole.png")
+    psnr = components.autoencoder_psnr(tiny_pipeline, tmp_path)
+    assert psnr["cut.png"] == psnr["whole.png"]
+    vae = tiny_pipeline.vae
+    with torch.no_grad():
+        output = vae.decode(vae.encode(image[None, :, :40, :48]).latents).sample[0].clamp(-1, 1)
+    output = read_picture(write_png(Picture(output), tmp_path / "output.png")).rgb
+    assert psnr["cut.png"] == pytest.approx(psnr_rgb(output, image[:, :40, :48]), abs=1e-3)
+
+
+def test_prior_errors_are_paired_and_repeatable(tiny_pipeline, tmp_path):
+    write_png(Picture(texture(160, 130, seed=1)), tmp_path / "a.png")
+    write_png(Picture(texture(128, 128, seed=2)), tmp_path / "b.png")
+    errors = components.prior_errors(tiny_pipeline, tmp_path)
+    assert list(errors) == ["retrieved", "random", "none"]
+    assert {len(values) for values in errors.values()} == {2 + 1}
+    assert not torch.equal(errors["retrieved"], errors["random"])
+    assert not torch.equal(errors["retrieved"], errors["none"])
+    again = components.prior_errors(tiny_pipeline, tmp_path, batch_size=1)
+    torch.testing.assert_close(again["retrieved"], errors["retrieved"])  # the noise of a patch is its own
+    other = components.prior_errors(tiny_pipeline, tmp_path, seed=1)
+    assert not torch.equal(other["none"], errors["none"])
+
+
+def test_prior_errors_measure_the_distance_to_the_truth(tiny_pipeline, tmp_path, monkeypatch):
+    """A network that gives its noisy input back errs by (1 - sqrt(abar))² x0² + (1 - abar) on average."""
+    write_png(Picture(texture(128, 128, seed=2)), tmp_path / "b.png")
+    monkeypatch.setattr(tiny_pipeline.transformer, "forward", lambda x_t, y0, t, prompt: x_t)
+    error = components.prior_errors(tiny_pipeline, tmp_path)["none"].item()
+    truth = read_picture(tmp_path / "b.png").rgb
+    with torch.no_grad():
+        x0 = tiny_pipeline.vae.encode(truth[None]).latents
+    abar = tiny_pipeline.scheduler.alphas_cumprod[components.TIME - 1].item()
+    assert error == pytest.approx((1 - abar**0.5) ** 2 * x0.square().mean().item() + 1 - abar, rel=0.1)
+
+
+def test_the_prior_table_gives_the_paired_difference():
+    retrieved = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    table = components.prior_table({"retrieved": retrieved, "random": retrieved + torch.tensor([0.0, 0.2, 0.0, 0.2])})
+    error = 0.2 / math.sqrt(3) / 2  # the deviation of the differences, over the root of four
+    assert "| retrieved | 2.500000 |  |" in table
+    assert f"| random | 2.600000 | +0.100000 ± {error:.6f} |" in table
+
+
+def test_images_too_small_for_a_patch_are_named(tiny_pipeline, tmp_path):
+    write_png(Picture(texture(128, 127, seed=2)), tmp_path / "narrow.png")
+    with pytest.raises(ImageError, match=r"narrow\.png is 127x128; at least 128x128"):
+        components.prior_errors(tiny_pipeline, tmp_path)
+
+
+def test_the_components_run_from_the_command_line(weights, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_png(Picture(texture(136, 130, seed=1)), folder / "a.png")
+    components.main(["--images", str(folder), "--priors", str(folder), "--weights", str(weights)])
+    output = capsys.readouterr().out
+    assert "RGB PSNR" in output and "| random |" in output
+    with pytest.raises(SystemExit):
+        components.main(["--weights", str(weights)])
