@@ -10,7 +10,7 @@ from patchscaler.grouping import GROUPS, PRESETS
 
 STAGES = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
 NOTES = f"""\
-- Seconds are from the decoded input to the output's pixels, models loaded; the median of the runs. Peak memory is the
+- Seconds are from the decoded input to the output's pixels, models loaded; the fastest of the runs. Peak memory is the
   largest resident set of the measuring process, Python and PyTorch included; on CUDA, PyTorch's own counter.
 - Stand-ins are *work-only*: diffusers classes of the published sizes with random weights, in the same precision. They
   give no picture. They are lower bounds: no control network, text encoder, guidance or colour fix. Their seconds are

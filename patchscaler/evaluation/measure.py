@@ -6,7 +6,6 @@ python -m patchscaler.evaluation.measure '{"kind": "ours", ...}' prints a line o
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -36,6 +35,8 @@ ONE, TWO = (SamplingPlan(1, 0, start=(2, 2, 2), steps=(n, n, n)) for n in (1, 2)
 
 def in_new_process(task: dict, timeout: float = 900) -> dict:
     """Measure in a new process. RuntimeError with the last line that it wrote to stderr if it fails."""
+    about = [f"{key} {task[key]}" for key in ("device", "name", "tiles", "plan") if key in task]
+    print(f"measuring {task['kind']}: {', '.join(about)}", file=sys.stderr)
     command = [sys.executable, "-m", __name__, json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
@@ -56,9 +57,10 @@ def tiled(image: str | Path, tiles: int) -> Picture:
 
 
 def ours(task: dict) -> dict:
-    """A plan on `tiled`: the run of median time, its groups and stages, FLOPs of each, and the peak memory.
+    """A plan on `tiled`: the fastest run, its groups and stages, FLOPs of each, and the peak memory.
 
-    Seconds are wall time from the decoded input to the pixels of the output, models loaded.
+    Seconds are wall time from the decoded input to the pixels of the output, models loaded. The task's ``work`` is
+    that of another plan on the same picture, whose counting takes longer than a run; without it, it is counted.
     """
     device, plan = torch.device(task["device"]), SamplingPlan.from_json(json.dumps(task["plan"]))
     pipeline = load_pipeline(task["weights"], device)
@@ -69,9 +71,9 @@ def ours(task: dict) -> dict:
         begin = time.perf_counter()
         analysis, result = _whole(pipeline, picture, plan)
         runs.append((time.perf_counter() - begin, result))
-    seconds, result = sorted(runs, key=lambda timed: timed[0])[(len(runs) - 1) // 2]
+    seconds, result = min(runs, key=lambda timed: timed[0])
     peak = peak_memory(device)
-    flops = _stage_flops(pipeline, picture, result)
+    work = task.get("work") or count_work(pipeline, picture)
     return {
         "seconds": seconds,
         "runs": len(runs),
@@ -82,19 +84,20 @@ def ours(task: dict) -> dict:
         "large_patches": large_patches(analysis, plan),
         "group_seconds": [group.seconds for group in result.groups],
         "stages": result.seconds,
-        "flops": flops,
+        "work": work,
+        "flops": _stage_flops(work, result),
         "dtype": result.dtype,
     }
 
 
 def standin(task: dict) -> dict:
-    """Encode, one step and decode of a stand-in's tile: median seconds, FLOPs, and the peak memory of it all."""
+    """Encode, one step and decode of a stand-in's tile: shortest seconds, FLOPs, and the peak memory of it all."""
     device = torch.device(task["device"])
     kind, dtype = standins.STANDINS[task["name"]], pick_dtype(device)
     flops = standins.count_flops(kind)
     with torch.inference_mode():
         calls = standins.ready(kind, device, dtype)
-        seconds = {name: _median_seconds(call, device, budget=task["budget"]) for name, call in calls.items()}
+        seconds = {name: _shortest_seconds(call, device, budget=task["budget"]) for name, call in calls.items()}
     return {"seconds": seconds, "flops": flops, "peak_bytes": peak_memory(device), "dtype": str(dtype)[6:]}
 
 
@@ -113,7 +116,7 @@ def rates(task: dict) -> dict:
         t = torch.tensor([500], device=device)
         with FlopCounterMode(display=False) as counter:
             dit(x_t, y0, t, keys)
-        seconds = _median_seconds(lambda: dit(x_t, y0, t, keys), device, budget=task["budget"])  # noqa: B023
+        seconds = _shortest_seconds(lambda: dit(x_t, y0, t, keys), device, budget=task["budget"])  # noqa: B023
         own = [matrix_seconds(shape, dtype, device, task["budget"] / 8) * n for shape, n in dit_products(dit).items()]
         work = sum(2 * m * k * n * times for (m, k, n), times in dit_products(dit).items())
         large = (2048, 2048, 2048)
@@ -138,10 +141,10 @@ def dit_products(dit: PatchDiT) -> dict[tuple[int, int, int], int]:
 
 
 def matrix_seconds(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, budget: float) -> float:
-    """Median seconds of a linear layer that multiplies MxK by KxN."""
+    """Shortest seconds of a linear layer that multiplies MxK by KxN."""
     m, k, n = shape
     x, weight, bias = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (n, k), (n,)))
-    return _median_seconds(lambda: F.linear(x, weight, bias), device, budget)
+    return _shortest_seconds(lambda: F.linear(x, weight, bias), device, budget)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -170,11 +173,19 @@ def _whole(pipeline: PatchScalerPipeline, picture: Picture, plan: SamplingPlan) 
     return analysis, result
 
 
-def _stage_flops(pipeline: PatchScalerPipeline, picture: Picture, result: Result) -> dict[str, int]:
-    """FLOPs of every stage and group of a result, counted on two short runs over the same picture.
+def _stage_flops(work: dict[str, float], result: Result) -> dict[str, float]:
+    """FLOPs of every stage and group of a result."""
+    flops = {stage: work[stage] for stage in ("encode", "restore", "retrieve", "decode")}
+    for group in result.groups:
+        flops[group.name] = group.evaluations * work["evaluation"] + group.patches * work["prompt"]
+    return flops
 
-    What a second step adds to a first is one evaluation of each patch. The stages of the analysis are told apart
-    by the networks that they call.
+
+def count_work(pipeline: PatchScalerPipeline, picture: Picture) -> dict[str, float]:
+    """FLOPs of the stages of any plan, of one evaluation of a patch, and of its prompt's keys.
+
+    Counted on two short runs: what a second step adds to a first is one evaluation of each patch. The stages of the
+    analysis are told apart by the networks that they call.
     """
     counts = dict.fromkeys(("encode", "restore", "decode"), 0)
     with FlopCounterMode(display=False) as counter:
@@ -197,10 +208,7 @@ def _stage_flops(pipeline: PatchScalerPipeline, picture: Picture, result: Result
                 delattr(module, method)
     patches = len(analysis.grid)
     evaluation = (sampling[1] - sampling[0]) / patches
-    once = sampling[0] / patches - evaluation  # keys of the prompt
-    for group in result.groups:
-        counts[group.name] = round(group.evaluations * evaluation + group.patches * once)
-    return counts
+    return {**counts, "evaluation": evaluation, "prompt": sampling[0] / patches - evaluation}
 
 
 def _counted(function: Callable, counter: FlopCounterMode, counts: dict[str, int], stage: str) -> Callable:
@@ -214,18 +222,16 @@ def _counted(function: Callable, counter: FlopCounterMode, counts: dict[str, int
     return call
 
 
-def _median_seconds(call: Callable[[], Tensor], device: torch.device, budget: float, most: int = 1000) -> float:
-    """Median over as many calls as fit into ``budget`` seconds. A first one warms up, unless it alone fills that."""
+def _shortest_seconds(call: Callable[[], Tensor], device: torch.device, budget: float, most: int = 1000) -> float:
+    """The shortest of as many calls as fit into ``budget`` seconds; what else runs here only ever makes one longer."""
     times: list[float] = []
-    while len(times) < 2 or (sum(times) < budget and len(times) < most):
-        if times and times[0] >= budget:
-            return times[0]
+    while not times or (sum(times) < budget and len(times) < most):
         begin = time.perf_counter()
         call()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+    return min(times)
 
 
 KINDS = {"ours": ours, "stand-in": standin, "rates": rates}
