@@ -67,9 +67,15 @@ class Bands:
     """
 
     def __init__(
-        self, pipeline: PatchScalerPipeline, picture: Picture, plan: SamplingPlan, seed: int = 0, batch_size: int = 64
+        self,
+        pipeline: PatchScalerPipeline,
+        picture: Picture,
+        plan: SamplingPlan,
+        seed: int = 0,
+        batch_size: int | None = None,
     ) -> None:
-        self.pipeline, self.picture, self.plan, self.seed, self.batch_size = pipeline, picture, plan, seed, batch_size
+        self.pipeline, self.picture, self.plan, self.seed = pipeline, picture, plan, seed
+        self.batch_size = pipeline.fitting_batch(batch_size)
         self.device = pipeline._execution_device
         self.channels = pipeline.transformer.config.channels
         self.height, self.width = SCALE * picture.height, SCALE * picture.width
@@ -169,11 +175,13 @@ class Bands:
         members = {group: (assignment == group).nonzero()[:, 0] for group in range(len(GROUPS))}
         x0 = torch.empty_like(y0)
         task = Patches(y0.cpu(), cut(noise), prompt, x0)
+        busy = [0.0] * (1 + len(self.pipeline.copies))  # seconds of each device
         for step in self.pipeline.sample(task, members, self.plan, self.batch_size):
             for group, seconds in step.seconds.items():
                 self.spent[group] += seconds
+                busy[step.device] += seconds
         self.counts = [before + len(members[group]) for group, before in enumerate(self.counts)]
-        self.seconds["refine"] = sum(self.spent)
+        self.seconds["refine"] += max(busy)
         return x0
 
     def _finished(self, top: int, bottom: int, decoded: Rows, reference: Rows) -> np.ndarray:

@@ -9,7 +9,7 @@ import queue
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 
 import torch
@@ -43,11 +43,15 @@ class Batch:
     def evaluations(self, plan: SamplingPlan) -> int:
         return sum(plan.steps[group] * len(members) for group, members in self.members.items())
 
-    def halves(self) -> list[Batch]:
-        """Two batches of half the size, each of all groups that have two patches."""
-        first = {group: members[: (len(members) + 1) // 2] for group, members in self.members.items()}
-        second = {group: members[len(first[group]) :] for group, members in self.members.items()}
-        return [Batch(first), Batch({group: members for group, members in second.items() if len(members)})]
+    def parts(self, count: int) -> list[Batch]:
+        """Up to ``count`` batches, none empty, that share out the patches of every group."""
+        groups = torch.cat([torch.full_like(members, group) for group, members in self.members.items()])
+        indices = torch.cat([*self.members.values()])
+        parts = []
+        for first in range(min(count, len(self))):
+            own, part = groups[first::count], indices[first::count]
+            parts.append(Batch({group: part[own == group] for group in self.members if (own == group).any()}))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Step:
     patches: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     evaluations: int = 0  # in patches; negative where a batch is to be made again, in halves
+    device: int = 0  # which of the networks did it
 
 
 def make_batches(members: Mapping[int, Tensor], plan: SamplingPlan, size: int) -> list[Batch]:
@@ -84,34 +89,49 @@ def make_batches(members: Mapping[int, Tensor], plan: SamplingPlan, size: int) -
     return [*batches, Batch(filling)] if filling else batches
 
 
+def place(batches: Sequence[Batch], plan: SamplingPlan, devices: int) -> list[Batch]:
+    """The batches for so many devices, the costliest first. Where they are few, each is cut into a part for each."""
+    ordered = sorted(batches, key=lambda batch: -batch.evaluations(plan))
+    whole = len(ordered) - len(ordered) % devices if len(ordered) >= 4 * devices else 0
+    return ordered[:whole] + [part for batch in ordered[whole:] for part in batch.parts(devices)]
+
+
+def makespan(seconds: Sequence[float], devices: int) -> float:
+    """When the last device is done with batches that take so long, each device taking the first one that is left."""
+    ends = [0.0] * devices
+    for each in seconds:
+        ends[ends.index(min(ends))] += each
+    return max(ends)
+
+
 def sample_batches(
     networks: Sequence[PatchDiT], scheduler: Scheduler, plan: SamplingPlan, patches: Patches, batches: Sequence[Batch]
 ) -> Iterator[Step]:
     """Sample all ``batches`` of the patches, and yield a Step after every evaluation of each.
 
-    Each network, on a device of its own, takes the costliest batch that is left. Close the generator to stop.
+    Several networks, each on a device of its own, take the costliest batch that is left. Close the generator to stop.
     A batch for which memory is short is made again in halves; a single patch for which it is raises OutOfMemory.
     """
     if len(networks) == 1:
         yield from _work(networks[0], scheduler, plan, patches, deque(batches))
         return
-    todo = deque(sorted(batches, key=lambda batch: -batch.evaluations(plan)))
+    todo = deque(place(batches, plan, len(networks)))
     steps: queue.SimpleQueue = queue.SimpleQueue()
     stopped = Event()
 
-    def work(network: PatchDiT) -> None:
+    def work(device: int, network: PatchDiT) -> None:
         last = None
         try:
             with closing(_work(network, scheduler, plan, patches, todo)) as running:
                 for step in running:
-                    steps.put(step)
+                    steps.put(replace(step, device=device))
                     if stopped.is_set():
                         break
         except BaseException as error:  # it is raised where the steps are read
             last = error
         steps.put(last)
 
-    threads = [Thread(target=work, args=(network,), daemon=True) for network in networks]
+    threads = [Thread(target=work, args=each, daemon=True) for each in enumerate(networks)]
     try:
         for thread in threads:
             thread.start()
@@ -153,7 +173,7 @@ def _work(
             if len(batch) == 1:
                 raise out_of_memory(device) from None
         release(device)
-        todo.extendleft(reversed(batch.halves()))
+        todo.extendleft(reversed(batch.parts(2)))
         yield Step(evaluations=-done)
 
 
@@ -180,6 +200,14 @@ def _sample(
         each = clock.lap(wait=last) / sum(shares.values())
         yield Step(steps, active, {group: each * share for group, share in shares.items()}, sum(active.values()))
         clock.lap(wait=False)
+
+
+def patch_bytes(network: PatchDiT, length: int) -> int:
+    """About what one patch of a batch takes on the device of ``network``, for a prompt of ``length`` tokens."""
+    config = network.config
+    tokens = (config.size // config.patch) ** 2
+    values = 2 * config.depth * length + 16 * tokens  # keys and values; states of a block and what it makes of them
+    return values * config.width * network.dtype.itemsize
 
 
 def predictor(network: PatchDiT, y0: Tensor, prompt: Tensor) -> Predict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -28,6 +28,7 @@ def load_pipeline(
     source: str | Path = DEFAULT_WEIGHTS,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    devices: Sequence[str | torch.device] = (),
 ) -> PatchScalerPipeline:
     """Load what ``PatchScalerPipeline.save_pretrained`` wrote, ready to run.
 
@@ -35,14 +36,20 @@ def load_pipeline(
     Only safetensors are read, only classes of this package and of diffusers are built, and a missing or
     unexpected component, config key or weight raises CheckpointError, where diffusers would only warn. So does
     a file that is not as the folder's SHA256SUMS has it; a folder without that list is taken as it is.
+
+    Of several ``devices``, in place of ``device``, the first runs everything, the others refine patches beside it.
     """
-    device = pick_device(device)
+    if devices and device is not None:
+        raise ValueError("both device and devices are given")
+    device, *others = map(pick_device, devices or [device])
     dtype = dtype or pick_dtype(device)
     folder = _folder(source)
     _check_checksums(folder)
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
     components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
-    return PatchScalerPipeline(**components).to(device)
+    pipeline = PatchScalerPipeline(**components).to(device)
+    pipeline.refine_on(others)
+    return pipeline
 
 
 def write_checksums(folder: Path) -> None:

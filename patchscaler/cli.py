@@ -52,6 +52,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--start", type=_three, metavar="T1,T2,T3", help="start time of simple, medium, hard: 1 to 1000")
     add("--steps", type=_three, metavar="N1,N2,N3", help="sampling steps of simple, medium, hard")
     add_pipeline_options(upscale)
+    add("--devices", type=lambda text: text.split(","), metavar="A,B", help="in place of --device: refine on several")
+    add("--compile", action="store_true", help="compile Patch-DiT first: pays for many images, needs a C++ compiler")
     add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
     add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
     add("--large", action="store_true", help="take larger pictures too, in bands, and write these as NAME.tif")
@@ -75,14 +77,19 @@ def run(args: argparse.Namespace) -> int:
         plan = _plan(args)
         sources = _sources(args.inputs)
         outputs = _outputs(sources, args)
-        device = pick_device(args.device)
+        devices = [pick_device(name) for name in args.devices or [args.device]]
+        if args.devices and args.device:
+            raise UsageError("--device and --devices are both given")
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     try:
-        pipeline = load_pipeline(args.weights, device=device)
+        pipeline = load_pipeline(args.weights, devices=devices)
     except CheckpointError as error:
         return _complain(str(args.weights), error)
+
+    if args.compile:
+        pipeline.compile()
 
     reports, failed = [], 0
     for source, output in zip(sources, outputs, strict=True):
@@ -106,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
 def _run_on_ray(args: argparse.Namespace) -> int:
     if args.save_stages or args.report or args.large:
         raise UsageError("--save-stages, --report and --large need --engine local; manifest.json has the groups")
+    if args.devices or args.compile:
+        raise UsageError("--devices and --compile need --engine local; each worker has a device of its own")
     try:
         from patchscaler import cluster  # here, because Ray is an extra
     except ImportError as error:

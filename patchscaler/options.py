@@ -19,7 +19,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="whole number from 0 to 2^63 - 1 (default: 0)")
     add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
     add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
-    add("--batch-size", type=positive, default=64, help="patches at once (default: 64)")
+    add("--batch-size", type=positive, help="patches at once (default: 64; on a GPU, by its free memory)")
 
 
 def add_plan_option(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,8 @@ B batch, N patches, C channels, H W pixels, h w latents, V patch side, T timeste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from inspect import isgeneratorfunction
 from pathlib import Path
@@ -17,9 +18,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.batches import Patches, Step, make_batches, sample_batches
+from patchscaler.batches import Patches, Step, make_batches, patch_bytes, sample_batches
 from patchscaler.color import wavelet_color_fix
-from patchscaler.devices import Stopwatch, advising, halving
+from patchscaler.devices import Stopwatch, advising, fitting_batch, halving
 from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
@@ -88,18 +89,43 @@ class PatchScalerPipeline(DiffusionPipeline):
             texture_memory=texture_memory,
             scheduler=scheduler,
         )
+        self.copies: list[PatchDiT] = []  # of Patch-DiT, on the other devices of `refine_on`
+
+    def refine_on(self, others: Sequence[torch.device | str]) -> None:
+        """Refine on these devices besides the pipeline's own, on which the rest stays.
+
+        Each is given a copy of Patch-DiT and, batch by batch, what is costliest of the patches left. To run several on
+        CPU cores, start Python with OMP_NUM_THREADS at the cores of each.
+        """
+        self.copies = [copy.deepcopy(self.transformer).to(device) for device in others]
+
+    def compile(self) -> None:
+        """Have `torch.compile` make Patch-DiT faster, for batches of any size; the first batches wait for it."""
+        for network in (self.transformer, *self.copies):
+            network.compile(dynamic=True)
+
+    def fitting_batch(self, asked: int | None = None) -> int:
+        """Patches at once: as many as asked for, or what suits the device. Raises ValueError if that is below 1."""
+        if asked is None:
+            tokens = self.texture_encoder.config
+            length = tokens.top_k * (tokens.size // tokens.patch) ** 2
+            return fitting_batch(self._execution_device, patch_bytes(self.transformer, length))
+        if asked < 1:
+            raise ValueError(f"batch_size={asked} is below 1")
+        return asked
 
     def __call__(
         self,
         image: Picture | Image.Image | str | Path,
         plan: SamplingPlan | None = None,
         generator: torch.Generator | int | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> Result:
         """Upscale one image x4. ``plan`` is the paper's unless given.
 
         ``generator`` is a seed or a source of one; without it the seed is 0, so that the same image gives the
-        same result. Raises ImageError for an unreadable image and RuntimeError if the networks give NaN.
+        same result. ``batch_size`` counts patches; without it, it is what suits the device. Raises ImageError for
+        an unreadable image and RuntimeError if the networks give NaN.
         """
         # 1. Read the image.
         if isinstance(image, (str, Path)):
@@ -116,9 +142,9 @@ class PatchScalerPipeline(DiffusionPipeline):
 
     @torch.inference_mode()
     @_advised
-    def analyze(self, picture: Picture, batch_size: int = 64) -> Analysis:
+    def analyze(self, picture: Picture, batch_size: int | None = None) -> Analysis:
         """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
-        device = self._execution_device
+        device, batch_size = self._execution_device, self.fitting_batch(batch_size)
         clock = Stopwatch(device)
         seconds = {}
 
@@ -168,7 +194,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         analysis: Restored,
         plan: SamplingPlan,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         color_fix: bool = True,
         by_hand: Mapping[int, int] | None = None,
         earlier: Sampled | None = None,
@@ -187,9 +213,7 @@ class PatchScalerPipeline(DiffusionPipeline):
                 on a CPU the result is bit by bit that of a full run.
             partial: also yield a Partial after every group that changed a patch, but for the last such group.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is below 1")
-        device = self._execution_device
+        device, batch_size = self._execution_device, self.fitting_batch(batch_size)
         clock = Stopwatch(device)
         grid = analysis.grid
 
@@ -217,9 +241,11 @@ class PatchScalerPipeline(DiffusionPipeline):
         runs = [{group: indices} for group, indices in members.items()] if partial else [members]
         total = int(steps[rendered].sum())
         done, decode, spent, finished = 0, 0.0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
+        busy = [0.0] * (1 + len(self.copies))  # seconds of each device
         for run in runs:
             for step in self.sample(patches, run, plan, batch_size):
                 done += step.evaluations
+                busy[step.device] += sum(step.seconds.values())
                 for group, k in step.steps.items():
                     spent[group] += step.seconds[group]
                     yield Progress(group, k, plan.steps[group], step.patches[group], done, total)
@@ -257,7 +283,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             groups=groups,
             seconds={
                 **{name: analysis.seconds[name] for name in ("encode", "restore", "retrieve")},
-                "refine": sum(spent.values()),
+                "refine": max(busy),
                 "decode": analysis.seconds["decode"] + decode,
                 "color": color,
             },
@@ -344,7 +370,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     ) -> Iterator[Step]:
         """Sample the ``members`` of the groups, LongTensors: see `sample_batches`."""
         batches = make_batches(members, plan, batch_size)
-        return sample_batches([self.transformer], self.scheduler, plan, patches, batches)
+        return sample_batches([self.transformer, *self.copies], self.scheduler, plan, patches, batches)
 
 
 class NotFiniteError(RuntimeError):

@@ -194,6 +194,7 @@ def test_plan_from_a_file_with_one_value_replaced(upscale, tmp_path):
         (["a.png"], ["--seed", "-1"], "-1 is outside 0..2^63-1"),
         (["a.png"], ["--seed", "1.5"], "invalid"),
         (["a.png"], ["--batch-size", "0"], "0 is less than 1"),
+        (["a.png"], ["--devices", "cpu,cpu"], "--device and --devices are both given"),
         (["a.png"], ["--device", "abacus"], "abacus"),
     ],
 )
@@ -207,6 +208,15 @@ def test_usage_errors_run_nothing(upscale, tmp_path, names, options, message, ca
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert written(tmp_path) == ["b.png"]
+
+
+def test_several_devices_write_what_one_does(upscale, weights, tmp_path):
+    source = save_image(tmp_path / "a.png")
+    assert upscale("a.png") == 0
+    options = [*QUICK, "--devices", "cpu,cpu", "--weights", str(weights)]
+    assert main(["upscale", str(source), "-o", str(tmp_path / "two"), *options]) == 0
+    one, two = (np.asarray(Image.open(tmp_path / folder / "a.png")) for folder in ("out", "two"))
+    assert np.array_equal(one, two)
 
 
 def test_bad_weights(tmp_path, capsys):

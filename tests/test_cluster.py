@@ -155,6 +155,7 @@ def test_what_would_lose_something_is_refused(tmp_path):
         (["--address", "auto"], "need --engine ray"),
         (["--engine", "ray", "--save-stages"], "need --engine local"),
         (["--engine", "ray", "--report", "r.json"], "need --engine local"),
+        (["--engine", "ray", "--devices", "cpu,cpu"], "need --engine local"),
         (["--engine", "spark"], "invalid choice"),
     ],
 )

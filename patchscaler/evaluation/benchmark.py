@@ -44,7 +44,7 @@ def benchmark(
     out: Path,
     plan: SamplingPlan,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> str:
     """Upscale the first image of each pair, compare it with the second, and write what came of it into `out`.
 
@@ -131,7 +131,7 @@ def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], l
 
 
 def _run_all(
-    pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, seed: int, batch_size: int
+    pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, seed: int, batch_size: int | None
 ) -> dict[str, Result]:
     null_prompt = pipeline.transformer.null_prompt.detach().float().cpu().expand(len(analysis.grid), -1, -1)  # NxLxD
     tasks = {

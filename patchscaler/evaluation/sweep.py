@@ -54,7 +54,9 @@ STEPS = tuple(
 PLANS = tuple(dict.fromkeys(STARTS + STEPS))  # the one in both only once
 
 
-def sweep(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], out: Path, seed: int = 0, batch_size: int = 64) -> str:
+def sweep(
+    pipeline: PatchScalerPipeline, pairs: Sequence[Pair], out: Path, seed: int = 0, batch_size: int | None = None
+) -> str:
     """Run all PLANS on the first image of each pair, which is analysed once, and compare them with the second.
 
     `sweep.csv` has a line for each image and plan, and one for its coarse image, with no start and no steps;
