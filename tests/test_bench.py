@@ -29,6 +29,8 @@ def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monk
     monkeypatch.setattr(bench, "in_new_process", lambda task: measure.KINDS[task["kind"]](task))
     monkeypatch.setattr(bench, "BUDGET", 0.2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = {**bench.machine(), "cores": 2}
+    monkeypatch.setattr(bench, "machine", lambda: here)
     assert main(["bench", "-o", str(tmp_path / "out"), "--weights", str(weights), "--quick"]) == 0
     text = (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
@@ -44,6 +46,9 @@ def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monk
         assert 0 < row["seconds"] < sum(row["stages"].values()) * 1.5
     for rate in found["rates"].values():
         assert 0 < rate["patch_dit"] and 0 < rate["own"] and 0 < rate["large"]
+    check = found["several"]
+    assert check["devices"] == ["cpu", "cpu"] and all(check[name] > 0 for name in ("one", "all", "predicted"))
+    assert "1024², refine on cpu, cpu: " in text and " device | 2 devices | 4 devices | 8 devices |" in text
     assert f"| ours, uniform | 512² | 500 patches | {sum(plans['uniform']['flops'].values()) / 1e12:.2f} |" in text
 
 
@@ -106,6 +111,15 @@ def test_a_stand_in_is_run_and_timed(monkeypatch):
     calls = standins.ready(kind, torch.device("cpu"), torch.float32)
     assert calls["step"]().shape == (1, 4, 32, 32) and calls["decode"]().shape == (1, 3, 64, 64)
     assert calls["step"]().isfinite().all()
+
+
+def test_groups_seconds_are_predicted_for_several_devices():
+    paper, patches, seconds = PRESETS["paper"], (100, 50, 20), (8.0, 7.0, 8.0)  # 10, 10 and 20 ms each
+    one, *more = (measure.predict(patches, seconds, paper, devices) for devices in (1, 2, 4, 8))
+    assert one == pytest.approx(23)
+    for devices, predicted in zip((2, 4, 8), more):
+        assert 23 / devices <= predicted < 1.2 * 23 / devices
+    assert measure.predict((0, 1, 0), (0, 3.0, 0), paper, 8) == pytest.approx(3)  # a patch is on one device
 
 
 def test_totals_and_linearity():

@@ -73,9 +73,21 @@ def _device(device: str, common: dict, quick: bool) -> dict:
                 del result["work"], result["flops"]
             if name == "paper":
                 found["scaling"][str(side)] = result
+    found["several"] = _several(device, common)
     for name in () if quick else STANDINS:
         found["stand-ins"][name] = in_new_process({"kind": "stand-in", "name": name, "budget": BUDGET, **common})
     return found
+
+
+def _several(device: str, common: dict) -> dict | None:
+    """The refinement on all GPUs, or on two workers that have half of the cores each; None where there is but one."""
+    devices, task = ["cpu", "cpu"], {"kind": "several", "plan": asdict(PRESETS["paper"]), "tiles": 2, "repeats": 2}
+    if device == "cpu":
+        task["threads"] = machine()["cores"] // 2
+    else:
+        devices = [f"{device}:{index}" for index in range(torch.accelerator.device_count())]
+    few = task.get("threads") == 0 or len(devices) < 2
+    return None if few else in_new_process({**common, **task, "devices": devices})
 
 
 def machine() -> dict:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from patchscaler.evaluation.measure import predict
 from patchscaler.evaluation.standins import STANDINS, TILE, tiles
 from patchscaler.grouping import GROUPS, PRESETS
 
 STAGES = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
+DEVICES = (1, 2, 4, 8)
 NOTES = f"""\
 - Seconds are from the decoded input to the output's pixels, models loaded; the fastest of the runs. Peak memory is the
   largest resident set of the measuring process, Python and PyTorch included; on CUDA, PyTorch's own counter.
@@ -34,7 +36,7 @@ def markdown(report: dict) -> str:
         if found is None:
             lines.append("not measured: PyTorch finds no such device here.")
             continue
-        sections = [_rates(found), _methods(found), _stages(found), _scaling(found), _ratios(found)]
+        sections = [_rates(found), _methods(found), _stages(found), _scaling(found), _several(found), _ratios(found)]
         for section in filter(None, sections):
             lines += [*section, ""]
         lines.pop()
@@ -108,11 +110,33 @@ def _scaling(found: dict) -> list[str]:
     return lines
 
 
+def _several(found: dict) -> list[str]:
+    """What several devices would give, by the cost model, and how good that is where it can be measured."""
+    lines = _head("paper's plan, refine / whole run, predicted", *(f"{n} device{'s' * (n > 1)}" for n in DEVICES))
+    for side, plans in found["ours"].items():
+        row, cells = plans["paper"], []
+        one = row["stages"]["refine"]
+        for devices in DEVICES:
+            refine = predict(row["patches"], row["group_seconds"], PRESETS["paper"], devices)
+            whole = row["seconds"] - one + refine
+            cells.append(f"{_s(refine)} ({one / refine:.2f}x) / {_s(whole)} ({row['seconds'] / whole:.2f}x)")
+        lines.append(_line(f"{side}²", *cells))
+    check = found["several"]
+    if check is None:
+        return [*lines, "", "The prediction is not checked: there is but one such device."]
+    names = ", ".join(check["devices"])
+    check = {name: _s(check[name]) for name in ("one", "all", "predicted")}
+    text = f"1024², refine on {names}: {check['all']}; predicted {check['predicted']} from {check['one']} on the first."
+    return [*lines, "", text + (" Each has half of the cores." if "cpu" in names else "")]
+
+
 def _ratios(found: dict) -> list[str]:
     lines = []
     for side, plans in found["ours"].items():
-        paper, uniform = (plans[name]["stages"]["refine"] for name in ("paper", "uniform"))
-        lines.append(f"- {side}², refine, paper's plan / uniform: {paper / uniform:.2f}")
+        paper, uniform = plans["paper"], plans["uniform"]
+        evaluations = paper["evaluations"] / uniform["evaluations"]
+        seconds = paper["stages"]["refine"] / uniform["stages"]["refine"]
+        lines.append(f"- {side}², refine, paper's plan / uniform: evaluations {evaluations:.2f}, seconds {seconds:.2f}")
     if "sd" in found["stand-ins"]:
         for side, plans in found["ours"].items():
             evaluations, seconds, _ = pgs_total(plans["paper"], found["stand-ins"]["sd"])

@@ -6,10 +6,11 @@ python -m patchscaler.evaluation.measure '{"kind": "ours", ...}' prints a line o
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchscaler.batches import make_batches, makespan, place
 from patchscaler.checkpoints import load_pipeline
 from patchscaler.devices import pick_dtype
 from patchscaler.evaluation import standins
@@ -26,7 +28,7 @@ from patchscaler.images import Picture
 from patchscaler.models import PatchDiT
 from patchscaler.patches import PatchGrid, split
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Analysis, Result
+from patchscaler.records import Analysis, Progress, Result
 
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it
 BATCH = 64  # patches of Patch-DiT at once
@@ -34,11 +36,15 @@ ONE, TWO = (SamplingPlan(1, 0, start=(2, 2, 2), steps=(n, n, n)) for n in (1, 2)
 
 
 def in_new_process(task: dict, timeout: float = 900) -> dict:
-    """Measure in a new process. RuntimeError with the last line that it wrote to stderr if it fails."""
+    """Measure in a new process, of the task's number of threads if it has one.
+
+    Raises RuntimeError with the last line that it wrote to stderr if it fails.
+    """
     about = [f"{key} {task[key]}" for key in ("device", "name", "tiles", "plan") if key in task]
     print(f"measuring {task['kind']}: {', '.join(about)}", file=sys.stderr)
     command = [sys.executable, "-m", __name__, json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    threads = {"OMP_NUM_THREADS": str(task["threads"])} if "threads" in task else {}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **threads})
     if done.returncode:
         raise RuntimeError(f"{task}: {done.stderr.strip().rpartition(chr(10))[2]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -88,6 +94,46 @@ def ours(task: dict) -> dict:
         "flops": _stage_flops(work, result),
         "dtype": result.dtype,
     }
+
+
+def several(task: dict) -> dict:
+    """Seconds of a refinement on the first of the task's devices alone, on all of them, and predicted for these."""
+    pipeline = load_pipeline(task["weights"], task["devices"][0])
+    plan = SamplingPlan.from_json(json.dumps(task["plan"]))
+    analysis = pipeline.analyze(tiled(task["image"], task["tiles"]))
+    seconds = []
+    for others in ([], task["devices"][1:]):
+        pipeline.refine_on(others)
+        runs = []
+        for _ in range(1 + task["repeats"]):  # the first one warms up
+            begin = time.perf_counter()
+            for event in pipeline.refine(analysis, plan):
+                if isinstance(event, Progress) and event.done == event.total:
+                    elapsed = time.perf_counter() - begin
+            runs.append((elapsed, event))
+        seconds.append(min(elapsed for elapsed, _ in runs[1:]))
+        if not others:
+            _, alone = min(runs[1:], key=lambda timed: timed[0])
+    groups = [group.patches for group in alone.groups], [group.seconds for group in alone.groups]
+    predicted = predict(*groups, plan, len(task["devices"]), pipeline.fitting_batch())
+    return {"devices": task["devices"], "one": seconds[0], "all": seconds[1], "predicted": predicted}
+
+
+def predict(
+    patches: Sequence[int], seconds: Sequence[float], plan: SamplingPlan, devices: int, batch_size: int = BATCH
+) -> float:
+    """Seconds of the refinement on so many devices, from the patches and the seconds of each group on one.
+
+    The cost model: an evaluation of a group's patch takes what it took on average; batches go to devices as
+    `sample_batches` hands them out.
+    """
+    each = [spent / max(1, count * steps) for count, spent, steps in zip(patches, seconds, plan.steps)]
+    members = {group: torch.arange(count) for group, count in enumerate(patches)}
+    costs = [
+        sum(each[group] * plan.steps[group] * len(indices) for group, indices in batch.members.items())
+        for batch in place(make_batches(members, plan, batch_size), plan, devices)
+    ]
+    return makespan(costs, devices)
 
 
 def standin(task: dict) -> dict:
@@ -234,7 +280,7 @@ def _shortest_seconds(call: Callable[[], Tensor], device: torch.device, budget: 
     return min(times)
 
 
-KINDS = {"ours": ours, "stand-in": standin, "rates": rates}
+KINDS = {"ours": ours, "stand-in": standin, "rates": rates, "several": several}
 
 if __name__ == "__main__":
     task = json.loads(sys.argv[1])

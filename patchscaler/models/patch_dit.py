@@ -123,7 +123,7 @@ class DiTBlock(nn.Module):
         query, key, value = self._split(self.qkv(modulate(x, shift, scale)), 3)  # each N×heads×L'×D/heads
         x = torch.addcmul(x, gate, self.out(self._attend(query, key, value)))
         (query,) = self._split(self.cross_query(x), 1)
-        keys, values = (part.expand(len(x), -1, -1, -1) for part in prompt)
+        keys, values = (part.expand(x.shape[0], -1, -1, -1) for part in prompt)
         seen = self.cross_out(self._attend(query, keys, values))
         x = torch.addcmul(x, 1 + cross_scale, seen)  # the dimension-wise scaling from the time embedding
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(x, mlp_shift, mlp_scale)))
