@@ -81,6 +81,26 @@ def read(tmp_path):
 
 
 @pytest.fixture
+def memory_for(monkeypatch):
+    """`memory_for(n)`: Patch-DiT has memory for n patches at once. Gives the list of the sizes that are asked for."""
+    forward = PatchDiT.forward
+
+    def limit(most: int) -> list[int]:
+        sizes = []
+
+        def short(self, x_t, *args, **options):
+            sizes.append(len(x_t))
+            if len(x_t) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(self, x_t, *args, **options)
+
+        monkeypatch.setattr(PatchDiT, "forward", short)
+        return sizes
+
+    return limit
+
+
+@pytest.fixture
 def upload_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
 

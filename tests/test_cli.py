@@ -149,6 +149,22 @@ def test_failure_while_sampling_leaves_nothing(upscale, tmp_path, monkeypatch, c
     assert "a.png: out of memory" in capsys.readouterr().err
 
 
+def test_memory_that_runs_out_costs_time_or_ends_with_advice(upscale, tmp_path, memory_for, capsys):
+    """Row 25 of the table that tests/service.py names."""
+    save_image(tmp_path / "a.png")
+    assert upscale("a.png") == 0
+    expected = (tmp_path / "out" / "a.png").read_bytes()
+    sizes = memory_for(1)
+    assert upscale("a.png") == 0 and max(sizes) > 1
+    assert (tmp_path / "out" / "a.png").read_bytes() == expected
+    (tmp_path / "out" / "a.png").unlink()
+    memory_for(0)
+    assert upscale("a.png") == 1 and written(tmp_path) == []
+    assert "a.png: not enough memory on cpu, even in the smallest pieces: close" in capsys.readouterr().err
+    memory_for(10**6)
+    assert upscale("a.png") == 0 and written(tmp_path) == ["a.png"]
+
+
 def test_stages(upscale, tmp_path):
     save_image(tmp_path / "a.gif")
     assert upscale("a.gif", options=["--save-stages"]) == 0

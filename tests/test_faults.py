@@ -48,6 +48,7 @@ def image(service):
     yield service.upload("photo.png", encoded(picture, "PNG"))
     service.watch.fault = None
     wait_until(lambda: service.jobs.state()["running_seconds"] is None and not service.jobs.state()["waiting"])
+    wait_until(lambda: service.watch.running == 0 and not any(service.page._queue.active_jobs))
     assert service.health()["status"] == "ok" and service.watch.running == 0
 
 
@@ -203,6 +204,21 @@ def test_small_jobs_cannot_pile_up_without_end(service, image, monkeypatch):
         wait_until(lambda: service.jobs.state()["waiting"] == 2)
         assert "2 jobs wait already; the limit is 2" in service.run("too many", image, QUICK_DIALS)["error"]
         assert "2 jobs wait already" in service.call(image)
+
+
+def test_memory_that_runs_out_costs_time_or_ends_with_advice(service, image, memory_for):
+    """Row 25, by page and API. Tiles and the real lack of memory: test_tiles.py. The command line: test_cli.py."""
+    expected = file_of(service, service.call(image, QUICK, seed=7)[0])
+    sizes = memory_for(2)
+    called = file_of(service, service.call(image, QUICK, seed=7)[0])
+    shown = file_of(service, service.run("short", image, QUICK_DIALS)["final"])
+    assert called == shown == expected and max(sizes) > 2 >= min(sizes)
+    memory_for(0)
+    for text in (service.run("none", image, (*QUICK_DIALS[:8], 8))["error"], service.call(image, QUICK, seed=8)):
+        assert "not enough memory" in text and "smaller" in text
+    memory_for(10**6)
+    assert file_of(service, service.call(image, QUICK, seed=7)[0]) == expected
+    assert "final" in service.run("none", image, (*QUICK_DIALS[:8], 8))
 
 
 @pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, OSError])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -151,7 +152,35 @@ def test_a_seed_is_a_whole_number_up_to_the_limit_and_is_echoed(service, image, 
         assert report["seed"] == seed and picture(service, file).text["seed"] == str(int(seed))
 
 
-def test_wrong_requests_are_errors(service, image):
+@pytest.mark.parametrize("value", [None, [], ["Final"], "", "final", 1, True, {"a": 1}, "x" * 10_000])
+def test_a_choice_or_checkbox_that_the_page_does_not_offer_is_an_error(service, image, value, capfd):
+    """Row 16."""
+    service.run("choices", image, DIALS)
+    for name, element in (
+        ("preset_chosen", "preset"), ("numbered", "mode"), ("brushed", "mode"), ("compared", "left"),
+        ("zoomed", "right"), ("zoomed", "factor"),
+    ):  # fmt: skip
+        answer = service.light(name, "choices", image, **{element: value})
+        assert answer.status_code == 500 and "is none of" in answer.json()["error"], (name, element)
+        assert len(answer.text) < 1000
+    if value is not True:
+        for element in ("color-fix", "uniform"):
+            error = service.run(f"{element} {str(value)[:9]}", image, **{element: value})["error"]
+            assert "is neither true nor false" in error and len(error) < 1000
+        assert "is neither true nor false" in service.call(image, color_fix=value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", range(9))
+def test_a_message_is_short_however_long_the_value(service, image, place):
+    """Rows 13 and 15."""
+    dials = [*DIALS]
+    dials[place] = "y" * 100_000
+    assert len(service.run(f"long {place}", image, tuple(dials))["error"]) < 1000
+    assert len(service.call(image, seed="y" * 100_000)) < 1000
+
+
+def test_wrong_requests_are_errors(service, image, capfd):
     """Row 17."""
     for data in ([], [image], [image] * 5, [0.9, 0.1]):
         event = service.web.post(f"{API}/call/upscale", json={"data": data}).json()["event_id"]
@@ -178,8 +207,11 @@ def test_wrong_requests_are_errors(service, image):
             answer = service.web.post(f"{API}/{path}", content=content, headers={"content-type": "application/json"})
             assert 400 <= answer.status_code < 500, (path, content[:9])
     assert service.web.get("/nope").status_code == 404
-    with suppress(httpx.RemoteProtocolError):  # Gradio cuts it off
-        service.web.get(f"{API}/call/upscale/nope")
+    capfd.readouterr()
+    for path in ("call/upscale/nope", "queue/data?session_hash=nope"):
+        with suppress(httpx.RemoteProtocolError):  # it is cut off
+            service.web.get(f"{API}/{path}")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_bodies_over_the_limit_are_refused(service):
@@ -211,12 +243,24 @@ def test_bodies_over_the_limit_are_refused(service):
     assert post(f"{API}/upload", files={"files": ("fits.png", bytes(20 * 2**20))}).status_code == 200
 
 
-def test_a_full_disk_takes_no_uploads(service, monkeypatch):
-    """Row 18, in sum: uploads stay for an hour, however many there are."""
+def test_a_full_disk_takes_no_uploads(service, image, monkeypatch):
+    """Row 18, in sum: uploads and pictures of moved dials stay for an hour, however many there are."""
     usage = type("Usage", (), {"free": 10**6})
     monkeypatch.setattr("patchscaler.ui.doorkeeper.shutil.disk_usage", lambda folder: usage)
     answer = service.web.post(f"{API}/upload", files={"files": ("a.png", b"abc")})
-    assert answer.status_code == 507 and "disk is full" in answer.text
+    for refused in (answer, service.begin(image=image), service.light("regrouped", "full", image)):
+        assert refused.status_code == 507 and "disk is full" in refused.text
+
+
+@pytest.mark.parametrize("path", ["upload", "queue/join"])
+def test_a_body_that_does_not_go_on_is_given_up(service, monkeypatch, path):
+    """Row 18."""
+    monkeypatch.setattr("patchscaler.ui.doorkeeper.BODY_SECONDS", 0.2)
+    url = httpx.URL(service.address)
+    with socket.create_connection((url.host, url.port), timeout=10) as slow:
+        head = f"POST {API}/{path} HTTP/1.1\r\nHost: {url.host}:{url.port}\r\nContent-Length: 9000\r\n"
+        slow.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n".encode())
+        assert b"408" in slow.recv(1000)
 
 
 def test_heavy_events_cannot_be_run_past_the_queue(service, image):
@@ -258,7 +302,7 @@ def test_no_file_but_uploads_and_results_is_served(service, tmp_path):
         f"{API}/file/http://169.254.169.254/latest/meta-data",
         f"{API}/proxy=http://127.0.0.1/",
         f"{API}/proxy=http://169.254.169.254/",
-        *(f"{API}/{name}" for name in ("dev/reload", "vibe-code", "stream/x", "mcp/sse")),
+        *(f"{API}/{name}" for name in ("dev/reload", "vibe-code", "stream/x", "mcp/sse", "deep_link?session_hash=x")),
         "/monitoring",
         "/docs",
         "/openapi.json",

@@ -25,11 +25,11 @@ from patchscaler.pipeline import SCALE
 from patchscaler.records import Result
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
 from patchscaler.ui.dials import plan_of, seed_of
-from patchscaler.ui.errors import explain
+from patchscaler.ui.errors import explain, shortened
 from patchscaler.ui.gpu import Order
 from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.serving import mcp_wanted
-from patchscaler.ui.studies import Study
+from patchscaler.ui.studies import Study, whole_pictures
 from patchscaler.ui.views import ByHand, new_folder, save_final, stem
 
 PAPER = SamplingPlan.paper()
@@ -104,7 +104,10 @@ class Endpoints:
                 raise _refusal("confidence is not a list of numbers")
             assignment = _assign(tensor(confidence), plan, by_hand)
             return None, _grouped(plan, assignment, by_hand)
-        path = _path("analysis", analysis)
+        return self._regroup(_path("analysis", analysis), plan, by_hand)
+
+    @whole_pictures()
+    def _regroup(self, path: str, plan: SamplingPlan, by_hand: ByHand) -> tuple[dict, dict]:
         try:
             loaded = read_analysis(path, self._handlers.pipeline, self._weights)
         except AnalysisFileError as error:
@@ -281,7 +284,7 @@ def _assign(confidence: Tensor, plan: SamplingPlan, by_hand: ByHand) -> Tensor:
 
 def _refusal(text: str, title: str = "These settings do not work") -> gr.Error:
     """Of a program's request: as it is, and not as HTML."""
-    return gr.Error(text, title=title, print_exception=False)
+    return gr.Error(shortened(text), title=title, print_exception=False)
 
 
 def _plain(error: Exception) -> gr.Error:

@@ -21,7 +21,7 @@ from patchscaler.ui.errors import explain, visible_error
 from patchscaler.ui.gpu import Order
 from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.jobs import Stops
-from patchscaler.ui.settings import Settings, checked_batch, checked_plan
+from patchscaler.ui.settings import Settings, checked_batch, checked_flag, checked_plan
 from patchscaler.ui.views import SKIP, new_folder, save_final, save_preview, stem
 
 PREVIEW_SIDE = 1024  # of the pictures in the gallery, in pixels
@@ -78,7 +78,7 @@ class Batch:
         """Upscale file by file. A bad one is reported and the rest go on; Stop keeps what is finished."""
         now = Settings.of(*settings)
         plan, seed = checked_plan(now.dials, now.seed)
-        batch_size = checked_batch(now.batch)
+        batch_size, color_fix = checked_batch(now.batch), checked_flag("color_fix", now.color_fix)
         sources = [file["path"] for file in files or []]
         if not sources or len(sources) > MAX_FILES:
             raise visible_error("No images" if not sources else "Too many images", f"1 to {MAX_FILES} are taken.")
@@ -88,7 +88,7 @@ class Batch:
             waiting = _status("Waiting for the pipeline…", 0, len(sources))
             yield BatchView(waiting, [], "", None, gr.update(interactive=True))
             for place, (source, name) in enumerate(zip(sources, names)):
-                order = Order(source, plan, seed, {}, now.color_fix, batch_size, live=False)
+                order = Order(source, plan, seed, {}, color_fix, batch_size, live=False)
                 said = f"Image {place + 1} of {len(sources)}, {name}"
                 try:
                     async for event in self._handlers.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -21,9 +22,13 @@ log = logging.getLogger(__name__)
 
 MAX_JSON = 1_000_000  # bytes; a page with a thousand patches set by hand sends some 10 kB
 MAX_FILES = 16  # in one upload
-KEPT_FREE = 500_000_000  # bytes of disk that uploads must leave
+KEPT_FREE = 500_000_000  # bytes of disk that uploads and results must leave
+BODY_SECONDS = 30  # without a byte of a body that is not whole
 # Gradio would fetch any public address for anybody, take screen recordings and call methods of components.
-CLOSED = re.compile(r"/gradio_api/(proxy=|file[=/]+\w+:|process_recording|component_server|stream/|dev/|vibe)", re.I)
+# Each link of its deep_link is a folder of files.
+CLOSED = re.compile(
+    r"/gradio_api/(proxy=|file[=/]+\w+:|process_recording|component_server|deep_link|stream/|dev/|vibe)", re.I
+)
 OWN = re.compile(r"https?://[^?#]*/gradio_api/file=([^?#]+)", re.I)  # the address of an upload or result
 BOUNDARY = re.compile(rb'multipart/form-data;.*boundary="?([^";,]+)', re.I)
 
@@ -32,7 +37,8 @@ class Doorkeeper:
     """Middleware that answers
 
     403 for doors that the page does not use and for addresses in place of uploads, 413 for bodies over the limit,
-    507 for uploads when the disk is full, 400 for what Gradio cannot make sense of (there it ends as a traceback).
+    408 for those that do not go on, 507 for whatever may write files when the disk is full, 400 for what Gradio
+    cannot make sense of (there it ends as a traceback).
     """
 
     def __init__(self, app: ASGIApp, max_upload: int) -> None:
@@ -45,7 +51,9 @@ class Doorkeeper:
         elif CLOSED.match(scope["path"]):
             await refusal(403, "not allowed")(scope, receive, send)
         elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self.app(scope, receive, send)
+            await self._pass(scope, receive, send)
+        elif shutil.disk_usage(upload_folder()).free < KEPT_FREE:
+            await refusal(507, "the server's disk is full; try again later")(scope, receive, send)
         elif scope["path"].rstrip("/") == "/gradio_api/upload":
             await self._upload(scope, receive, send)
         else:
@@ -56,8 +64,8 @@ class Doorkeeper:
         try:
             counted = Counted(receive, MAX_JSON)
             body = b"".join([chunk async for chunk in counted])
-        except TooLarge as error:
-            await refusal(413, str(error))(scope, receive, send)
+        except Refused as error:
+            await refusal(error.status, str(error))(scope, receive, send)
             return
         with suppress(ValueError, RecursionError):  # Gradio says what is wrong with that
             data = json.loads(body)
@@ -67,11 +75,15 @@ class Doorkeeper:
             if _names_an_address(data):
                 await refusal(403, "images are uploaded, not fetched from addresses")(scope, receive, send)
                 return
-        answered = False
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replayed() -> Message:
             return unread.pop() if unread else await receive()
+
+        await self._pass(scope, replayed, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answered = False
 
         async def sending(message: Message) -> None:
             nonlocal answered
@@ -79,12 +91,11 @@ class Doorkeeper:
             await send(message)
 
         try:
-            await self.app(scope, replayed, sending)
-        except Exception as error:  # an unknown endpoint or event, most likely; what handlers raise stays in Gradio
-            if answered:
-                raise
-            log.warning("%s: %r", scope["path"], error)
-            await refusal(400, "the page has no answer to this request")(scope, receive, send)
+            await self.app(scope, receive, sending)
+        except Exception as error:  # an unknown endpoint, event or session; what handlers raise stays in Gradio
+            log.warning("%r: %r", scope["path"][:200], error)
+            if not answered:  # or it is cut off
+                await refusal(400, "the page has no answer to this request")(scope, receive, send)
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -98,30 +109,32 @@ class Doorkeeper:
                 answered = True
                 await send(message)
 
-        if shutil.disk_usage(upload_folder()).free < KEPT_FREE:
-            await refusal(507, "the server's disk is full; try again later")(scope, receive, send)
-            return
-        with suppress(TooLarge):
+        with suppress(Refused):
             counted.expect(headers.get(b"content-length", b""))
             await self.app(scope, counted.receive, sending)
         if counted.error and not answered:
-            await refusal(413, str(counted.error))(scope, receive, send)
+            await refusal(counted.error.status, str(counted.error))(scope, receive, send)
 
 
-class TooLarge(Exception):
-    """A body over the limit; the message names it."""
+class Refused(Exception):
+    """A body over a limit, which the message names; `status` is HTTP's."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class Counted:
     """The body of a request as it comes in, which may have no length in its header: its bytes and parts."""
 
     def __init__(self, receive: Receive, limit: int, delimiter: bytes | None = None) -> None:
-        self.error: TooLarge | None = None
+        self.error: Refused | None = None
         self._receive = receive
         self._limit = limit
         self._delimiter = delimiter
         self._size = self._parts = 0
         self._tail = b""
+        self._whole = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         more = True
@@ -131,7 +144,11 @@ class Counted:
             yield message.get("body", b"")
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), None if self._whole else BODY_SECONDS)
+        except asyncio.TimeoutError:
+            self._refuse(f"nothing came in for {BODY_SECONDS} seconds", 408)
+        self._whole = not message.get("more_body", False)
         chunk = message.get("body", b"")
         self._size += len(chunk)
         self._check(self._size)
@@ -151,8 +168,8 @@ class Counted:
         if size > self._limit:
             self._refuse(f"the request is too large; the limit is {self._limit:,} bytes")
 
-    def _refuse(self, reason: str) -> None:
-        self.error = TooLarge(reason)
+    def _refuse(self, reason: str, status: int = 413) -> None:
+        self.error = Refused(status, reason)
         raise self.error
 
 

@@ -14,6 +14,8 @@ from patchscaler.ui.jobs import JobError
 
 log = logging.getLogger(__name__)
 
+MOST_TEXT = 400  # letters
+
 
 def explain(error: Exception) -> gr.Error:
     """The error a visitor sees: Gradio hands on no other text than that of its own error."""
@@ -33,4 +35,9 @@ def explain(error: Exception) -> gr.Error:
 
 def visible_error(title: str, text: str) -> gr.Error:
     """Gradio shows both as HTML."""
-    return gr.Error(escape(text), title=escape(title), print_exception=False)
+    return gr.Error(escape(shortened(text)), title=escape(title), print_exception=False)
+
+
+def shortened(text: str) -> str:
+    """A message may name a value of any length that somebody sent."""
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"

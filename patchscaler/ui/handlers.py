@@ -16,7 +16,15 @@ from patchscaler.ui.dials import plan_of, preset_of
 from patchscaler.ui.errors import explain, visible_error
 from patchscaler.ui.gpu import Order
 from patchscaler.ui.jobs import Jobs, Stops
-from patchscaler.ui.settings import Settings, checked_batch, checked_plan, checked_source
+from patchscaler.ui.settings import (
+    Settings,
+    checked_batch,
+    checked_choice,
+    checked_flag,
+    checked_plan,
+    checked_source,
+)
+from patchscaler.ui.studies import whole_pictures
 from patchscaler.ui.tuning import Tuning
 from patchscaler.ui.views import SKIP, RunView, Shown, emptied
 
@@ -40,7 +48,8 @@ class Handlers(Tuning):
         """
         now = Settings.of(*settings)
         source, (plan, seed) = checked_source(now.image), checked_plan(now.dials, now.seed)
-        order = Order(source, plan, seed, now.by_hand, now.color_fix, checked_batch(now.batch), uniform)
+        color_fix, uniform = checked_flag("color_fix", now.color_fix), checked_flag("uniform", uniform)
+        order = Order(source, plan, seed, now.by_hand, color_fix, checked_batch(now.batch), uniform)
         with self._runs.of(request.session_hash) as stop:
             waiting = fragments.status("Waiting for the pipeline…")
             yield RunView(status=waiting, source=source, stop=gr.update(interactive=True))
@@ -117,15 +126,20 @@ class Handlers(Tuning):
         coarse = compare.patch_coarse(study, index)
         return fragments.priors(coarse, study.prior_images[index], priors.similarities[index].tolist())
 
+    @whole_pictures()
     def compared(self, image: dict | None, shown: Shown | None, left: str, right: str) -> Any:
         """Two whole pictures for the slider."""
+        sides = checked_choice("left", left, compare.SIDES), checked_choice("right", right, compare.SIDES)
         study = self.studies.get((image or {}).get("path"))
-        return compare.pair(study, shown, (left, right)) if study else None
+        return compare.pair(study, shown, sides) if study else None
 
+    @whole_pictures()
     def zoomed(self, image: dict | None, shown: Shown | None, left: str, right: str, zoom: str, center: Any) -> Any:
         """The same crop of both."""
+        sides = checked_choice("left", left, compare.SIDES), checked_choice("right", right, compare.SIDES)
+        zoom = checked_choice("zoom", zoom, compare.ZOOMS)
         study = self.studies.get((image or {}).get("path"))
-        return compare.zoomed(study, shown, (left, right), zoom, center) if study else None
+        return compare.zoomed(study, shown, sides, zoom, center) if study else None
 
     @staticmethod
     def centered(event: gr.SelectData) -> Any:
@@ -136,6 +150,7 @@ class Handlers(Tuning):
     def new_seed() -> int:
         return secrets.randbelow(2**31)
 
+    @whole_pictures()
     def packed(self, image: dict | None, shown: Shown | None) -> Any:
         """The ZIP of all stages of the final picture."""
         study = self.studies.get((image or {}).get("path"))

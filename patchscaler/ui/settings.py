@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from patchscaler.grouping import SamplingPlan
@@ -64,6 +65,20 @@ def checked_batch(value: Any) -> int:
     if not is_batch(value):
         raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
     return int(value)
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of the choices that the page offers, or a gr.Error that lists them."""
+    if not isinstance(value, str) or value not in choices:
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")
+    return value
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """What a checkbox gives, or a gr.Error."""
+    if not isinstance(value, bool):
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is neither true nor false")
+    return value
 
 
 def checked_source(image: dict | None) -> str:

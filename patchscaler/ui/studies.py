@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -11,8 +13,11 @@ from PIL import Image
 
 from patchscaler.figures import grey_preview
 from patchscaler.records import Analysis, Sampled
+from patchscaler.ui.errors import visible_error
 
 KEPT_PIXELS = 32_000_000  # of output, over all kept studies: about 2 GB
+WAIT_SECONDS = 20
+_whole = Lock()
 
 
 @dataclass(eq=False)
@@ -61,3 +66,17 @@ class Studies:
 
 def _pixels(study: Study) -> int:
     return study.analysis.coarse[0].numel()
+
+
+@contextmanager
+def whole_pictures() -> Iterator[None]:
+    """For light events that hold whole pictures, which may take a GB or two: one works at a time, and the others wait.
+
+    gr.Error after WAIT_SECONDS, or those that wait would keep the dials' threads.
+    """
+    if not _whole.acquire(timeout=WAIT_SECONDS):
+        raise visible_error("The server is busy", "Others look at large pictures closely. Try again in a moment.")
+    try:
+        yield
+    finally:
+        _whole.release()

@@ -1,18 +1,23 @@
-"""Uploads and results do not stay: what is older than an hour is deleted, a killed server's leavings too."""
+"""Nothing piles up: uploads and results older than an hour, a killed server's leavings, what sessions drag along."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gradio.utils import get_upload_folder
 
+log = logging.getLogger(__name__)
+
 SWEEP_SECONDS, KEPT_SECONDS = 600, 3600  # how often, and what is older goes
+FORGET_SECONDS = 2
+UNREAD = 32  # messages that are kept for those who fetch them later
 
 
 @asynccontextmanager
@@ -22,17 +27,73 @@ async def sweeping(app: Any) -> AsyncIterator[None]:
     Gradio's own `delete_cache` forgets what it has made when its process ends, and never deletes folders.
     """
 
-    async def sweep_now_and_then() -> None:
-        while True:
-            kept = [path for block in app.get_blocks().blocks.values() for path in block.keep_in_cache]
-            await asyncio.to_thread(sweep, upload_folder(), KEPT_SECONDS, kept)
-            await asyncio.sleep(SWEEP_SECONDS)
+    async def sweep_files() -> None:
+        kept = [path for block in app.get_blocks().blocks.values() for path in block.keep_in_cache]
+        await asyncio.to_thread(sweep, upload_folder(), KEPT_SECONDS, kept)
 
-    task = asyncio.create_task(sweep_now_and_then())
+    async def forget_events() -> None:
+        forget(app)
+
+    async def now_and_then(work: Callable[[], Awaitable[None]], seconds: float) -> None:
+        while True:
+            try:
+                await work()
+            except Exception:  # the next time may be better
+                log.exception("could not tidy up")
+            await asyncio.sleep(seconds)
+
+    each = ((sweep_files, SWEEP_SECONDS), (forget_events, FORGET_SECONDS))
+    tasks = [asyncio.create_task(now_and_then(work, seconds)) for work, seconds in each]
     try:
         yield
     finally:
-        task.cancel()
+        for task in tasks:
+            task.cancel()
+
+
+def forget(app: Any) -> None:
+    """Let go of what Gradio keeps in memory of events that are over. On the event loop only."""
+    forget_components(app)
+    forget_messages(app.get_blocks()._queue)
+
+
+def forget_components(app: Any) -> None:
+    """Of all sessions: rebuilt components under numbers of their own, and the values that deep links would restore.
+
+    Gradio builds each output anew that an event updates or skips, puts that in the place of the old one, and lists it
+    under its own number too, for as long as the session lasts: some 40 kB for every move of a dial.
+    """
+    page = app.get_blocks()
+    live = list(page.blocks.values())
+    for session in app.state_holder.session_data.values():
+        session.config_values.clear()  # only /deep_link reads them; the doorkeeper keeps that closed
+        listed = session.blocks_config.blocks
+        for number in listed.keys() - page.blocks.keys():
+            del listed[number]
+        live += listed.values()
+    used = {id(getattr(block, "temp_files", None)) for block in live}
+    page.temp_file_sets[1:] = [files for files in page.temp_file_sets[1:] if files or id(files) in used]
+
+
+def forget_messages(queue: Any) -> None:
+    """Results that nobody fetches, but for the newest, and the names of sessions of which nothing is left.
+
+    Gradio keeps the messages of 2,000 sessions, and every call of the API has a session of its own.
+    """
+    unread = 0
+    for session, messages in reversed(list(queue.pending_messages_per_session.items())):
+        events = queue.pending_event_ids_session.get(session, ())
+        over = not any(event in queue.event_ids_to_events for event in events)
+        if messages._getters:  # somebody reads
+            continue
+        unread += messages.qsize()
+        while unread > UNREAD and not messages.empty():
+            messages.get_nowait()
+            unread -= 1
+        if over and messages.empty():
+            del queue.pending_messages_per_session[session]
+    for session in queue.pending_event_ids_session.keys() - queue.pending_messages_per_session.keys():
+        del queue.pending_event_ids_session[session]
 
 
 def sweep(folder: Path, seconds: float, kept: Collection[str] = ()) -> None:

@@ -12,10 +12,11 @@ import torch
 from patchscaler.grouping import GROUPS, PRESETS, assign
 from patchscaler.ui import compare
 from patchscaler.ui.budget import thresholds_within
-from patchscaler.ui.dials import dials_of, hold_order, in_range, plan_of, preset_of
+from patchscaler.ui.dials import CUSTOM, dials_of, hold_order, in_range, plan_of, preset_of
+from patchscaler.ui.panels import INSPECT
 from patchscaler.ui.runs import Runs
-from patchscaler.ui.settings import Settings
-from patchscaler.ui.studies import Study
+from patchscaler.ui.settings import Settings, checked_choice
+from patchscaler.ui.studies import Study, whole_pictures
 from patchscaler.ui.views import SKIP, DialView, grouping, stale
 
 MAX_STROKE = 1000  # points of a stroke that are looked at
@@ -39,6 +40,7 @@ class Tuning(Runs):
     def preset_chosen(self, preset: str, *settings: Any) -> tuple:
         """Set the dials to the preset's plan; `custom` leaves them where they are."""
         now = Settings.of(*settings)
+        preset = checked_choice("preset", preset, (*PRESETS, CUSTOM))
         values = dials_of(PRESETS[preset]) if preset in PRESETS else now.dials
         return self._regroup(now._replace(dials=values))._replace(dials=values).flat()
 
@@ -59,6 +61,7 @@ class Tuning(Runs):
         DialView.
         """
         now = Settings.of(*settings)
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
         study = self.studies.get(now.source)
         if study is None:
             return (SKIP,) * 6 + DialView(stale=SKIP).flat()
@@ -68,6 +71,7 @@ class Tuning(Runs):
     def numbered(self, index: Any, mode: str, *settings: Any) -> tuple:
         """The same for a patch by its number, for those who do not click."""
         now = Settings.of(*settings)
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
         study = self.studies.get(now.source)
         if study is None or not isinstance(index, (int, float)) or not 0 <= index < len(study.analysis.grid):
             return (SKIP,) * 6 + DialView(stale=SKIP).flat()
@@ -80,15 +84,17 @@ class Tuning(Runs):
         The page sends a stroke again and again as it grows, so a lost event loses nothing.
         """
         now = Settings.of(*settings)
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
         study = self.studies.get(now.source)
         points = _points(stroke)
-        if study is None or mode not in GROUPS or not points:
+        if study is None or mode == INSPECT or not points:
             return SKIP, *DialView(stale=SKIP).flat()
         by_hand = {**now.by_hand, **dict.fromkeys(compare.touched(study, points), GROUPS.index(mode))}
         if by_hand == now.by_hand:
             return SKIP, *DialView(stale=SKIP).flat()
         return by_hand, *self._regroup(now._replace(by_hand=by_hand)).flat()
 
+    @whole_pictures()
     def _picked(self, study: Study, index: int, center: tuple[float, float], mode: str, now: Settings) -> tuple:
         view, by_hand = DialView(stale=SKIP), now.by_hand
         if not now.usable:
@@ -160,5 +166,5 @@ def _points(stroke: str) -> list[tuple[float, float]]:
     try:
         points = json.loads(stroke)[-MAX_STROKE:]
         return [(float(x), float(y)) for x, y in points if 0 <= x <= 1 and 0 <= y <= 1]
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
         return []

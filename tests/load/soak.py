@@ -26,6 +26,7 @@ import httpx
 ROOT = Path(__file__).parents[2]
 GROWTH = 60  # MB
 PATIENCE = 600  # seconds
+PARTS = 5  # after each of which the memory is looked at
 LIGHT = ("regrouped", "seams", "new_seed", "compared")
 # Quick, yet no group is without steps; the dials as they are named in the page.
 QUICK = {"gamma1": 0.9, "gamma2": 0.5, "start1": 50, "start2": 50, "start3": 50, "steps1": 1, "steps2": 1, "steps3": 1}
@@ -168,13 +169,18 @@ def main(argv: list[str] | None = None) -> int:
             visitors = [Visitor(address, number) for number in range(args.clients)]
             for visitor in visitors:
                 visitor.upload(args.image)
-            # One picture for everybody, and a tenth of the events, until every cache is as full as it gets.
+            fresh = megabytes(server)
+            # One picture for everybody, and then a tenth of the events, until every cache is as full as it gets.
             warm = Load(visitors)
-            warm.send(max(args.clients, args.light // 10), max(args.clients, args.heavy // 10))
+            warm.send(0, args.clients)
+            warm.send(max(args.clients, args.light // 10), args.heavy // 10)
             before, disk_before = megabytes(server), disk(uploads)
             load = Load(visitors)
-            took = load.send(args.light, args.heavy)
-            growth, disk_growth = megabytes(server) - before, disk(uploads) - disk_before
+            took, memory = 0.0, []
+            for part in range(PARTS):
+                took += load.send(share(args.light, part, PARTS), share(args.heavy, part, PARTS))
+                memory.append(megabytes(server))
+            growth, disk_growth = memory[-1] - before, disk(uploads) - disk_before
             health = httpx.get(f"{address}/health").json()
         finally:
             server.terminate()
@@ -184,10 +190,10 @@ def main(argv: list[str] | None = None) -> int:
     p95 = statistics.quantiles(load.seconds, n=20)[-1]
     print(f"{args.clients} clients, {args.light} light and {args.heavy} heavy events in {took:.1f} s")
     print(f"{(args.light + args.heavy) / took:.1f} requests/s, light events' 95th percentile {1000 * p95:.0f} ms")
-    print(
-        f"{errors} errors, {tracebacks} tracebacks, memory {before:.0f} MB + {growth:.1f} MB, "
-        f"disk + {disk_growth:.1f} MB"
-    )
+    print(f"{errors} errors, {tracebacks} tracebacks")
+    later = ", ".join(f"{each:.0f}" for each in memory)
+    print(f"memory {fresh:.0f} MB at first, {before:.0f} MB when warm, then {later}: {growth:.1f} MB more")
+    print(f"disk {disk_before:.0f} MB, then {disk_growth:.1f} MB more")
     print(f"health afterwards: {health}")
     return int(bool(errors or tracebacks) or growth >= GROWTH or health["status"] != "ok")
 

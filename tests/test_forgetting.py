@@ -1,0 +1,127 @@
+"""What a server keeps of events that are over, and what many visitors at once may take. Row 30 of tests/service.py."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import threading
+import time
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from corpus import encoded, noise
+from PIL import Image
+from service import Service, file_data
+
+from patchscaler.grouping import SamplingPlan
+from patchscaler.ui import studies, sweeping
+from patchscaler.ui.dials import dials_of
+
+SOAK = Path(__file__).parent / "load" / "soak.py"
+DIALS = (*dials_of(SamplingPlan(0.9, 0.1, (50, 50, 50), (1, 1, 1))), 0)  # all within the dials' ranges
+
+
+@pytest.fixture(scope="module")
+def service(tiny_pipeline, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        patch.setattr(sweeping, "FORGET_SECONDS", 0.1)
+        service = Service(tiny_pipeline)
+        yield service
+        service.close()
+
+
+@pytest.fixture(scope="module")
+def image(service):
+    return service.upload("a photo.png", encoded(Image.fromarray(noise(14, 18)), "PNG"))
+
+
+def wait_until(true) -> None:
+    ends = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def called(service: Service, endpoint: str, **arguments) -> str:
+    """What comes of a call of the API, as it is sent."""
+    event = service.begin(endpoint, **arguments).json()["event_id"]
+    return service.web.get(f"/gradio_api/call/v2/{endpoint}/{event}").text
+
+
+def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service, image):
+    shown = service.run("mover", image, DIALS)
+    page = service.page
+    session = page.app.state_holder.session_data["mover"]
+    sets = len(page.temp_file_sets)
+    for moved in range(20):
+        answer = service.light("regrouped", "mover", image, (0.9, moved / 100, *DIALS[2:]))
+        assert "Run renders 0 of" in str(answer.json()["data"])
+    wait_until(lambda: session.blocks_config.blocks.keys() <= page.blocks.keys() and not session.config_values)
+    assert len(page.temp_file_sets) <= sets + 20
+    # What the visitor had set and what was shown is there, and the page answers as before.
+    assert "0 of" in (again := service.run("mover", image, DIALS))["status"]
+    assert service.web.get(f"/gradio_api/file={again['final']['path']}").status_code == 200
+    assert again["final"]["orig_name"] == shown["final"]["orig_name"]
+    assert service.light("packed", "mover", image).json()["data"][0]["value"]["path"].endswith(".zip")
+
+
+def test_results_that_nobody_fetches_do_not_pile_up(service):
+    queue, events = service.page._queue, []
+    for _ in range(3 * sweeping.UNREAD):
+        events.append(service.post("call/v2/regroup", {"confidence": [0.5] * 1000}).json()["event_id"])
+    wait_until(lambda: len(queue.pending_messages_per_session) <= sweeping.UNREAD)
+    assert queue.pending_event_ids_session.keys() == queue.pending_messages_per_session.keys()
+    assert "event: complete" in service.web.get(f"/gradio_api/call/v2/regroup/{events[-1]}").text  # the newest stay
+    for _ in range(3 * sweeping.UNREAD):  # of one session too
+        body = {"data": [None, [0.5]], "session_hash": "one", "fn_index": service.functions["regroup"]._id}
+        assert service.post("queue/join", body).status_code == 200
+    wait_until(lambda: sum(len(messages._queue) for messages in queue.pending_messages_per_session.values()) <= 32)
+
+
+def test_whole_pictures_are_handled_one_at_a_time(monkeypatch):
+    running, most = [], []
+
+    @studies.whole_pictures()
+    def handler():
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+
+    threads = [threading.Thread(target=handler) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+    monkeypatch.setattr(studies, "WAIT_SECONDS", 0.05)
+    with studies.whole_pictures(), pytest.raises(gr.Error, match="Try again"):
+        handler()
+    handler()
+
+
+@pytest.mark.parametrize("name", ["compared", "zoomed", "packed", "numbered", "regroup"])
+def test_those_that_hold_whole_pictures_wait_for_each_other(service, image, monkeypatch, name):
+    service.run("closer", image, DIALS)
+    monkeypatch.setattr(studies, "WAIT_SECONDS", 0.05)
+    analysis = re.search(r'[^"]+\.safetensors', called(service, "analyze", image=image))[0]
+
+    def ask() -> str:
+        if name == "regroup":
+            return called(service, "regroup", analysis=file_data(analysis))
+        return service.light(name, "closer", image, number=0).text
+
+    with studies.whole_pictures():
+        assert "Try again in a moment" in ask()
+    assert "Try again in a moment" not in ask()
+
+
+def test_a_short_soak(weights, capsys):
+    """The long form: python tests/load/soak.py."""
+    arguments = ["--weights", str(weights), "--clients", "4", "--light", "200", "--heavy", "8"]
+    code = runpy.run_path(str(SOAK))["main"](arguments)
+    said = capsys.readouterr().out
+    assert code == 0 and "0 errors, 0 tracebacks" in said, said
+    assert float(re.search(r"([-\d.]+) MB more\ndisk", said)[1]) < 60
