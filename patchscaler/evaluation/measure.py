@@ -178,8 +178,7 @@ def dit_products(dit: PatchDiT) -> dict[tuple[int, int, int], int]:
     """(M, K, N) -> how often one evaluation of BATCH patches multiplies MxK by KxN; attention's small ones apart."""
     config = dit.config
     rows, width = BATCH * (config.size // config.patch) ** 2, config.width
-    token = config.channels * config.patch**2
-    products = {(rows, 2 * token, width): 1, (rows, width, token): 1}
+    products = {(rows, dit.embed.in_features, width): 1, (rows, width, dit.final.out_features): 1}
     for inputs, outputs in ((1, 3), (1, 1), (1, 1), (1, 1), (1, 4), (4, 1)):  # qkv, out, cross query and out, MLP
         shape = (rows, inputs * width, outputs * width)
         products[shape] = products.get(shape, 0) + config.depth
