@@ -48,7 +48,7 @@ def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monk
         assert 0 < rate["patch_dit"] and 0 < rate["own"] and 0 < rate["large"]
     check = found["several"]
     assert check["devices"] == ["cpu", "cpu"] and all(check[name] > 0 for name in ("one", "all", "predicted"))
-    assert "1024², refine on cpu, cpu: " in text and " device | 2 devices | 4 devices | 8 devices |" in text
+    assert "512², refine on cpu, cpu: " in text and " device | 2 devices | 4 devices | 8 devices |" in text
     assert f"| ours, uniform | 512² | 500 patches | {sum(plans['uniform']['flops'].values()) / 1e12:.2f} |" in text
 
 

@@ -73,7 +73,7 @@ def _device(device: str, common: dict, quick: bool) -> dict:
                 del result["work"], result["flops"]
             if name == "paper":
                 found["scaling"][str(side)] = result
-    found["several"] = _several(device, common)
+    found["several"] = _several(device, {"tiles": 1 if quick else 2, **common})
     for name in () if quick else STANDINS:
         found["stand-ins"][name] = in_new_process({"kind": "stand-in", "name": name, "budget": BUDGET, **common})
     return found
@@ -81,7 +81,7 @@ def _device(device: str, common: dict, quick: bool) -> dict:
 
 def _several(device: str, common: dict) -> dict | None:
     """The refinement on all GPUs, or on two workers that have half of the cores each; None where there is but one."""
-    devices, task = ["cpu", "cpu"], {"kind": "several", "plan": asdict(PRESETS["paper"]), "tiles": 2, "repeats": 2}
+    devices, task = ["cpu", "cpu"], {"kind": "several", "plan": asdict(PRESETS["paper"]), "repeats": 2}
     if device == "cpu":
         task["threads"] = machine()["cores"] // 2
     else:

@@ -124,9 +124,9 @@ def _several(found: dict) -> list[str]:
     check = found["several"]
     if check is None:
         return [*lines, "", "The prediction is not checked: there is but one such device."]
-    names = ", ".join(check["devices"])
-    check = {name: _s(check[name]) for name in ("one", "all", "predicted")}
-    text = f"1024², refine on {names}: {check['all']}; predicted {check['predicted']} from {check['one']} on the first."
+    names, side = ", ".join(check["devices"]), check["side"]
+    one, both, predicted = (_s(check[name]) for name in ("one", "all", "predicted"))
+    text = f"{side}², refine on {names}: {both}; predicted {predicted} from {one} on the first alone."
     return [*lines, "", text + (" Each has half of the cores." if "cpu" in names else "")]
 
 

@@ -27,7 +27,7 @@ from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture
 from patchscaler.models import PatchDiT
 from patchscaler.patches import PatchGrid, split
-from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.records import Analysis, Progress, Result
 
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it
@@ -100,8 +100,8 @@ def several(task: dict) -> dict:
     """Seconds of a refinement on the first of the task's devices alone, on all of them, and predicted for these."""
     pipeline = load_pipeline(task["weights"], task["devices"][0])
     plan = SamplingPlan.from_json(json.dumps(task["plan"]))
-    analysis = pipeline.analyze(tiled(task["image"], task["tiles"]))
-    seconds = []
+    picture = tiled(task["image"], task["tiles"])
+    analysis, seconds = pipeline.analyze(picture), []
     for others in ([], task["devices"][1:]):
         pipeline.refine_on(others)
         runs = []
@@ -116,7 +116,8 @@ def several(task: dict) -> dict:
             _, alone = min(runs[1:], key=lambda timed: timed[0])
     groups = [group.patches for group in alone.groups], [group.seconds for group in alone.groups]
     predicted = predict(*groups, plan, len(task["devices"]), pipeline.fitting_batch())
-    return {"devices": task["devices"], "one": seconds[0], "all": seconds[1], "predicted": predicted}
+    found = {"one": seconds[0], "all": seconds[1], "predicted": predicted}
+    return {"devices": task["devices"], "side": SCALE * picture.width, **found}
 
 
 def predict(
