@@ -155,7 +155,7 @@ def test_arguments_that_cannot_be_are_named(call, analysis, arguments, text):
 
 
 @pytest.mark.parametrize(
-    "confidence", [[], [0.5, "0.5"], [True], [0.5, float("nan")], [1.5], "0.5", [[0.5]], {"0": 0.5}, [None]]
+    "confidence", [[], [0.5, "0.5"], [True], [0.5, float("nan")], [1.5], "0.5", [[0.5]], {"0": 0.5}, [None], [10**400]]
 )
 def test_confidences_that_cannot_be_are_refused(service, confidence):
     event = service.post("call/v2/regroup", {"confidence": confidence}).json()["event_id"]

@@ -171,6 +171,21 @@ def test_a_choice_or_checkbox_that_the_page_does_not_offer_is_an_error(service, 
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("query", [5, [], {}, "?plan=" + "9" * 9000, "?plan=nan,1,1,1,1,1,1,1&seed=inf", "?%00=%ff"])
+def test_a_link_that_cannot_be_sets_nothing(service, query):
+    body = {"data": [query], "fn_index": service.functions["linked"]._id, "session_hash": "link"}
+    answer = service.post("run/predict", body)
+    assert answer.status_code == 200 and all(part == {"__type__": "update"} for part in answer.json()["data"])
+
+
+def test_what_is_uploaded_is_no_page(service):
+    """Row 20: nothing of a visitor's runs in another's browser."""
+    for name in ("a.html", "a.svg", "a.js", "a.xml"):
+        path = service.upload(name, b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")["path"]
+        headers = service.web.get(f"{API}/file={path}").headers
+        assert headers["content-disposition"].startswith("attachment") and "html" not in headers["content-type"]
+
+
 @pytest.mark.parametrize("place", range(9))
 def test_a_message_is_short_however_long_the_value(service, image, place):
     """Rows 13 and 15."""

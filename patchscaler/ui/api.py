@@ -102,7 +102,11 @@ class Endpoints:
         if analysis is None:
             if not isinstance(confidence, list) or not confidence or not all(map(_is_number, confidence)):
                 raise _refusal("confidence is not a list of numbers")
-            assignment = _assign(tensor(confidence), plan, by_hand)
+            try:
+                values = tensor([float(value) for value in confidence])
+            except OverflowError as error:  # a whole number may have any length
+                raise _refusal("confidence is not a list of numbers in [0, 1]") from error
+            assignment = _assign(values, plan, by_hand)
             return None, _grouped(plan, assignment, by_hand)
         return self._regroup(_path("analysis", analysis), plan, by_hand)
 

@@ -159,9 +159,9 @@ class Handlers(Tuning):
         return gr.update(value=str(takehome.stages_zip(study, shown)), visible=True)
 
     @staticmethod
-    def linked(query: str) -> tuple:
+    def linked(query: Any) -> tuple:
         """Preset, dials, seed, colour fix, baseline and patch batch from the page's address."""
-        link = takehome.restored(query or "")
+        link = takehome.restored(query if isinstance(query, str) else "")
         return (SKIP,) * 13 if link is None else (preset_of(plan_of(link.dials)), *link.dials, *link[1:])
 
     def seams(self, image: dict | None, on: bool) -> str:
