@@ -104,8 +104,8 @@ class GroupReport:
 class Result:
     """The upscaled picture, on the CPU, and how it came about.
 
-    ``seconds`` has encode, restore, retrieve, refine, decode (coarse and final) and color; their sum is the
-    time of the whole run, of which encode to the coarse decode come from the analysis.
+    ``seconds`` has encode, restore, retrieve, refine (of the busiest device), decode (coarse and final) and color;
+    their sum is the time of the whole run, of which encode to the coarse decode come from the analysis.
     """
 
     picture: Picture
