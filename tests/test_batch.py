@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
+import zlib
 from zipfile import ZipFile
 
 import gradio as gr
 import pytest
+from corpus import png
 from PIL import Image
 from visitor import VISITOR, last, run, settings
 
@@ -86,6 +89,35 @@ def test_a_plan_beyond_the_dials_is_named_and_not_restored(handlers, tmp_path, d
     assert read_png_text(path)["seed"] == "0"
     values = handlers.new_image(VISITOR, {"path": str(path)})
     assert "beyond these dials" in values[-12] and all(value is SKIP for value in values[-11:])
+
+
+GOOD = {"plan": '{"gamma1": 0.9, "gamma2": 0.1, "start": [100, 100, 100], "steps": [1, 1, 1]}', "seed": "5"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [{"plan": "[" * 100_000}, {"plan": GOOD["plan"].replace("0.9", "NaN")}, {"plan": "{}"}, {"seed": "9" * 5000},
+     {"plan": GOOD["plan"].replace("100", "9" * 4000)}, {"seed": "inf"}, {"by_hand": '{"a":' * 50_000},
+     {"by_hand": '"<script>alert(1)</script>"'}],
+)  # fmt: skip
+def test_texts_that_the_page_never_wrote_set_nothing(handlers, tmp_path, text):
+    for chunks, works in (([GOOD], True), ([{**GOOD, **text}], False)):
+        texts = [(b"tEXt", f"{key}\0{value}".encode()) for each in chunks for key, value in each.items()]
+        (tmp_path / "x.png").write_bytes(png(1, 1, 8, 0, b"\0\0", *texts))
+        values = handlers.new_image(VISITOR, {"path": str(tmp_path / "x.png")})
+        assert all(value is SKIP for value in values[-11:]) != works and "script" not in str(values)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_bomb_in_place_of_the_settings_is_not_unpacked(handlers, tmp_path, kind):
+    head = {b"zTXt": b"plan\0\0", b"iTXt": b"plan\0\1\0\0\0", b"iCCP": b"plan\0\0"}[kind]
+    (tmp_path / "x.png").write_bytes(png(1, 1, 8, 0, b"\0\0", (kind, head + zlib.compress(bytes(100_000_000), 1))))
+    tracemalloc.start()
+    values = handlers.new_image(VISITOR, {"path": str(tmp_path / "x.png")})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6  # a file is read into a buffer of the largest file's size
+    assert all(value is SKIP for value in values[-11:])
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"no image"])

@@ -86,6 +86,12 @@ def test_every_file_of_the_corpus_by_page_and_api(service, capfd, caplog):
     assert "Traceback" not in capfd.readouterr().err and not caplog.records
 
 
+def test_a_strip_of_one_row_is_upscaled(service):
+    """Row 7."""
+    strip = service.upload("strip.png", encoded(Image.new("L", (5000, 1), 90), "PNG"))
+    assert picture(service, service.call(strip)[0]).size == (20_000, 4)
+
+
 @pytest.mark.parametrize(
     "name", ["x.gif", "x.pdf", "", "a/../../../etc/passwd", "x" * 5000 + ".png", "nul\0.png", "<b>.png", None]
 )

@@ -67,8 +67,8 @@ def made_with(source: str) -> MadeWith | None:
     text = read_png_text(source)
     try:
         plan, seed = SamplingPlan.from_json(text["plan"]), seed_of(int(text["seed"]))
-        by_hand = len(json.loads(text.get("by_hand", "{}")))
-    except (KeyError, TypeError, ValueError, RecursionError):
+        by_hand = len(json.loads(text.get("by_hand", "{}")).keys())
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
     settings = fragments.describe(plan, seed)
     if not in_range(dials := dials_of(plan)):
