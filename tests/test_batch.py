@@ -14,7 +14,8 @@ from corpus import png
 from PIL import Image
 from visitor import VISITOR, last, run, settings
 
-from patchscaler.images import read_png_text
+from patchscaler.images import read_picture, read_png_text
+from patchscaler.ui import runs
 from patchscaler.ui.batch import Batch
 from patchscaler.ui.views import SKIP
 
@@ -149,6 +150,14 @@ def test_a_look_gives_the_groups_and_the_cost_before_any_run(handlers, image, di
             panel.load()
     assert "Press Run" in last(views, "status")
     assert "9 of 9 patches were rendered anew" in last(run(handlers, image, dials), "status")
+
+
+def test_a_look_decodes_the_image_once(handlers, image, dials, monkeypatch):
+    handlers.calibration.learn_analysis(1000, 1e-6)  # quick enough to be done at once
+    decoded = []
+    monkeypatch.setattr(runs, "read_picture", lambda source: decoded.append(source) or read_picture(source))
+    assert any(view.qmap is not SKIP for view in look(handlers, image, dials))
+    assert decoded == [image["path"]]
 
 
 def test_a_look_at_a_bad_file_says_so_at_once(handlers, files, dials):

@@ -70,16 +70,29 @@ def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, pict
     networks._calibration.learn([Call(1, 10, 1.0), Call(1, 20, 2.0)], 1000, 0.02)  # 0.1 s a patch, 10 µs a pixel
     analysis = tiny_pipeline.analyze(picture)
     known, pixels = analysis.restored(), 16 * 64 * 80
-    rest = 2 * pixels * 1e-5
+    rest = 2 * pixels * 1e-5  # for each picture: one of every group that is sampled, and one of the baseline
     order = Order("", PLAN, 7, {index: 2 for index in range(4)} | {index: 0 for index in range(4, 9)})
-    assert networks.seconds(order, known) == pytest.approx(START_SECONDS + rest + 2 * 0.1 * (4 * 3 + 5), abs=1)
+    assert networks.seconds(order, known) == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * (4 * 3 + 5), abs=1)
     *_, result = tiny_pipeline.refine(known, PLAN, 7, by_hand=order.by_hand)
     longer = replace(order, plan=replace(PLAN, steps=(1, 2, 20)))
     assert networks.seconds(order, known, result.sampled) == pytest.approx(START_SECONDS + rest, abs=1)
     more = networks.seconds(longer, known, result.sampled)
     assert more == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 4 * 20, abs=1)
     both = networks.seconds(replace(order, uniform=True), known, result.sampled)
-    assert both == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 9 * 20, abs=1)
+    assert both == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * 9 * 20, abs=1)
+
+
+def test_seconds_count_calls_of_the_network_and_a_picture_for_every_group(networks, picture, tiny_pipeline):
+    networks._calibration.learn([Call(1, 10, 1.5), Call(1, 20, 2.5)], 1000, 0.2)  # 0.5 s a call, 0.1 ms a pixel
+    known, pixels = tiny_pipeline.analyze(picture).restored(), 16 * 64 * 80
+    order = Order("", PLAN, 7, dict.fromkeys(range(4), 2) | dict.fromkeys(range(4, 9), 0), batch_size=2)
+    calls, evaluations = 3 * 2 + 1 * 3, 3 * 4 + 5  # hard ones in two batches, simple ones in three
+    expected = 0.5 * calls + 0.1 * evaluations + 2 * pixels * 1e-4
+    assert networks.seconds(order, known) == pytest.approx(START_SECONDS + 2 * expected, abs=1)
+    # Before the analysis: all nine hard, and a call and a picture for the groups that may be there.
+    networks._calibration.learn_analysis(pixels, 3.0)
+    expected = 3.0 + 0.5 * (3 * 5 + 1 + 2) + 0.1 * 27 + 3 * pixels * 1e-4
+    assert networks.seconds(order, picture) == pytest.approx(min(MOST_SECONDS, START_SECONDS + 2 * expected), abs=1)
 
 
 def test_before_the_analysis_all_patches_count_as_hard(networks, picture, tiny_pipeline):
@@ -87,6 +100,7 @@ def test_before_the_analysis_all_patches_count_as_hard(networks, picture, tiny_p
     order = Order("", PLAN, 7, {})
     assert len(PatchGrid.covering(256, 320)) == len(tiny_pipeline.analyze(picture).grid) == 9
     assert networks.seconds(order, picture) == pytest.approx(START_SECONDS + 2 * 0.1 * 9 * 3, abs=1)
+    networks._calibration.learn_analysis(1000, 0.0)
     assert networks.seconds(replace(order, refine=False), picture) == START_SECONDS
     assert networks.seconds(torch.zeros(3, 4, 16, 16)) == START_SECONDS
 

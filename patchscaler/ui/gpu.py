@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import spaces
+import torch
 from torch import Tensor
 
-from patchscaler.grouping import SamplingPlan, assign
+from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
@@ -114,25 +115,28 @@ class Networks:
     ) -> int:
         """For how long `here` with these arguments may need the device, from what runs on it took before.
 
-        The patches of a Picture are not grouped yet: they count as hard ones, the dearest.
+        The patches of a Picture are not grouped yet: they count as hard ones, the dearest, and a picture is counted
+        for every group.
         """
         if isinstance(order, Tensor):
             return START_SECONDS
         picture = known if isinstance(known, Picture) else known.picture
-        pixels = SCALE**2 * picture.height * picture.width
-        evaluations = 0
+        height, width = SCALE * picture.height, SCALE * picture.width
+        expected = 0.0
         if isinstance(known, Picture):
-            grid = PatchGrid.covering(
-                SCALE * picture.height, SCALE * picture.width, self._pipeline.transformer.config.size
-            )
-            evaluations += len(grid) * order.plan.steps[-1] * order.refine
-            evaluations += len(grid) * SamplingPlan.uniform().steps[-1] * order.uniform
-            pixels *= 2  # the restoration costs about what the rest of a run does
+            analysis = self._calibration.analysis_seconds(height * width)
+            expected += height * width * PIXEL_SECONDS if analysis is None else analysis
+            count = len(PatchGrid.covering(height, width, self._pipeline.transformer.config.size))
+            groups = torch.full((count,), len(GROUPS) - 1)
         else:
             groups = assign(known.patch_confidence, order.plan, order.by_hand)
-            evaluations += work(earlier, order.plan, order.seed, groups).evaluations
-            evaluations += work(uniform, SamplingPlan.uniform(), order.seed, groups).evaluations * order.uniform
-        expected = self._calibration.seconds(evaluations, pixels)
-        if expected is None:
-            expected = evaluations * EVALUATION_SECONDS + pixels * PIXEL_SECONDS
+        runs = [(order.plan, earlier, order.live)] * order.refine
+        runs += [(SamplingPlan.uniform(), uniform, False)] * order.uniform
+        for plan, done, partial in runs:
+            todo = work(done, plan, order.seed, groups, order.batch_size)
+            if isinstance(known, Picture):  # any group may turn out to have patches
+                todo = todo._replace(calls=todo.calls + sum(plan.steps[:-1]), pictures=len(GROUPS))
+            pixels = height * width * (todo.pictures if partial else 1)
+            refined = self._calibration.seconds(todo.evaluations, pixels, todo.calls)
+            expected += todo.evaluations * EVALUATION_SECONDS + pixels * PIXEL_SECONDS if refined is None else refined
         return min(MOST_SECONDS, math.ceil(START_SECONDS + MARGIN * expected))

@@ -35,15 +35,20 @@ class Runs:
         self.calibration = Calibration()
         self.networks = Networks(pipeline, self.calibration)
 
-    def events(self, order: Order) -> Iterator[Analysis | Study | Progress | Partial | Result | Baseline]:
-        """Analysis if it is a new one, Study, Progress of each step, Partial pictures, Result; then the baseline's."""
+    def events(
+        self, order: Order, picture: Picture | None = None
+    ) -> Iterator[Analysis | Study | Progress | Partial | Result | Baseline]:
+        """Analysis if it is a new one, Study, Progress of each step, Partial pictures, Result; then the baseline's.
+
+        `picture` is the order's, where it is decoded already.
+        """
         study = self.studies.get(order.source)
         earlier = (study.sampled, study.uniform) if study and order.live else ()
         if study:
             yield study
             if not order.refine:
                 return
-        known = study.analysis.restored() if study else None
+        known = study.analysis.restored() if study else picture
         for event in self.fresh_events(order, known, *earlier):
             if isinstance(event, Analysis):
                 analysis = event
@@ -56,13 +61,16 @@ class Runs:
                 study.uniform = event.event.sampled
             yield event
 
-    def fresh_events(self, order: Order, known: Restored | None = None, *earlier: Sampled | None) -> Iterator[Any]:
+    def fresh_events(
+        self, order: Order, known: Picture | Restored | None = None, *earlier: Sampled | None
+    ) -> Iterator[Any]:
         """The same, with the sheet of priors in place of the Study: nothing is kept, and only what is given reused."""
         # A picture is decoded here: a bad one is refused before any device is asked for.
         return self.networks.run(order, read_picture(order.source) if known is None else known, *earlier)
 
     def looked(self, order: Order) -> Iterator[RunView]:
         """What can be said of an image before any run. Its groups too, unless that takes long."""
+        picture = None
         if self.studies.get(order.source) is None:
             picture = read_picture(order.source)
             height, width = SCALE * picture.height, SCALE * picture.width
@@ -71,7 +79,7 @@ class Runs:
             expected = self.calibration.analysis_seconds(height * width)
             if zero_gpu() or expected is None or expected > LOOK_SECONDS:
                 return
-        yield from self._views(replace(order, refine=False))
+        yield from self._views(replace(order, refine=False), picture)
 
     def warmed_up(self) -> Iterator[None]:
         """Run everything on noise, and again to learn what it takes: a process is slow at what it does first."""
@@ -115,14 +123,14 @@ class Runs:
         rest = max(0.0, seconds - sum(group.seconds for group in groups))
         self.calibration.learn(groups, result.picture.rgb[0].numel(), rest)
 
-    def _views(self, order: Order) -> Iterator[RunView]:
+    def _views(self, order: Order, picture: Picture | None = None) -> Iterator[RunView]:
         began = time.perf_counter()
         plan, seed, by_hand = order.plan, order.seed, order.by_hand
         reused = self.studies.get(order.source) is not None
         shown, result = None, None
         if not reused:
             yield RunView(status=fragments.status("Restoring the whole image…"))
-        for event in self.events(order):
+        for event in self.events(order, picture):
             uniform = isinstance(event, Baseline)
             event = event.event if uniform else event
             if isinstance(event, Analysis):
