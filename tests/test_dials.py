@@ -47,15 +47,16 @@ def test_a_seed_may_come_as_a_whole_float():
 def test_expected_seconds_are_those_of_calls_patches_and_pixels():
     calibration = Calibration()
     assert calibration.seconds(10, 100) is None and calibration.analysis_seconds(100) is None
-    # A call takes 0.5 s and 0.25 s more for each of its patches; a picture, 0.001 s per pixel.
+    # A call takes 0.5 s and 0.25 s more for each of its patches; a pixel of a picture, 1 ms.
     groups = [Call(8, 8 * count, 8 * (0.5 + 0.25 * count)) for count in (2, 20, 40)]
-    calibration.learn([*groups, Call(0, 0, 0.0)], 1000, 3.0)
+    calibration.learn([*groups, Call(0, 0, 0.0)], 1000, 3.0, pictures=3)
     calibration.learn_analysis(1000, 2.0)
-    assert calibration.seconds(100, 5000, calls=10, pictures=2) == pytest.approx(10 * 0.5 + 100 * 0.25 + 10)
+    assert calibration.seconds(100, 5000, calls=10, pictures=3) == pytest.approx(10 * 0.5 + 100 * 0.25 + 15)
     assert calibration.analysis_seconds(500) == 1.0
-    calibration.learn([], 1000, 9.0)  # a run that sampled nothing tells about the rest only
-    calibration.learn([], 1000, 9.0)
-    assert calibration.seconds(0, 1000) == 9.0
+    # A run that sampled nothing tells about the rest only: the last picture takes more than the others.
+    calibration.learn([], 1000, 1.75)
+    assert calibration.seconds(0, 1000) == pytest.approx(1.75)
+    assert calibration.seconds(0, 2000, pictures=3) == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize(

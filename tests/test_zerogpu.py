@@ -67,7 +67,7 @@ def test_errors_are_made_visible_before_they_leave(networks, picture, monkeypatc
 
 
 def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, picture, tiny_pipeline):
-    networks._calibration.learn([Call(1, 10, 1.0), Call(1, 20, 2.0)], 1000, 0.02)  # 0.1 s a patch, 10 µs a pixel
+    networks._calibration.learn([Call(1, 10, 1.0), Call(1, 20, 2.0)], 1000, 0.02, 2)  # 0.1 s a patch, 10 µs a pixel
     analysis = tiny_pipeline.analyze(picture)
     known, pixels = analysis.restored(), 16 * 64 * 80
     rest = 2 * pixels * 1e-5  # for each picture: one of every group that is sampled, and one of the baseline
@@ -83,7 +83,8 @@ def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, pict
 
 
 def test_seconds_count_calls_of_the_network_and_a_picture_for_every_group(networks, picture, tiny_pipeline):
-    networks._calibration.learn([Call(1, 10, 1.5), Call(1, 20, 2.5)], 1000, 0.2)  # 0.5 s a call, 0.1 ms a pixel
+    networks._calibration.learn([Call(1, 10, 1.5), Call(1, 20, 2.5)], 1000, 0.2, 2)  # 0.5 s a call, 0.1 ms a pixel
+    networks._calibration.learn([], 1000, 0.1)
     known, pixels = tiny_pipeline.analyze(picture).restored(), 16 * 64 * 80
     order = Order("", PLAN, 7, dict.fromkeys(range(4), 2) | dict.fromkeys(range(4, 9), 0), batch_size=2)
     calls, evaluations = 3 * 2 + 1 * 3, 3 * 4 + 5  # hard ones in two batches, simple ones in three

@@ -21,24 +21,29 @@ class Call(NamedTuple):
 
 
 class Calibration:
-    """Rates of this machine: seconds per call of Patch-DiT, more per patch in it, and per output pixel of the rest.
+    """Rates of this machine: seconds per call of Patch-DiT and more per patch in it; for all else, per output pixel of
+    each picture, and more per pixel of the last.
 
-    A call with few patches costs more per patch, so groups of different sizes tell the first two apart.
+    A call with few patches costs more per patch, and the last picture, which is finished and saved without loss, more
+    than those of the groups before it. So different groups and runs tell the rates apart.
     """
 
     def __init__(self) -> None:
         self._groups: deque[Call] = deque(maxlen=3 * REMEMBERED)
-        self._pixel: deque[float] = deque(maxlen=REMEMBERED)
+        self._rest: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED)
         self._analysis: deque[float] = deque(maxlen=REMEMBERED)
         self._rates: tuple[float, float] | None = None
+        self._rest_rates = (0.0, 0.0)
 
-    def learn(self, groups: Iterable[Call], pixels: int, rest: float) -> None:
-        """Take in a finished run: its groups, and the seconds of all else but the analysis, a picture per group."""
-        sampled = [group for group in groups if group.evaluations and group.seconds > 0]
-        self._pixel.append(rest / (pixels * max(1, len(sampled))))
-        self._groups.extend(sampled)
+    def learn(self, groups: Iterable[Call], pixels: int, rest: float, pictures: int = 1) -> None:
+        """Take in a finished run: its groups, and the seconds of all else but the analysis, for so many pictures."""
+        self._groups.extend(group for group in groups if group.evaluations and group.seconds > 0)
+        if rest > 0:
+            self._rest.append((pictures * pixels, pixels, rest))
         if self._groups:
             self._rates = _fit(np.array(self._groups))
+        if self._rest:
+            self._rest_rates = _fit(np.array(self._rest))
 
     def learn_analysis(self, pixels: int, seconds: float) -> None:
         self._analysis.append(seconds / pixels)
@@ -50,19 +55,21 @@ class Calibration:
         """
         if self._rates is None:
             return None
-        return calls * self._rates[0] + evaluations * self._rates[1] + pictures * pixels * median(self._pixel)
+        each, last = self._rest_rates
+        return calls * self._rates[0] + evaluations * self._rates[1] + pixels * (pictures * each + last)
 
     def analysis_seconds(self, pixels: int) -> float | None:
         """What the analysis of a picture with so many output pixels is expected to take, or None before the first."""
         return pixels * median(self._analysis) if self._analysis else None
 
 
-def _fit(groups: np.ndarray) -> tuple[float, float]:
-    """Seconds per call and per evaluation, neither below 0, with the least squared relative error over ``groups`` Gx3.
+def _fit(measured: np.ndarray) -> tuple[float, float]:
+    """Seconds for one of each of two kinds of work, neither below 0, with the least squared relative error.
 
-    Relative, so that a group that took long does not outweigh all others.
+    ``measured`` Mx3 has the amounts of both and the seconds. Relative, so that what took long does not outweigh the
+    others.
     """
-    work, ones = groups[:, :2] / groups[:, 2:], np.ones(len(groups))
+    work, ones = measured[:, :2] / measured[:, 2:], np.ones(len(measured))
     both = np.linalg.lstsq(work, ones, rcond=None)[0]
     if (both >= 0).all():
         return float(both[0]), float(both[1])

@@ -136,7 +136,9 @@ class Networks:
             todo = work(done, plan, order.seed, groups, order.batch_size)
             if isinstance(known, Picture):  # any group may turn out to have patches
                 todo = todo._replace(calls=todo.calls + sum(plan.steps[:-1]), pictures=len(GROUPS))
-            pixels = height * width * (todo.pictures if partial else 1)
-            refined = self._calibration.seconds(todo.evaluations, pixels, todo.calls)
-            expected += todo.evaluations * EVALUATION_SECONDS + pixels * PIXEL_SECONDS if refined is None else refined
+            pictures = todo.pictures if partial else 1
+            refined = self._calibration.seconds(todo.evaluations, height * width, todo.calls, pictures)
+            if refined is None:
+                refined = todo.evaluations * EVALUATION_SECONDS + pictures * height * width * PIXEL_SECONDS
+            expected += refined
         return min(MOST_SECONDS, math.ceil(START_SECONDS + MARGIN * expected))

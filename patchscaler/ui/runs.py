@@ -114,14 +114,15 @@ class Runs:
             "difference": gr.update(value=save_preview(image, "difference"), visible=True),
         }
 
-    def _learn(self, order: Order, result: Result, seconds: float) -> None:
-        """Have the calibration learn from a run that took so long after the analysis."""
+    def _learn(self, order: Order, result: Result, seconds: float, partial: bool = True) -> None:
+        """Have the calibration learn from a run that took so long after the analysis; `partial`: a picture a group."""
         groups = []
         for group in result.groups:
             batches = -(-group.evaluations // group.steps // order.batch_size)
             groups.append(Call(batches * group.steps, group.evaluations, group.seconds))
         rest = max(0.0, seconds - sum(group.seconds for group in groups))
-        self.calibration.learn(groups, result.picture.rgb[0].numel(), rest)
+        pictures = max(1, sum(group.calls > 0 for group in groups)) if partial else 1
+        self.calibration.learn(groups, result.picture.rgb[0].numel(), rest, pictures)
 
     def _views(self, order: Order, picture: Picture | None = None) -> Iterator[RunView]:
         began = time.perf_counter()
@@ -163,7 +164,7 @@ class Runs:
                 )
             elif uniform:
                 shown = shown._replace(uniform=save_final(event, order.source, "uniform", order.color_fix))
-                self._learn(order, event, time.perf_counter() - sampling)
+                self._learn(order, event, time.perf_counter() - sampling, partial=False)
                 status = fragments.status("Done, with baseline.")
                 yield RunView(**self._baseline(order, result, event), shown=shown, status=status)
             else:
