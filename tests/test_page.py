@@ -100,6 +100,8 @@ def seen(page: Page, panel: str) -> bool:
 def test_upload_run_and_drag(page):
     # 1. Upload and run.
     expect(page.locator("#run")).to_be_disabled()
+    expect(page.get_by_role("button", name="Example: astronaut")).to_be_visible()  # named for screen readers
+    expect(page.locator("#status")).to_have_attribute("aria-live", "polite")
     page.set_input_files("#input input[type=file]", PHOTO)
     page.locator("#run").click()
     expect(page.locator("#timing table.groups")).to_be_visible()
@@ -176,6 +178,7 @@ def test_look_closely_spend_more_and_take_home(page):
     click_corner(page)
     expect(page.locator("#inspector")).to_contain_text("Patch 24, pixels 384, 384 to 512, 512")
     expect(page.locator("#inspected img")).to_have_count(1 + 3)
+    assert page.locator("#qmap .image-frame").evaluate("e => getComputedStyle(e, '::before').content") != "none"
     expect(page.locator("#zoom img").first).not_to_have_attribute("src", zoom)
 
     # 3. By hand into another group: one patch would change, and one is rendered.
@@ -217,6 +220,11 @@ def test_look_closely_spend_more_and_take_home(page):
     page.wait_for_function("!location.search.includes('plan=0.6,')")
     page.locator("#pack").click()
     expect(page.locator("#zip")).to_contain_text(".zip")
+
+    # 6. On a phone the table of the groups is whole.
+    page.set_viewport_size({"width": 390, "height": 900})
+    right = "e => e.getBoundingClientRect().right"
+    assert page.locator("#timing table.groups").evaluate(right) <= page.locator("#timing").evaluate(right) + 1
 
 
 def overlay_box(page: Page) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
+FADING = 0.85  # weight of a measurement against the next one
 
 
 class Call(NamedTuple):
@@ -66,13 +67,14 @@ class Calibration:
 def _fit(measured: np.ndarray) -> tuple[float, float]:
     """Seconds for one of each of two kinds of work, neither below 0, with the least squared relative error.
 
-    ``measured`` Mx3 has the amounts of both and the seconds. Relative, so that what took long does not outweigh the
-    others.
+    ``measured`` Mx3 has the amounts of both and the seconds, the latest last, which weighs most. Relative, so that what
+    took long does not outweigh the others.
     """
-    work, ones = measured[:, :2] / measured[:, 2:], np.ones(len(measured))
-    both = np.linalg.lstsq(work, ones, rcond=None)[0]
+    weights = FADING ** np.arange(len(measured))[::-1]
+    work = weights[:, None] * measured[:, :2] / measured[:, 2:]
+    both = np.linalg.lstsq(work, weights, rcond=None)[0]
     if (both >= 0).all():
         return float(both[0]), float(both[1])
-    alone = [(column @ ones) / (column @ column) for column in work.T]
-    errors = [np.square(column * rate - 1).sum() for column, rate in zip(work.T, alone)]
+    alone = [(column @ weights) / (column @ column) for column in work.T]
+    errors = [np.square(column * rate - weights).sum() for column, rate in zip(work.T, alone)]
     return (float(alone[0]), 0.0) if errors[0] < errors[1] else (0.0, float(alone[1]))

@@ -19,7 +19,7 @@ STAGE_COLORS = {
     "decode": "#8a6fb0",
     "color": "#b9a3d6",
 }
-_WIDTH, _HEIGHT, _FOOT = 600, 130, 34  # of the histogram, in SVG units
+_WIDTH, _HEIGHT, _FOOT = 600, 190, 46  # of the histogram, in SVG units
 
 
 def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str:
@@ -27,7 +27,7 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
     bins = (confidence * BINS).long().clamp(0, BINS - 1)
     counts = [bins[assignment == group].bincount(minlength=BINS).tolist() for group in range(len(GROUPS))]
     highest = max(map(sum, zip(*counts)))
-    step, room = _WIDTH / BINS, _HEIGHT - _FOOT - 32
+    step, room = _WIDTH / BINS, _HEIGHT - _FOOT - 44
     bars = []
     for place in range(BINS):
         bottom = _HEIGHT - _FOOT
@@ -39,8 +39,8 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
                 bars.append(_rectangle(x, bottom, width, height, color, f'data-group="{GROUPS[group]}"'))
     marks = ""
     # γ₂'s name stands left of its line and γ₁'s right of it, unless the edge is too near; then γ₁'s is lower.
-    for name, value, y in (("γ₂", plan.gamma2, 12), ("γ₁", plan.gamma1, 12 if plan.gamma1 < 0.88 else 26)):
-        before = value > (0.12 if name == "γ₂" else 0.88)
+    for name, value, y in (("γ₂", plan.gamma2, 16), ("γ₁", plan.gamma1, 16 if plan.gamma1 < 0.85 else 38)):
+        before = value > (0.15 if name == "γ₂" else 0.85)
         x, anchor = value * _WIDTH, "end" if before else "start"
         marks += (
             f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{_HEIGHT - _FOOT}"/>'
@@ -48,7 +48,7 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
             f"{name} {value:.2f}</text>"
         )
     axis = "".join(
-        f'<text x="{value * _WIDTH:.0f}" y="{_HEIGHT - 18}" text-anchor="{anchor}">{value:g}</text>'
+        f'<text x="{value * _WIDTH:.0f}" y="{_HEIGHT - 26}" text-anchor="{anchor}">{value:g}</text>'
         for value, anchor in ((0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end"))
     )
     low, high = confidence.min().item(), confidence.max().item()
@@ -59,8 +59,8 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
         f'<figure class="chart"><figcaption>Confidence of the patches</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(bars)}'
         f'<line class="axis" x1="0" x2="{_WIDTH}" y1="{_HEIGHT - _FOOT}" y2="{_HEIGHT - _FOOT}"/>{axis}{marks}'
-        f'<text x="0" y="{_HEIGHT - 3}">uncertain</text>'
-        f'<text x="{_WIDTH}" y="{_HEIGHT - 3}" text-anchor="end">sure</text></svg></figure>'
+        f'<text x="0" y="{_HEIGHT - 5}">uncertain</text>'
+        f'<text x="{_WIDTH}" y="{_HEIGHT - 5}" text-anchor="end">sure</text></svg></figure>'
     )
 
 

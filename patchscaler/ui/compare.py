@@ -112,7 +112,8 @@ def patch_views(
     ]
     confidence = analysis.patch_confidence[index].item()
     facts = fragments.patch(index, box, confidence, group, plan, index in by_hand)
-    return facts, facts + fragments.pictures(pictures)
+    closer = fragments.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
+    return facts + closer, facts + fragments.pictures(pictures)
 
 
 def patch_coarse(study: Study, index: int) -> Image.Image:

@@ -30,7 +30,7 @@ def _start() -> dict[str, Any]:
         type="filepath",
         image_mode=None,
         sources=["upload", "clipboard"],
-        height=190,
+        height=170,
         buttons=[],
         elem_id="input",
         alt_text="Input image",
@@ -40,10 +40,11 @@ def _start() -> dict[str, Any]:
     if examples:
         paths = [str(path) for path in examples]
         gr.Examples(paths, image, label="Examples", elem_id="examples", api_visibility="private")
-    with gr.Row():
-        run = gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=False, elem_id="run")
-        stop = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")
-    cost = gr.HTML("", elem_id="cost")
+    with gr.Column(elem_id="go", min_width=0):
+        with gr.Row():
+            run = gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=False, elem_id="run")
+            stop = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")
+        cost = gr.HTML("", elem_id="cost")
     return {"image": image, "note": note, "run": run, "stop": stop, "cost": cost}
 
 
@@ -52,8 +53,8 @@ def _plan() -> dict[str, Any]:
     choices = [(label, name) for name, label in PRESET_NAMES.items()]
     preset = gr.Dropdown(choices, value="paper", label="Preset", elem_id="preset")
     gammas = [
-        _slider("γ₁ simple above this confidence", RANGES[0], plan.gamma1, "gamma1"),
-        _slider("γ₂ hard up to this confidence", RANGES[1], plan.gamma2, "gamma2"),
+        _slider("γ₁ simple above confidence", RANGES[0], plan.gamma1, "gamma1"),
+        _slider("γ₂ hard up to confidence", RANGES[1], plan.gamma2, "gamma2"),
     ]
     starts, steps = [], []
     for i, name in enumerate(GROUPS):
@@ -66,9 +67,9 @@ def _plan() -> dict[str, Any]:
     with gr.Row(elem_id="seed-row"):
         seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120, scale=3)
         dice = gr.Button("⚄ New seed", elem_id="dice", min_width=100, scale=1, size="sm")
-    label = "Time budget: seconds of a full run"
+    label = "Budget: seconds of a full run"
     budget = gr.Slider(0, 60, 60, step=0.01, label=label, interactive=False, buttons=[], elem_id="budget")
-    uniform = gr.Checkbox(False, label="Also render the uniform baseline (T 1000, N 20)", elem_id="uniform")
+    uniform = gr.Checkbox(False, label="Uniform baseline too (T 1000, N 20)", elem_id="uniform")
     color_fix = gr.Checkbox(True, label="Colour fix", elem_id="color-fix")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         batch = gr.Number(64, label="Patch batch: patches at once, 1 to 256", precision=0, elem_id="batch")

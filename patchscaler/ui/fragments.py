@@ -142,18 +142,29 @@ def baseline(evaluations: tuple[int, int], seconds: tuple[float, float]) -> str:
 
 def seams(grid: PatchGrid, width: int, height: int) -> str:
     """A style that draws all patch borders over the panels: no picture is changed, and none is sent again."""
-    line = round(max(width, height) / 500, 1)
     rows, columns = grid.borders()
     path = "".join([f"M{x} 0V{height}" for x in columns] + [f"M0 {y}H{width}" for y in rows])
+    places = ":is(#coarse, #qmap, #final, #compare) :is(.image-frame, .slider-wrap, .wrap)::after"
+    return _drawn(places, path, width, height, max(width, height) / 500)
+
+
+def picked(box: tuple[int, int, int, int], width: int, height: int) -> str:
+    """A style that frames the inspected patch on the Qmap."""
+    left, top, right, bottom = box
+    path = f"M{left} {top}H{right}V{bottom}H{left}Z"
+    return _drawn("#qmap .image-frame::before", path, width, height, max(width, height) / 100)
+
+
+def _drawn(places: str, path: str, width: int, height: int, line: float) -> str:
+    """A style that draws a path, in the picture's pixels, over the pictures at `places`."""
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f'<path d="{path}" fill="none" stroke="white" stroke-width="{line}" stroke-opacity=".8"/>'
-        f'<path d="{path}" fill="none" stroke="black" stroke-width="{line / 2}" stroke-opacity=".8"/></svg>'
+        f'<path d="{path}" fill="none" stroke="white" stroke-width="{line:.1f}" stroke-opacity=".8"/>'
+        f'<path d="{path}" fill="none" stroke="black" stroke-width="{line / 2:.1f}" stroke-opacity=".8"/></svg>'
     )
     address = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
     return (
-        "<style>:is(#coarse, #qmap, #final, #compare) :is(.image-frame, .slider-wrap, .wrap)::after"
-        f'{{ content: ""; position: absolute; inset: 0; pointer-events: none; '
+        f'<style>{places} {{ content: ""; position: absolute; inset: 0; pointer-events: none; '
         f"background: url({address}) center / contain no-repeat; }}</style>"
     )
 
@@ -180,7 +191,7 @@ def timing(result: Result, reused: bool) -> str:
         f"{charts.time_bar(result, STAGES)}"
         '<div class="tables"><table class="groups"><caption>Groups</caption><thead><tr>'
         '<th scope="col">Group</th><th scope="col">Patches</th><th scope="col">T</th><th scope="col">N</th>'
-        '<th scope="col">Network evaluations</th><th scope="col">Seconds</th>'
+        '<th scope="col">Evaluations</th><th scope="col">Seconds</th>'
         '<th scope="col">ms per patch-step</th></tr></thead>'
         f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">All</th><td>{totals[0]}</td><td></td><td></td>'
         f"<td>{totals[1]:,}</td><td>{totals[2]:.2f}</td>"

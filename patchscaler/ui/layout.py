@@ -18,11 +18,16 @@ from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.wiring import WAITING, wire
 
-HEADING = """
-<h1>PatchScaler</h1>
-<p>Upscales a photograph four times, and spends diffusion steps only on the patches that need them.
-A demo of <cite>PatchScaler: An Efficient Patch-Independent Diffusion Model for Image Super-Resolution</cite>
-(Liu et al., ICCV 2025).</p>
+# A picture of patches in the groups' colours.
+LOGO = "".join(
+    f'<rect x="{9 * place}" y="{9 * row}" width="8" height="8" rx="1.5" fill="{GROUP_COLORS[group]}"/>'
+    for row, groups in enumerate(((0, 0, 1), (0, 1, 2), (1, 2, 2)))
+    for place, group in enumerate(groups)
+)
+HEADING = f"""
+<h1><svg viewBox="0 0 26 26" aria-hidden="true">{LOGO}</svg>PatchScaler</h1>
+<p>Upscales a photograph four times, and spends diffusion steps only on the patches that need them: a demo of the
+method of <cite>PatchScaler</cite> (Liu et al., ICCV 2025).</p>
 """
 FOOTER = """
 <h2>What happens here</h2>
@@ -47,7 +52,21 @@ THEME = gr.themes.Base(
     neutral_hue="zinc",
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
     font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "monospace"],
-).set(body_text_color_subdued="*neutral_600", block_label_text_color="*neutral_600")
+).set(
+    body_background_fill="*neutral_50",
+    body_text_color_subdued="*neutral_600",
+    block_label_text_color="*neutral_600",
+    block_label_border_width="0px",
+    block_label_background_fill="transparent",
+    block_label_background_fill_dark="transparent",
+    block_radius="*radius_lg",
+    button_primary_background_fill="*primary_700",  # white on it is read by everybody
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
+    slider_color="*primary_600",
+    slider_color_dark="*primary_500",
+)
 
 
 def launch_settings(jobs: Jobs) -> dict[str, Any]:

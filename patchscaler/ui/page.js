@@ -69,5 +69,15 @@
     if (event.target.closest?.("#run") && window.innerWidth < 768) find("#status").scrollIntoView({behavior: "smooth"});
   });
 
-  for (const id of ["status", "batch-status", "stale", "note"]) find(`#${id}`)?.setAttribute("aria-live", "polite");
+  // For screen readers: news are read out, and the examples' buttons, which have a picture only, get a name. Parts of
+  // the page come in after this, and anew.
+  const name = () => {
+    for (const id of ["status", "batch-status", "stale", "note"]) find(`#${id}`)?.setAttribute("aria-live", "polite");
+    for (const picture of document.querySelectorAll("#examples button:not([aria-label]) img")) {
+      const file = picture.src.split("/").pop().replace(/^[0-9]+-|\.[a-z]+$/g, "");
+      picture.closest("button").setAttribute("aria-label", `Example: ${file}`);
+    }
+  };
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
 }

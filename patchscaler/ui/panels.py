@@ -58,13 +58,13 @@ def _by_hand() -> dict[str, Any]:
         mode = gr.Radio(
             modes,
             value=INSPECT,
-            label="Click a patch of the Qmap, or drag over several, to…",
+            label="Click a patch of the Qmap, or draw over several, to…",
             elem_id="mode",
         )
         with gr.Row(elem_id="hand-row"):
-            number = gr.Number(None, label="Patch number", precision=0, elem_id="number", min_width=100, minimum=0)
-            reset = gr.Button("Reset patches set by hand", size="sm", elem_id="reset", min_width=100)
-            seams = gr.Checkbox(False, label="Show patch borders", elem_id="seams", min_width=120)
+            number = gr.Number(None, label="Patch", precision=0, elem_id="number", min_width=100, minimum=0)
+            reset = gr.Button("Reset hand-set patches", size="sm", elem_id="reset", min_width=100)
+            seams = gr.Checkbox(False, label="Patch borders", elem_id="seams", min_width=120)
         facts = gr.HTML("", elem_id="facts")
         stroke = gr.Button("Stroke", visible="hidden", elem_id="stroke")  # pressed by page.js
     return {"mode": mode, "number": number, "reset": reset, "seams": seams, "facts": facts, "stroke": stroke}

@@ -128,7 +128,7 @@ class Runs:
         began = time.perf_counter()
         plan, seed, by_hand = order.plan, order.seed, order.by_hand
         reused = self.studies.get(order.source) is not None
-        shown, result = None, None
+        shown, result, done = None, None, ""
         if not reused:
             yield RunView(status=fragments.status("Restoring the whole image…"))
         for event in self.events(order, picture):
@@ -165,7 +165,7 @@ class Runs:
             elif uniform:
                 shown = shown._replace(uniform=save_final(event, order.source, "uniform", order.color_fix))
                 self._learn(order, event, time.perf_counter() - sampling, partial=False)
-                status = fragments.status("Done, with baseline.")
+                status = fragments.status(f"{done} The baseline is done too.")
                 yield RunView(**self._baseline(order, result, event), shown=shown, status=status)
             else:
                 result = event

@@ -5,7 +5,7 @@ Parts, all of them unless some are named:
   coarse    in Chromium, from the click on Run to the coarse image, 128x128 input, loaded models
   rerun     a run after gamma 1 has moved a tenth of the patches, against a full run; whether the pixels are the same
   large     overlay and inspector for a 2048x2048 output
-  estimate  the seconds that the page expects for each example after three runs, against what the run takes
+  estimate  the seconds that the page expects for each example after three runs or more, against what the run takes
 """
 
 from __future__ import annotations
@@ -126,15 +126,14 @@ def large(handlers, folder: Path) -> None:
 def estimate(handlers) -> None:
     for path in EXAMPLES[:3]:
         run(handlers, {"path": str(path)}, (*PAPER, 0))
-    expected = {}
-    for path in EXAMPLES:  # before any further run
-        asyncio.run(look(handlers, {"path": str(path)}))
-        cost = moved(handlers, {"path": str(path)}, None, (*PAPER, 5), place=8)["cost"]
-        expected[path] = float(re.search(r"about <b>([\d.]+) s", cost)[1])
-    for path, seconds in expected.items():
-        views = run(handlers, {"path": str(path)}, (*PAPER, 5))
+    for path in EXAMPLES:
+        image = {"path": str(path)}
+        asyncio.run(look(handlers, image))
+        cost = moved(handlers, image, None, (*PAPER, 5), place=8)["cost"]
+        expected = float(re.search(r"about <b>([\d.]+) s", cost)[1])
+        views = run(handlers, image, (*PAPER, 5))
         took = float(re.search(r"Done in ([\d.]+) s", last(views, "status"))[1])
-        print(f"estimate: {path.stem}: {seconds:.1f} s, took {took:.1f} s, {seconds / took - 1:+.0%}")
+        print(f"estimate: {path.stem}: {expected:.1f} s, took {took:.1f} s, {expected / took - 1:+.0%}")
 
 
 async def look(handlers, image: dict) -> None:
