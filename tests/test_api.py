@@ -155,12 +155,15 @@ def test_arguments_that_cannot_be_are_named(call, analysis, arguments, text):
 
 
 @pytest.mark.parametrize(
-    "confidence", [[], [0.5, "0.5"], [True], [0.5, float("nan")], [1.5], "0.5", [[0.5]], {"0": 0.5}, [None], [10**400]]
-)
+    "confidence",
+    [[], [0.5, "0.5"], [True], [0.5, float("nan")], [1.5], "0.5", [[0.5]], {"0": 0.5}, [None], [10**400],
+     [0.5] * 50_001],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
 def test_confidences_that_cannot_be_are_refused(service, confidence):
     event = service.post("call/v2/regroup", {"confidence": confidence}).json()["event_id"]
     answer = service.web.get(f"/gradio_api/call/regroup/{event}").text
-    assert "event: error" in answer and re.search("list of numbers|outside \\[0, 1\\]", answer)
+    assert "event: error" in answer and re.search("list of numbers|outside \\[0, 1\\]|the limit is 50,000", answer)
 
 
 def test_regroup_needs_either_the_file_or_the_confidences(call, analysis):

@@ -37,6 +37,7 @@ START, STEPS = list(PAPER.start), list(PAPER.steps)
 Groups = dict[str, Literal["simple", "medium", "hard"]]
 BY_CONFIDENCE: Groups = {}
 ANALYSIS = "_analysis.safetensors"
+MOST_CONFIDENCES = 50_000  # a square picture of 4 million pixels has some seven thousand patches
 
 
 class Endpoints:
@@ -102,6 +103,8 @@ class Endpoints:
         if analysis is None:
             if not isinstance(confidence, list) or not confidence or not all(map(_is_number, confidence)):
                 raise _refusal("confidence is not a list of numbers")
+            if len(confidence) > MOST_CONFIDENCES:
+                raise _refusal(f"{len(confidence):,} confidences are too many; the limit is {MOST_CONFIDENCES:,}")
             try:
                 values = tensor([float(value) for value in confidence])
             except OverflowError as error:  # a whole number may have any length

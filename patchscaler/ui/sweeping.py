@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS, KEPT_SECONDS = 600, 3600  # how often, and what is older goes
 FORGET_SECONDS = 2
-UNREAD = 32  # messages that are kept for those who fetch them later
+UNREAD = 32  # sessions whose messages are kept for those who fetch them later
+FLOOD = 500  # messages of one session; a page's run has about two hundred
 
 
 @asynccontextmanager
@@ -76,9 +77,10 @@ def forget_components(app: Any) -> None:
 
 
 def forget_messages(queue: Any) -> None:
-    """Results that nobody fetches, but for the newest, and the names of sessions of which nothing is left.
+    """Results that nobody fetches, but for those of the newest sessions, and the names of sessions that have none.
 
-    Gradio keeps the messages of 2,000 sessions, and every call of the API has a session of its own.
+    Gradio keeps the messages of 2,000 sessions, and every call of the API has a session of its own. A page's messages
+    tell what changed since the one before, so none is taken from a run or from a slow reader unless it is a flood.
     """
     unread = 0
     for session, messages in reversed(list(queue.pending_messages_per_session.items())):
@@ -86,11 +88,10 @@ def forget_messages(queue: Any) -> None:
         over = not any(event in queue.event_ids_to_events for event in events)
         if messages._getters:  # somebody reads
             continue
-        unread += messages.qsize()
-        while unread > UNREAD and not messages.empty():
+        while messages.qsize() > FLOOD:
             messages.get_nowait()
-            unread -= 1
-        if over and messages.empty():
+        unread += not messages.empty()
+        if over and (messages.empty() or unread > UNREAD):
             del queue.pending_messages_per_session[session]
     for session in queue.pending_event_ids_session.keys() - queue.pending_messages_per_session.keys():
         del queue.pending_event_ids_session[session]
