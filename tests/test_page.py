@@ -19,6 +19,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from patchscaler.grouping import SamplingPlan
+from patchscaler.images import read_picture, write_png
 
 ROOT = Path(__file__).parent.parent
 PHOTO = sorted((ROOT / "examples").glob("*.png"))[0]
@@ -246,6 +247,53 @@ def test_a_file_that_is_no_image_is_refused_by_name(page, tmp_path):
     page.set_input_files("#input input[type=file]", tmp_path / "not.png")
     page.locator("#run").click()
     expect(page.locator("#status")).to_contain_text("PNG, JPEG, WebP, TIFF, BMP or GIF")
+
+
+def test_several_images_of_which_one_is_bad(page, address, tmp_path):
+    page.goto(f"{address}?plan=0.6,0.5,100,200,300,1,2,3&seed=4")
+    expect(page.locator("#steps3 input[type=number]")).to_have_value("3")
+    (tmp_path / "bad.png").write_bytes(b"text")
+    page.get_by_role("tab", name="Several images").click()
+    page.set_input_files("#files input[type=file]", [small(tmp_path), tmp_path / "bad.png"])
+    page.locator("#run-all").click()
+    expect(page.locator("#batch-status")).to_contain_text("Done: 1 of 2 images are upscaled, 1 was refused.")
+    expect(page.locator("#outcomes")).to_contain_text("bad.png: This image was refused")
+    expect(page.locator("#outcomes")).to_contain_text("small.png: 160 × 160 pixels")
+    page.wait_for_function("document.querySelector('#gallery img')?.naturalWidth == 160")
+    expect(page.locator("#batch-zip")).to_contain_text(".zip")
+
+
+def test_a_png_of_the_page_restores_its_settings_and_the_baseline_shows_where_it_differs(page, tmp_path):
+    plan = SamplingPlan(0.6, 0.5, (100, 200, 300), (1, 2, 3))
+    path = write_png(read_picture(small(tmp_path)), tmp_path / "made.png", {"plan": plan.to_json(), "seed": "7"})
+    page.set_input_files("#input input[type=file]", path)
+    expect(page.locator("#note")).to_contain_text("its settings are restored")
+    expect(page.locator("#seed input")).to_have_value("7")
+    expect(page.locator("#steps3 input[type=number]")).to_have_value("3")
+    page.locator("#uniform input").check()
+    page.locator("#run").click()
+    expect(page.locator("#baseline")).to_contain_text("Saved:")
+    page.locator("#difference").scroll_into_view_if_needed()
+    page.wait_for_function("document.querySelector('#difference img')?.naturalWidth == 160")
+
+
+def small(folder: Path) -> Path:
+    with Image.open(PHOTO) as photo:
+        photo.resize((40, 40)).save(folder / "small.png")
+    return folder / "small.png"
+
+
+def test_dark_mode_has_light_text_on_dark_ground(page, address):
+    page.goto(f"{address}?__theme=dark")
+    expect(page.locator("body.dark #run")).to_be_visible()
+    brightness = """(selector) => {
+      const element = document.querySelector(selector);
+      return ["backgroundColor", "color"].map(
+        name => Math.max(...getComputedStyle(element)[name].match(/[0-9.]+/g).slice(0, 3).map(Number)));
+    }"""
+    ground, text = page.evaluate(brightness, ".gradio-container")
+    assert ground < 60 < 200 < text
+    assert page.evaluate(brightness, "#heading h1")[1] > 200
 
 
 @pytest.mark.parametrize("width", [390, 820, 1440])
