@@ -181,6 +181,21 @@ def test_patches_of_a_batch_do_not_see_each_other():
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_filter_is_the_best_linear_estimate_of_the_clean_patch():
+    generator = torch.Generator().manual_seed(0)
+    alphas, variance = torch.linspace(0.999, 0.001, 1000), torch.tensor([0.01, 0.1, 1.0, 4.0])
+    model = PatchDiT(C, V, 2, 32, 1, 2, 16)
+    model.set_filter(alphas, variance)
+    y0, noise = (torch.randn(64, C, V, V, generator=generator) for _ in range(2))
+    x0 = y0 + variance.sqrt().view(-1, 1, 1) * torch.randn(y0.shape, generator=generator)
+    for t in (1, 300, 1000):
+        signal = alphas[t - 1]
+        x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * noise  # Eq. 4
+        error = (model(x_t, y0, torch.tensor([t])) - x0).square().mean((0, 2, 3))
+        assert torch.allclose(error, 1 / (1 / variance + signal / (1 - signal)), rtol=0.05)
+
+
 def test_patch_dit_starts_as_y0():
     y0 = _random(N, C, V, V)
     assert torch.equal(PatchDiT(C, V, 2, 32, 2, 2, 16)(_random(N, C, V, V), y0, torch.tensor([1, 2, 3])), y0)

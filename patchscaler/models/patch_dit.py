@@ -9,11 +9,15 @@ from diffusers.models.embeddings import TimestepEmbedding, get_2d_sincos_pos_emb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MAX_TIMESTEP = 1000  # of the diffusion
 PromptKeys = list[tuple[Tensor, Tensor]]
 
 
 class PatchDiT(ModelMixin, ConfigMixin):
-    """x̂₀ = f_θ(x_t, y₀, t, prompt): predicts the clean patch, as y₀ plus what the network adds.
+    """x̂₀ = f_θ(x_t, y₀, t, prompt): predicts the clean patch, as a linear estimate plus what the network adds.
+
+    The linear estimate is y₀ + g_t (x_t − √ᾱ_t y₀), the Wiener filter for a residual x₀ − y₀ of known variance:
+    without it a small network spends its width on letting x_t through at small t, and leaves grain (`set_filter`).
 
     x_t and y₀ are concatenated along the channels (Figure 4 feeds the pair); t enters by adaLN with one map
     shared by all blocks and a table per block; every block attends to the texture prompt, and the time
@@ -49,16 +53,29 @@ class PatchDiT(ModelMixin, ConfigMixin):
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, channels * patch**2)
         self.null_prompt = nn.Parameter(torch.zeros(1, 1, prompt_width))
+        self.register_buffer("gain", torch.zeros(MAX_TIMESTEP, channels))  # g_t of each channel, for t = 1…1000
+        self.register_buffer("signal", torch.zeros(MAX_TIMESTEP))  # √ᾱ_t
         self._zero_init()
 
     def _zero_init(self) -> None:
-        """adaLN-zero: every block starts as the identity and the network as x̂₀ = y₀."""
+        """adaLN-zero: every block starts as the identity and the network as the linear estimate, or x̂₀ = y₀."""
         for layer in (self.modulation, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         for block in self.blocks:
             nn.init.zeros_(block.cross_out.weight)
             nn.init.zeros_(block.cross_out.bias)
+
+    def set_filter(self, alphas: Tensor, variance: Tensor) -> None:
+        """Set g_t = √ᾱ v / (ᾱ v + 1 − ᾱ), the gain of least squared error where x₀ − y₀ has variance v.
+
+        Args:
+            alphas: ᾱ_t for t = 1…1000, in (0, 1).
+            variance: v, c numbers, the mean of (x₀ − y₀)² in each channel.
+        """
+        self.signal.copy_(alphas.sqrt())
+        power = alphas.sqrt()[:, None] * variance  # T×c
+        self.gain.copy_(power / (alphas[:, None] * variance + 1 - alphas[:, None]))
 
     def prompt_keys(self, prompt: Tensor | None) -> PromptKeys:
         """Keys and values of all blocks for a prompt N×L×prompt_width: what every step shares, ready to multiply.
@@ -94,7 +111,8 @@ class PatchDiT(ModelMixin, ConfigMixin):
         x = self.final(modulate(x, shift, scale))  # N×L'×c·p²
         side = size // patch
         added = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), patch)  # N×c×V×V
-        return y0 + added.to(y0.dtype)
+        gain, signal = self.gain[t - 1][..., None, None], self.signal[t - 1].view(-1, 1, 1, 1)  # N×c×1×1, N×1×1×1
+        return y0 + gain * (x_t - signal * y0) + added.to(y0.dtype)
 
 
 class DiTBlock(nn.Module):

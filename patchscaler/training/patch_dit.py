@@ -84,6 +84,9 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 24 if device.type == "cpu" else 2)
     pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
 
+    first = pool.samples(0)
+    transformer.set_filter(alphas, (first["x0"].float() - first["y0"].float()).square().mean((0, 2, 3)))
+
     def denoise(model: nn.Module, rows: dict[str, Tensor], t: Tensor, noise: Tensor, drop: Tensor) -> Tensor:
         x0, y0, abar = rows["x0"].float(), rows["y0"].float(), alphas[t - 1]
         signal = abar.view(-1, 1, 1, 1)
