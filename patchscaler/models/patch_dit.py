@@ -16,8 +16,9 @@ PromptKeys = list[tuple[Tensor, Tensor]]
 class PatchDiT(ModelMixin, ConfigMixin):
     """x̂₀ = f_θ(x_t, y₀, t, prompt): predicts the clean patch, as a linear estimate plus what the network adds.
 
-    The linear estimate is y₀ + g_t (x_t − √ᾱ_t y₀), the Wiener filter for a residual x₀ − y₀ of known variance:
-    without it a small network spends its width on letting x_t through at small t, and leaves grain (`set_filter`).
+    The linear estimate is y₀ + m g_t (x_t − √ᾱ_t y₀). g_t is the gain of the Wiener filter for a residual x₀ − y₀ of
+    known variance (`set_filter`); the network says by m, in (0, 2), where there is less of it, as in a sky, and where
+    more. Without this a small network spends its width on letting x_t through at small t, and leaves grain.
 
     x_t and y₀ are concatenated along the channels (Figure 4 feeds the pair); t enters by adaLN with one map
     shared by all blocks and a table per block; every block attends to the texture prompt, and the time
@@ -51,7 +52,7 @@ class PatchDiT(ModelMixin, ConfigMixin):
         self.modulation = nn.Linear(width, 7 * width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, prompt_width) for _ in range(depth))
         self.final_modulation = nn.Linear(width, 2 * width)
-        self.final = nn.Linear(width, channels * patch**2)
+        self.final = nn.Linear(width, 2 * channels * patch**2)  # what is added, and m
         self.null_prompt = nn.Parameter(torch.zeros(1, 1, prompt_width))
         self.register_buffer("gain", torch.zeros(MAX_TIMESTEP, channels))  # g_t of each channel, for t = 1…1000
         self.register_buffer("signal", torch.zeros(MAX_TIMESTEP))  # √ᾱ_t
@@ -108,11 +109,12 @@ class PatchDiT(ModelMixin, ConfigMixin):
         for block, pair_of_keys in zip(self.blocks, keys, strict=True):
             x = block(x, modulation, pair_of_keys)  # N×L'×D
         shift, scale = self.final_modulation(time).unsqueeze(1).chunk(2, dim=-1)  # N×1×D
-        x = self.final(modulate(x, shift, scale))  # N×L'×c·p²
+        x = self.final(modulate(x, shift, scale))  # N×L'×2c·p²
         side = size // patch
-        added = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), patch)  # N×c×V×V
+        x = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), patch)  # N×2c×V×V
+        added, trust = x.to(y0.dtype).chunk(2, dim=1)  # N×c×V×V each
         gain, signal = self.gain[t - 1][..., None, None], self.signal[t - 1].view(-1, 1, 1, 1)  # N×c×1×1, N×1×1×1
-        return y0 + gain * (x_t - signal * y0) + added.to(y0.dtype)
+        return y0 + 2 * trust.sigmoid() * gain * (x_t - signal * y0) + added
 
 
 class DiTBlock(nn.Module):
