@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,10 @@ CROP = 160
 ETA_QUANTILE = 0.65
 JUDGING_WEIGHT = 0.2  # λ of Eq. 1
 VALIDATION_CROP = 256
-EVALUATIONS = 0.54  # of uniform sampling's, for held-out patches under the paper's plan
+# What the paper's plan shall do with held-out patches: its evaluations over those of uniform sampling, and how many
+# patches it takes for hard.
+EVALUATIONS = 0.54
+HARD = 0.1
 
 
 def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
@@ -72,24 +76,35 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
 @torch.inference_mode()
 def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
-    """Set η by how full the groups shall be, and measure the latent errors on held-out pairs B×c×h×w.
+    """Scale and shift the logits of C by how full the groups shall be; measure errors on held-out pairs B×c×h×w.
 
-    Where it is not saturated C is η / e², so a shift of its logits by b stands for η multiplied by eᵇ. b is
-    chosen so that the paper's plan needs `EVALUATIONS` of those of uniform sampling; it goes into the last bias,
-    and η into the config.
+    Where it is not saturated C is η / e². A shift of its logits by b stands for η multiplied by eᵇ, and a scale a
+    for e² taken to the power of a, which spreads the patches over the groups. a and b are chosen so that the paper's
+    plan takes `HARD` of the patches for hard and needs `EVALUATIONS` of those of uniform sampling. They go into the
+    last layer, and η into the config.
     """
     outputs = [model(part) for part in y_lr.split(16)]
     logits = torch.cat([output.confidence_logits.float() for output in outputs])  # B×1×h×w
     errors = squared_error(torch.cat([output.latents for output in outputs]), x_hr)  # B×1×h×w
-    paper, (low, high) = SamplingPlan.paper(), (-10.0, 10.0)
-    for _ in range(40):
-        shift = (low + high) / 2
-        confidence = F.avg_pool2d((logits + shift).sigmoid(), 16)  # of patches that do not overlap
-        groups = assign(confidence.flatten(), paper)
-        needed = times_and_steps(paper, groups)[1].float().mean().item() / max(paper.steps)
-        low, high = (shift, high) if needed > EVALUATIONS else (low, shift)
-    model.judge[-1].bias.add_(shift)
-    eta = errors.flatten().quantile(ETA_QUANTILE).item() * math.exp(shift)
+    paper = SamplingPlan.paper()
+
+    def groups_of(scale: float, shift: float) -> Tensor:
+        confidence = F.avg_pool2d((scale * logits + shift).sigmoid(), 16)  # of patches that do not overlap
+        return assign(confidence.flatten(), paper)
+
+    def shift_for(scale: float) -> float:
+        def spared(shift: float) -> float:
+            steps = times_and_steps(paper, groups_of(scale, shift))[1]
+            return 1 - steps.float().mean().item() / max(paper.steps)
+
+        return _bisect(spared, 1 - EVALUATIONS, -20.0, 20.0)
+
+    scale = _bisect(lambda scale: (groups_of(scale, shift_for(scale)) == 2).float().mean().item(), HARD, 0.1, 10.0)
+    shift = shift_for(scale)
+    groups = groups_of(scale, shift)
+    model.judge[-1].weight.mul_(scale)
+    model.judge[-1].bias.mul_(scale).add_(shift)
+    eta = errors.flatten().quantile(ETA_QUANTILE).item() * math.exp(shift / scale)
     model.register_to_config(eta=eta)
     simple, _, hard = (groups.bincount(minlength=3) / len(groups)).tolist()
     return {
@@ -99,6 +114,14 @@ def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
         "share of simple patches": simple,
         "share of hard patches": hard,
     }
+
+
+def _bisect(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """Where a rising function of one number reaches `wanted`."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
+    return middle
 
 
 if __name__ == "__main__":
