@@ -18,7 +18,7 @@ from torch import Tensor
 
 import patchscaler
 from patchscaler.batches import Patches
-from patchscaler.color import REACH, wavelet_color_fix
+from patchscaler.color import REACH, add_detail, wavelet_color_fix
 from patchscaler.devices import Stopwatch, advising
 from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture, bicubic, to_pil
@@ -123,7 +123,10 @@ class Bands:
         return F.pad(rows, beyond, mode="replicate")
 
     def _stage(self, name: str, local: Local, source: Rows, channels: int) -> Rows:
-        """What a network makes of the rows of another stage, with those around them that it sees."""
+        """What a network makes of the rows of another stage, with those around them that it sees.
+
+        It takes ``channels``; where the stage gives several times as many, it makes something of each part.
+        """
         reach = local.reach(channels, self.device)
         if reach is None:
             raise ValueError(f"{type(local.network).__name__} sees the whole picture; it cannot {name} it in bands")
@@ -134,7 +137,8 @@ class Bands:
             above, below = max(0, first - reach), min(self.grid.height, last + reach)
             values = source.get(above * local.before, below * local.before)
             clock = Stopwatch(self.device)
-            rows = self.pipeline.by_tiles(local, values[None])[0]
+            parts = [self.pipeline.by_tiles(local, part[None])[0] for part in values.split(channels)]
+            rows = torch.cat(parts) if len(parts) > 1 else parts[0]
             require_finite(f"the result of the stage {name}", rows)
             self.seconds[name] += clock.lap()
             return rows[:, (first - above) * local.after : (last - above) * local.after]
@@ -142,7 +146,10 @@ class Bands:
         return Rows(self.grid.height * local.after, make)
 
     def _sampled(self, restored: Rows, noise: BinaryIO) -> Iterator[Tensor]:
-        """Refine some rows of patches at a time, and give those rows of the latent that no later patch covers."""
+        """Refine some rows of patches at a time, and give those rows of the latent that no later patch covers.
+
+        The coarse ones are below them where the final picture takes its structure from these.
+        """
         columns = len({patch.left for patch in self.grid.patches})
         most = columns * -(-PATCHES // columns)
         total = weights = None  # of rows that the last patches covered and the next ones will
@@ -150,14 +157,17 @@ class Bands:
             patches = self.grid.patches[begin : begin + most]
             top, bottom = patches[0].top, patches[-1].top + self.grid.size
             end = self.grid.patches[begin + most].top if begin + most < len(self.grid) else bottom
-            x0 = self._sample(patches, restored.get(top, bottom), self._noise(noise, top, bottom))
+            window = restored.get(top, bottom)
+            x0 = self._sample(patches, window, self._noise(noise, top, bottom))
             unfinished = 0 if total is None else total.shape[1]
             sums = x0.new_zeros(self.channels + 1, bottom - top, self.grid.width)  # the last is that of the weights
             if unfinished:
                 sums[:-1, :unfinished], sums[-1, :unfinished] = total, weights
             total, weights = sums[:-1], sums[-1]
             blend(patches, x0, total, weights, top)
-            yield total[:, : end - top] / weights[: end - top]
+            refined = total[:, : end - top] / weights[: end - top]
+            coarse = window[:-1, : end - top]
+            yield torch.cat([refined, coarse]) if self.pipeline.config.detail_levels else refined
             total, weights = total[:, end - top :], weights[end - top :]
 
     def _sample(self, patches: tuple[Patch, ...], restored: Tensor, noise: Tensor) -> Tensor:
@@ -185,9 +195,14 @@ class Bands:
         return x0
 
     def _finished(self, top: int, bottom: int, decoded: Rows, reference: Rows) -> np.ndarray:
-        above, below = max(0, top - REACH), min(self.height, bottom + REACH)
+        levels = self.pipeline.config.detail_levels
+        reach = REACH + 2**levels - 1
+        above, below = max(0, top - reach), min(self.height, bottom + reach)
         output, wanted = (rows.get(above, below)[None, ..., : self.width] for rows in (decoded, reference))
         clock = Stopwatch(self.device)
+        if levels:
+            output, coarse = output.split(3, dim=1)
+            output = add_detail(coarse, output, levels).clamp_(-1, 1)
         rgb = wavelet_color_fix(output, wanted)[0, :, top - above : bottom - above].clamp_(-1, 1)
         alpha = self.picture.alpha
         if alpha is not None:

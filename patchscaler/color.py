@@ -1,6 +1,8 @@
-"""Colour correction of the final picture."""
+"""What the final picture takes from the coarse one, and its colours from the input."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ REACH = 2**LEVELS - 1  # rows and columns
 BAND = 256  # rows at a time: what is made of them stays in a CPU's cache, and memory is bounded
 
 
+LUMA = (0.299, 0.587, 0.114)  # BT.601
+
+
 def wavelet_color_fix(output: Tensor, reference: Tensor, levels: int = LEVELS) -> Tensor:
     """Give `output` the low frequencies, and so the colours, of `reference` and keep its own detail.
 
@@ -17,17 +22,40 @@ def wavelet_color_fix(output: Tensor, reference: Tensor, levels: int = LEVELS) -
     [-1, 1], of any size from 1x1. The result is not clamped and may overshoot slightly. A pixel depends on
     those at most 2**levels - 1 rows or columns away. Raises ValueError if the shapes differ.
     """
-    if output.shape != reference.shape:
-        raise ValueError(f"shapes differ: output {tuple(output.shape)}, reference {tuple(reference.shape)}")
-    height, reach = output.shape[-2], 2**levels - 1
     fixed = torch.empty_like(output)
+    # The low-pass is linear, so output - low(output) + low(reference) needs only the low of the difference.
+    for rows, _, low in _lows(reference, output, levels):
+        torch.add(output[..., rows, :], low, out=fixed[..., rows, :])
+    return fixed
+
+
+def add_detail(coarse: Tensor, refined: Tensor, levels: int) -> Tensor:
+    """Give `coarse` the fine detail in the luma of `refined`: coarse + d - low(d) with d = Y(refined - coarse).
+
+    Shapes, range and reach as for `wavelet_color_fix`. The low of 2 levels is that of a Gaussian with a deviation of
+    1.6 pixels.
+    """
+    weights = torch.tensor(LUMA, device=refined.device).view(3, 1, 1)
+    detailed = torch.empty_like(refined)
+    for rows, difference, low in _lows(refined, coarse, levels, weights):
+        torch.add(coarse[..., rows, :], difference.sub_(low), out=detailed[..., rows, :])
+    return detailed
+
+
+def _lows(
+    image: Tensor, other: Tensor, levels: int, weights: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time: which, image - other there, and the low of that. With weights Cx1x1, of its weighted sum."""
+    if image.shape != other.shape:
+        raise ValueError(f"shapes differ: {tuple(image.shape)} and {tuple(other.shape)}")
+    height, reach = image.shape[-2], 2**levels - 1
     for top in range(0, height, BAND):
         bottom, first = min(top + BAND, height), max(0, top - reach)
-        rows = slice(first, bottom + reach)
-        # The low-pass is linear, so output - low(output) + low(reference) needs only the low of the difference.
-        low = _low(reference[..., rows, :] - output[..., rows, :], levels)  # Bx3xH'xW
-        torch.add(output[..., top:bottom, :], low[..., top - first : bottom - first, :], out=fixed[..., top:bottom, :])
-    return fixed
+        difference = image[..., first : bottom + reach, :] - other[..., first : bottom + reach, :]  # BxCxH'xW
+        if weights is not None:
+            difference = (difference * weights).sum(-3, keepdim=True)
+        inner = slice(top - first, bottom - first)
+        yield slice(top, bottom), difference[..., inner, :], _low(difference, levels)[..., inner, :]
 
 
 def _low(image: Tensor, levels: int) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.batches import Patches, Step, make_batches, patch_bytes, sample_batches
-from patchscaler.color import wavelet_color_fix
+from patchscaler.color import add_detail, wavelet_color_fix
 from patchscaler.devices import Stopwatch, advising, fitting_batch, halving
 from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
@@ -41,6 +41,7 @@ from patchscaler.sampling import Scheduler
 from patchscaler.tiles import Local, tiled
 
 SCALE = 4
+DETAIL_LEVELS = 2
 TILE = 256  # cells along the side of a tile: of 2048 pixels
 LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
 
@@ -67,6 +68,10 @@ class PatchScalerPipeline(DiffusionPipeline):
     Each network runs in its own dtype; latents between them are float32. ``vae`` may be any diffusers
     autoencoder with 8 pixels per latent cell; ``scheduler`` is one that `patchscaler.sampling` takes. No call
     changes the pipeline, so threads may share it.
+
+    A small Patch-DiT guesses fine detail well and coarser structure less well than the GRM. The final picture is
+    therefore the coarse one with the luma detail of the refined one, above the lowest frequencies of a wavelet
+    transform of ``detail_levels`` levels; with 0 it is the refined one alone, as in the paper.
     """
 
     def __init__(
@@ -78,8 +83,10 @@ class PatchScalerPipeline(DiffusionPipeline):
         texture_encoder: TextureEncoder,
         texture_memory: TextureMemory,
         scheduler: Scheduler,
+        detail_levels: int = DETAIL_LEVELS,
     ):
         super().__init__()
+        self.register_to_config(detail_levels=detail_levels)
         self.register_modules(
             vae=vae,
             grm=grm,
@@ -315,7 +322,12 @@ class PatchScalerPipeline(DiffusionPipeline):
         x_hr = merge(x0, analysis.grid)  # Cxhxw
         require_finite("the refined latent", x_hr)
         output = self.by_tiles(self.decoding, x_hr[None])[..., :height, :width]  # 1x3xHxW
+        levels, coarse = self.config.detail_levels, analysis.coarse
+        if levels and coarse is None:
+            coarse = self.by_tiles(self.decoding, analysis.latents[None].to(output.device))[0, :, :height, :width]
         decode = clock.lap()
+        if levels:
+            output = add_detail(coarse[None].to(output.device), output, levels).clamp_(-1, 1)
         if color_fix:
             reference = analysis.bicubic[None].to(output.device)
             output = wavelet_color_fix(output, reference).clamp_(-1, 1)

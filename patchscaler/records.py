@@ -33,6 +33,7 @@ class Restored:
     prompt: Tensor | None  # NxLxD; None: refinement looks the priors up again
     bicubic: Tensor  # 3xHxW in [-1, 1]
     seconds: dict[str, float]
+    coarse: Tensor | None  # 3xHxW in [-1, 1]; None: refinement decodes y0 again
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,11 @@ class Analysis(Restored):
 
     confidence: Tensor  # 1xhxw in [0, 1]
     priors: Priors
-    coarse: Tensor  # 3xHxW in [-1, 1]
+    coarse: Tensor  # 3xHxW in [-1, 1]; never None
 
     def restored(self) -> Restored:
         """The part that refinement needs, in less than half the bytes, for where they are sent."""
-        return Restored(**{field.name: getattr(self, field.name) for field in fields(Restored)})
+        return Restored(**{**{field.name: getattr(self, field.name) for field in fields(Restored)}, "coarse": None})
 
 
 @dataclass(frozen=True)

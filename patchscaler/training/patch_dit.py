@@ -34,7 +34,7 @@ CONFIGS = {
 }
 CROP = 256  # gives four patches that do not overlap
 DROPPED_PROMPTS = 0.1
-ANY_TIME = 0.2  # share of samples at any time: for plans other than the paper's
+ANY_TIME = 0.3  # share of samples at any time: for plans other than the paper's
 
 
 def make_scheduler() -> DDIMScheduler:

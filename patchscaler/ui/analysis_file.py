@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
         """The same for refinement, which looks the priors up again: that takes a fiftieth of its time."""
         upscaled = bicubic(self.picture.rgb[None], SCALE)[0]
         return Restored(
-            self.picture, self.latents, self.grid, self.patch_confidence, None, upscaled, self.seconds
+            self.picture, self.latents, self.grid, self.patch_confidence, None, upscaled, self.seconds, None
         )
 
 
