@@ -148,7 +148,7 @@ class Bands:
     def _sampled(self, restored: Rows, noise: BinaryIO) -> Iterator[Tensor]:
         """Refine some rows of patches at a time, and give those rows of the latent that no later patch covers.
 
-        The coarse ones are below them where the final picture takes its structure from these.
+        With those of the coarse latent after them: 2CxRxw.
         """
         columns = len({patch.left for patch in self.grid.patches})
         most = columns * -(-PATCHES // columns)
@@ -167,7 +167,7 @@ class Bands:
             blend(patches, x0, total, weights, top)
             refined = total[:, : end - top] / weights[: end - top]
             coarse = window[:-1, : end - top]
-            yield torch.cat([refined, coarse]) if self.pipeline.config.detail_levels else refined
+            yield torch.cat([refined, coarse])
             total, weights = total[:, end - top :], weights[end - top :]
 
     def _sample(self, patches: tuple[Patch, ...], restored: Tensor, noise: Tensor) -> Tensor:
@@ -194,15 +194,12 @@ class Bands:
         self.seconds["refine"] += max(busy)
         return x0
 
-    def _finished(self, top: int, bottom: int, decoded: Rows, reference: Rows) -> np.ndarray:
-        levels = self.pipeline.config.detail_levels
-        reach = REACH + 2**levels - 1
-        above, below = max(0, top - reach), min(self.height, bottom + reach)
-        output, wanted = (rows.get(above, below)[None, ..., : self.width] for rows in (decoded, reference))
+    def _finished(self, top: int, bottom: int, pictures: Rows, reference: Rows) -> np.ndarray:
+        above, below = max(0, top - REACH), min(self.height, bottom + REACH)
+        decoded, wanted = (rows.get(above, below)[None, ..., : self.width] for rows in (pictures, reference))
         clock = Stopwatch(self.device)
-        if levels:
-            output, coarse = output.split(3, dim=1)
-            output = add_detail(coarse, output, levels).clamp_(-1, 1)
+        refined, coarse = decoded.split(3, dim=1)
+        output = add_detail(coarse, refined).clamp_(-1, 1)
         rgb = wavelet_color_fix(output, wanted)[0, :, top - above : bottom - above].clamp_(-1, 1)
         alpha = self.picture.alpha
         if alpha is not None:

@@ -41,7 +41,6 @@ from patchscaler.sampling import Scheduler
 from patchscaler.tiles import Local, tiled
 
 SCALE = 4
-DETAIL_LEVELS = 2
 TILE = 256  # cells along the side of a tile: of 2048 pixels
 LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
 
@@ -68,10 +67,6 @@ class PatchScalerPipeline(DiffusionPipeline):
     Each network runs in its own dtype; latents between them are float32. ``vae`` may be any diffusers
     autoencoder with 8 pixels per latent cell; ``scheduler`` is one that `patchscaler.sampling` takes. No call
     changes the pipeline, so threads may share it.
-
-    A small Patch-DiT guesses fine detail well and coarser structure less well than the GRM. The final picture is
-    therefore the coarse one with the luma detail of the refined one, above the lowest frequencies of a wavelet
-    transform of ``detail_levels`` levels; with 0 it is the refined one alone, as in the paper.
     """
 
     def __init__(
@@ -83,10 +78,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         texture_encoder: TextureEncoder,
         texture_memory: TextureMemory,
         scheduler: Scheduler,
-        detail_levels: int = DETAIL_LEVELS,
     ):
         super().__init__()
-        self.register_to_config(detail_levels=detail_levels)
         self.register_modules(
             vae=vae,
             grm=grm,
@@ -214,7 +207,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         smallest batches and tiles.
 
         Args:
-            color_fix: give the output the low frequencies of the bicubic upscale.
+            color_fix: give the output the structure of the coarse picture (`add_detail`) and the low frequencies of
+                the bicubic upscale. Without it, it is what the decoder makes of the refined latent.
             by_hand: the groups of some patches, by index, in place of those that their confidence gives.
             earlier: patches of a run over the same analysis. Those with the same T, N and seed are taken over;
                 on a CPU the result is bit by bit that of a full run.
@@ -322,15 +316,15 @@ class PatchScalerPipeline(DiffusionPipeline):
         x_hr = merge(x0, analysis.grid)  # Cxhxw
         require_finite("the refined latent", x_hr)
         output = self.by_tiles(self.decoding, x_hr[None])[..., :height, :width]  # 1x3xHxW
-        levels, coarse = self.config.detail_levels, analysis.coarse
-        if levels and coarse is None:
-            coarse = self.by_tiles(self.decoding, analysis.latents[None].to(output.device))[0, :, :height, :width]
+        device = output.device
         decode = clock.lap()
-        if levels:
-            output = add_detail(coarse[None].to(output.device), output, levels).clamp_(-1, 1)
         if color_fix:
-            reference = analysis.bicubic[None].to(output.device)
-            output = wavelet_color_fix(output, reference).clamp_(-1, 1)
+            coarse = analysis.coarse
+            if coarse is None:
+                coarse = self.by_tiles(self.decoding, analysis.latents[None].to(device))[0, :, :height, :width]
+                decode += clock.lap()
+            output = add_detail(coarse[None].to(device), output).clamp_(-1, 1)
+            output = wavelet_color_fix(output, analysis.bicubic[None].to(device)).clamp_(-1, 1)
         require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:
