@@ -32,8 +32,8 @@ JUDGING_WEIGHT = 0.2  # λ of Eq. 1
 VALIDATION_CROP = 256
 # What the paper's plan shall do with held-out patches: its evaluations over those of uniform sampling, and how many
 # patches it takes for hard.
-EVALUATIONS = 0.54
-HARD = 0.1
+EVALUATIONS = 0.6
+HARD = 0.15
 
 
 def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:

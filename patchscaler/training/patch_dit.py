@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from patchscaler.grouping import SamplingPlan, assign, times_and_steps
@@ -37,10 +37,13 @@ DROPPED_PROMPTS = 0.1
 ANY_TIME = 0.3  # share of samples at any time: for plans other than the paper's
 
 
-def make_scheduler() -> DDIMScheduler:
-    """DDPM's linear schedule: at τ = 1000 nothing is left of x₀, as Eq. 6 wants (√ᾱ = .44, .08, .006)."""
-    return DDIMScheduler(
-        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction_type="sample", clip_sample=False
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    """DDPM's linear schedule: at τ = 1000 nothing is left of x₀, as Eq. 6 wants (√ᾱ = .44, .08, .006).
+
+    DPM-Solver++ of second order: in as few steps DDIM leaves more of the detail out.
+    """
+    return DPMSolverMultistepScheduler(
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction_type="sample", algorithm_type="dpmsolver++"
     )
 
 
