@@ -145,7 +145,7 @@ class Endpoints:
             steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
             seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
             by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0
-            color_fix: give the result the colours of the input
+            color_fix: give the result the colours of the input and the structure of the coarse image
 
         Returns:
             final: the image at four times the size, a lossless PNG with plan and seed inside
@@ -174,7 +174,7 @@ class Endpoints:
             start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
             steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
             seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
-            color_fix: give the result the colours of the input
+            color_fix: give the result the colours of the input and the structure of the coarse image
 
         Returns:
             final: the image at four times the size, a lossless PNG with plan and seed inside

@@ -70,7 +70,8 @@ def _plan() -> dict[str, Any]:
     label = "Budget: seconds of a full run"
     budget = gr.Slider(0, 60, 60, step=0.01, label=label, interactive=False, buttons=[], elem_id="budget")
     uniform = gr.Checkbox(False, label="Uniform baseline too (T 1000, N 20)", elem_id="uniform")
-    color_fix = gr.Checkbox(True, label="Colour fix", elem_id="color-fix")
+    info = "Colours of the input, structure of the coarse image. Off: the refined patches as they are decoded."
+    color_fix = gr.Checkbox(True, label="Colour fix", info=info, elem_id="color-fix")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         batch = gr.Number(64, label="Patch batch: patches at once, 1 to 256", precision=0, elem_id="batch")
     named = {"preset": preset, "budget": budget, "dice": dice, "uniform": uniform}
