@@ -7,64 +7,63 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-LEVELS = 5
-DETAIL_LEVELS = 2  # whose low-pass is that of a Gaussian with a deviation of 1.6 pixels
-REACH = 2**LEVELS + 2**DETAIL_LEVELS - 2  # rows and columns, of both one after the other
+# A low-pass is [1 2 1]/4 along both axes, once for each of these distances between its three places.
+COLORS = (1, 2, 4, 8, 16)  # the five levels of StableSR's wavelets
+DETAIL = (1, 1)  # [1 4 6 4 1]/16, a deviation of one pixel
+REACH = sum(COLORS) + sum(DETAIL)  # rows and columns, of both fixes one after the other
 BAND = 256  # rows at a time: what is made of them stays in a CPU's cache, and memory is bounded
-
-
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 
 
-def wavelet_color_fix(output: Tensor, reference: Tensor, levels: int = LEVELS) -> Tensor:
+def wavelet_color_fix(output: Tensor, reference: Tensor) -> Tensor:
     """Give `output` the low frequencies, and so the colours, of `reference` and keep its own detail.
 
     This is StableSR's wavelet fix: the highs of the output plus the low of the reference. Both are Bx3xHxW in
     [-1, 1], of any size from 1x1. The result is not clamped and may overshoot slightly. A pixel depends on
-    those at most 2**levels - 1 rows or columns away. Raises ValueError if the shapes differ.
+    those at most 31 rows or columns away. Raises ValueError if the shapes differ.
     """
     fixed = torch.empty_like(output)
     # The low-pass is linear, so output - low(output) + low(reference) needs only the low of the difference.
-    for rows, _, low in _lows(reference, output, levels):
+    for rows, _, low in _lows(reference, output, COLORS):
         torch.add(output[..., rows, :], low, out=fixed[..., rows, :])
     return fixed
 
 
-def add_detail(coarse: Tensor, refined: Tensor, levels: int = DETAIL_LEVELS) -> Tensor:
+def add_detail(coarse: Tensor, refined: Tensor) -> Tensor:
     """Give `coarse` the fine detail in the luma of `refined`: coarse + d - low(d) with d = Y(refined - coarse).
 
     A small Patch-DiT guesses fine detail well, but coarser structure and colours less well than the GRM restores
-    them. Shapes, range and reach are those of `wavelet_color_fix`.
+    them. Shapes and range are as for `wavelet_color_fix`; a pixel depends on those at most 2 rows or columns away.
     """
     weights = torch.tensor(LUMA, device=refined.device).view(3, 1, 1)
     detailed = torch.empty_like(refined)
-    for rows, difference, low in _lows(refined, coarse, levels, weights):
+    for rows, difference, low in _lows(refined, coarse, DETAIL, weights):
         torch.add(coarse[..., rows, :], difference.sub_(low), out=detailed[..., rows, :])
     return detailed
 
 
 def _lows(
-    image: Tensor, other: Tensor, levels: int, weights: Tensor | None = None
+    image: Tensor, other: Tensor, distances: tuple[int, ...], weights: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some rows at a time: which, image - other there, and the low of that. With weights Cx1x1, of its weighted sum."""
     if image.shape != other.shape:
         raise ValueError(f"shapes differ: {tuple(image.shape)} and {tuple(other.shape)}")
-    height, reach = image.shape[-2], 2**levels - 1
+    height, reach = image.shape[-2], sum(distances)
     for top in range(0, height, BAND):
         bottom, first = min(top + BAND, height), max(0, top - reach)
         difference = image[..., first : bottom + reach, :] - other[..., first : bottom + reach, :]  # BxCxH'xW
         if weights is not None:
             difference = (difference * weights).sum(-3, keepdim=True)
         inner = slice(top - first, bottom - first)
-        yield slice(top, bottom), difference[..., inner, :], _low(difference, levels)[..., inner, :]
+        yield slice(top, bottom), difference[..., inner, :], _low(difference, distances)[..., inner, :]
 
 
-def _low(image: Tensor, levels: int) -> Tensor:
-    """Blur repeatedly with [1 2 1]x[1 2 1]/16, dilated by 2**i, edges replicated. Shapes stay BxCxHxW."""
-    for level in range(levels):
+def _low(image: Tensor, distances: tuple[int, ...]) -> Tensor:
+    """Blur repeatedly with [1 2 1]x[1 2 1]/16, its places `distances` apart, edges replicated: BxCxHxW still."""
+    for distance in distances:
         for axis in (-2, -1):
-            image = _blur(image, 2**level, axis)
-    return image.mul_(16.0**-levels)
+            image = _blur(image, distance, axis)
+    return image.mul_(16.0 ** -len(distances))
 
 
 def _blur(image: Tensor, step: int, axis: int) -> Tensor:

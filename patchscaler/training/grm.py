@@ -33,7 +33,7 @@ VALIDATION_CROP = 256
 # What the paper's plan shall do with held-out patches: its evaluations over those of uniform sampling, and how many
 # patches it takes for hard.
 EVALUATIONS = 0.6
-HARD = 0.15
+HARD = 0.2
 
 
 def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
