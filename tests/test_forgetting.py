@@ -44,6 +44,14 @@ def wait_until(true) -> None:
         time.sleep(0.05)
 
 
+def posted(service: Service, path: str, body: dict):
+    """The answer, once the queue has room."""
+    wait_until(lambda: len(service.page._queue) < service.page._queue.max_size)
+    answer = service.post(path, body)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
 def called(service: Service, endpoint: str, **arguments) -> str:
     """What comes of a call of the API, as it is sent."""
     event = service.begin(endpoint, **arguments).json()["event_id"]
@@ -70,14 +78,14 @@ def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service,
 def test_results_that_nobody_fetches_do_not_pile_up(service, monkeypatch):
     queue, events = service.page._queue, []
     for _ in range(3 * sweeping.UNREAD):
-        events.append(service.post("call/v2/regroup", {"confidence": [0.5] * 1000}).json()["event_id"])
+        events.append(posted(service, "call/v2/regroup", {"confidence": [0.5] * 1000}).json()["event_id"])
     wait_until(lambda: len(queue.pending_messages_per_session) <= sweeping.UNREAD)
     assert queue.pending_event_ids_session.keys() == queue.pending_messages_per_session.keys()
     assert "event: complete" in service.web.get(f"/gradio_api/call/v2/regroup/{events[-1]}").text  # the newest stay
     monkeypatch.setattr(sweeping, "FLOOD", 20)
     for _ in range(3 * sweeping.FLOOD):  # of one session too
         body = {"data": [None, [0.5]], "session_hash": "one", "fn_index": service.functions["regroup"]._id}
-        assert service.post("queue/join", body).status_code == 200
+        posted(service, "queue/join", body)
     wait_until(lambda: queue.pending_messages_per_session["one"].qsize() <= sweeping.FLOOD)
 
 
