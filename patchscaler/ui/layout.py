@@ -35,8 +35,8 @@ FOOTER = """
 (GRM), which also says for every place how sure it is. The restored image is cut into overlapping patches, which are
 grouped by their mean confidence: above γ₁ simple, up to γ₂ hard, medium between. Patch-DiT then refines each group by
 diffusion from time T in N steps, guided by textures that resemble the patch and were looked up in a reference memory.
-A patch's result depends on its content, its T and N and the seed, so a second run renders only the patches whose T, N
-or seed changed.</p>
+The final picture is the restored one with their fine detail. A patch's result depends on its content, its T and N and
+the seed, so a second run renders only the patches whose T, N or seed changed.</p>
 <p>The method is that of <cite><a href="https://arxiv.org/abs/2405.17158">PatchScaler: An Efficient Patch-Independent
 Diffusion Model for Image Super-Resolution</a></cite> (Liu et al., ICCV 2025). This is an independent implementation
 with weights of its own: small ones, trained from scratch for this demo on a few thousand images. They are not the
