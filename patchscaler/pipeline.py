@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from inspect import isgeneratorfunction
 from pathlib import Path
@@ -171,7 +172,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         seconds["retrieve"] = clock.lap()
 
         # 4. Decode the coarse image.
-        coarse = self.by_tiles(self.decoding, y0)[0, :, :height, :width]  # 3xHxW
+        coarse = self._decoded(y0[0], upscaled[0])  # 3xHxW
         seconds["decode"] = clock.lap()
 
         return Analysis(
@@ -228,11 +229,17 @@ class PatchScalerPipeline(DiffusionPipeline):
         else:
             rendered = earlier.differs(start, steps, seed)
 
-        # 2. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
+        # 2. Decode the coarse picture once if it did not come along: all pictures below take their structure from it.
+        decode = 0.0
+        if color_fix and analysis.coarse is None:
+            analysis = replace(analysis, coarse=self._decoded(analysis.latents.to(device), analysis.bicubic).cpu())
+            decode = clock.lap()
+
+        # 3. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = split(torch.randn(analysis.latents.shape, generator=generator), grid)  # NxCxVxV
 
-        # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
+        # 4. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         x0 = torch.where(rendered[:, None, None, None], y0, earlier.patches).to(device)  # NxCxVxV
         prompt = self._prompt(y0.to(device), batch_size)[1] if analysis.prompt is None else analysis.prompt  # NxLxD
         patches = Patches(y0, noise, prompt, x0)
@@ -241,7 +248,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         # Groups that share a batch are finished together, so for the picture after each group they do not.
         runs = [{group: indices} for group, indices in members.items()] if partial else [members]
         total = int(steps[rendered].sum())
-        done, decode, spent, finished = 0, 0.0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
+        done, spent, finished = 0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
         busy = [0.0] * (1 + len(self.copies))  # seconds of each device
         for run in runs:
             for step in self.sample(patches, run, plan, batch_size):
@@ -259,7 +266,7 @@ class PatchScalerPipeline(DiffusionPipeline):
                 decode += seconds
                 yield Partial(group, picture, sampled)
 
-        # 4. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
+        # 5. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
         clock.lap()
         picture, seconds, color = self._finish(analysis, x0, color_fix, clock)
         decode += seconds
@@ -312,25 +319,25 @@ class PatchScalerPipeline(DiffusionPipeline):
         self, analysis: Restored, x0: Tensor, color_fix: bool, clock: Stopwatch
     ) -> tuple[Picture, float, float]:
         """Patches NxCxVxV as the upscaled picture, and the seconds of merging and decoding, and of the colours."""
-        height, width = analysis.bicubic.shape[-2:]
         x_hr = merge(x0, analysis.grid)  # Cxhxw
         require_finite("the refined latent", x_hr)
-        output = self.by_tiles(self.decoding, x_hr[None])[..., :height, :width]  # 1x3xHxW
-        device = output.device
+        output = self._decoded(x_hr, analysis.bicubic)[None]  # 1x3xHxW
         decode = clock.lap()
         if color_fix:
-            coarse = analysis.coarse
-            if coarse is None:
-                coarse = self.by_tiles(self.decoding, analysis.latents[None].to(device))[0, :, :height, :width]
-                decode += clock.lap()
-            output = add_detail(coarse[None].to(device), output).clamp_(-1, 1)
-            output = wavelet_color_fix(output, analysis.bicubic[None].to(device)).clamp_(-1, 1)
+            coarse, upscaled = (image[None].to(output.device) for image in (analysis.coarse, analysis.bicubic))
+            output = add_detail(coarse, output).clamp_(-1, 1)
+            output = wavelet_color_fix(output, upscaled).clamp_(-1, 1)
         require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:
             alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
         picture = Picture(output[0].cpu(), alpha, analysis.picture.notes)
         return picture, decode, clock.lap()
+
+    def _decoded(self, latents: Tensor, image: Tensor) -> Tensor:
+        """The picture 3xHxW of latents Cxhxw, which may reach beyond it; `image` has its size."""
+        height, width = image.shape[-2:]
+        return self.by_tiles(self.decoding, latents[None])[0, :, :height, :width]
 
     @property
     def encoding(self) -> Local:

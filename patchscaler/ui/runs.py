@@ -48,7 +48,9 @@ class Runs:
             yield study
             if not order.refine:
                 return
-        known = study.analysis.restored() if study else picture
+        known = picture
+        if study:  # to ZeroGPU only what is needed is sent
+            known = study.analysis.restored() if zero_gpu() else study.analysis
         for event in self.fresh_events(order, known, *earlier):
             if isinstance(event, Analysis):
                 analysis = event
