@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from gradio_client.utils import apply_diff
 
 from patchscaler.grouping import SamplingPlan
@@ -61,6 +63,16 @@ class Watch:
                 if self.fault:
                     self.fault()
                 yield event
+
+
+@contextmanager
+def serving(pipeline: PatchScalerPipeline, uploads: Path) -> Iterator[Service]:
+    """A Service with a folder of its own for what it is sent and makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        service = Service(pipeline)
+        yield service
+        service.close()
 
 
 class Service:

@@ -17,7 +17,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from service import Service
+from service import Service, serving
 
 from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture, write_png
@@ -29,11 +29,8 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.fixture(scope="module")
 def service(tiny_pipeline, tmp_path_factory) -> Iterator[Service]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        service = Service(tiny_pipeline)
+    with serving(tiny_pipeline, tmp_path_factory.mktemp("uploads")) as service:
         yield service
-        service.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from conftest import make_tiny_pipeline
 from corpus import encoded, noise
 from PIL import Image
-from service import QUICK, SLOW, Service
+from service import QUICK, SLOW, Service, serving
 
 from patchscaler.grouping import SamplingPlan
 from patchscaler.interrupts import still_wanted
@@ -31,11 +31,8 @@ SLOW_CALL = {**asdict(SLOW), "seed": 7}
 
 @pytest.fixture(scope="module")
 def service(tiny_pipeline, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        service = Service(tiny_pipeline)
+    with serving(tiny_pipeline, tmp_path_factory.mktemp("uploads")) as service:
         yield service
-        service.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import gradio as gr
 import pytest
 from corpus import encoded, noise
 from PIL import Image
-from service import Service, file_data
+from service import Service, file_data, serving
 
 from patchscaler.grouping import SamplingPlan
 from patchscaler.ui import studies, sweeping
@@ -25,11 +25,9 @@ DIALS = (*dials_of(SamplingPlan(0.9, 0.1, (50, 50, 50), (1, 1, 1))), 0)  # all w
 @pytest.fixture(scope="module")
 def service(tiny_pipeline, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         patch.setattr(sweeping, "FORGET_SECONDS", 0.1)
-        service = Service(tiny_pipeline)
-        yield service
-        service.close()
+        with serving(tiny_pipeline, tmp_path_factory.mktemp("uploads")) as service:
+            yield service
 
 
 @pytest.fixture(scope="module")

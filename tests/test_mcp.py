@@ -13,7 +13,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult
 from PIL import Image
-from service import Service
+from service import Service, serving
 
 from patchscaler.images import write_png
 from patchscaler.ui.serving import mcp_wanted
@@ -24,11 +24,9 @@ QUICK = {"start": [100, 200, 300], "steps": [1, 1, 1]}
 @pytest.fixture(scope="module")
 def service(tiny_pipeline, tmp_path_factory) -> Iterator[Service]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         patch.setenv("GRADIO_MCP_SERVER", "True")
-        service = Service(tiny_pipeline)
-        yield service
-        service.close()
+        with serving(tiny_pipeline, tmp_path_factory.mktemp("uploads")) as service:
+            yield service
 
 
 @pytest.fixture(scope="module")

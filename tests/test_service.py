@@ -16,7 +16,7 @@ import pytest
 from corpus import cases, encoded, noise
 from corpus import write as write_corpus
 from PIL import Image
-from service import QUICK, Service, file_data
+from service import QUICK, Service, file_data, serving
 
 from patchscaler.ui.dials import MAX_SEED, dials_of
 from patchscaler.ui.doorkeeper import MAX_FILES, MAX_JSON
@@ -33,11 +33,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(tiny_pipeline, folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        service = Service(tiny_pipeline)
+    with serving(tiny_pipeline, folder) as service:
         yield service
-        service.close()
 
 
 @pytest.fixture(scope="module")
