@@ -6,7 +6,8 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from patchscaler.training.synthetic import draw_page
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 DRAWN = 0.07  # share of text and line art where images are restored
+PAGES, PAGE = 512, 320  # how many are drawn, and their side
 HOLD_OUT = 20  # one image of twenty is kept for validation
+ZOOMS = (1.0, 1.3, 1.6, 2.0)  # an image shrunk so many times is sharper than most photographs are at full size
 
 
 class ImageBank:
-    """All images of a source as uint8 tensors 3×H×W on one device.
+    """All images of a source, at every one of `ZOOMS`, as uint8 tensors 3×H×W on one device.
 
     Args:
         source: a folder with `*.tar` shards, or a folder of images (searched through its subfolders).
@@ -42,8 +45,9 @@ class ImageBank:
         with ThreadPoolExecutor() as pool:
             arrays = list(pool.map(lambda entry: _decode(entry[1]), entries))
         self.names = [name for name, _ in entries]
-        self.images = [torch.tensor(array).permute(2, 0, 1).contiguous().to(device) for array in arrays]
         self.device = torch.device(device)
+        self.images = [torch.tensor(array).permute(2, 0, 1).contiguous().to(device) for array in arrays]
+        self._photographs = _Store(self.images)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,44 +72,73 @@ class ImageBank:
     ) -> tuple[Tensor, Tensor]:
         """Draw random square crops: B×3×size×size in [-1, 1] and the B image indices.
 
-        Every pixel of the source is equally likely, unless `among` (B image indices) says which image to
-        crop. Half of the crops are taken up to `zoom` times larger and shrunk, which is sharper than most
-        photographs are at full size. Crops are flipped and turned at random. Images whose shorter side is
-        below `size` are used whole, reflected at their borders. A share `drawn` of the crops is replaced by text
+        An image is as likely as its side is long, unless `among` (B image indices) says which image to crop: large
+        ones show more, but at full size they are often soft. Half of the crops are taken from a smaller copy, up to
+        `zoom` times, where it has room for one. Crops are flipped and turned at random. Images whose shorter side
+        is below `size` are used whole, reflected at their borders. A share `drawn` of the crops is replaced by text
         and line art.
         """
         if among is None:
-            weights = torch.tensor([float(image[0].numel()) for image in self.images])
-            among = torch.multinomial(weights, count, replacement=True, generator=generator)
-        draws = torch.rand(count, 5, generator=generator)
-        crops = [self._crop(int(i), size, zoom, draw) for i, draw in zip(among, draws.tolist(), strict=True)]
+            among = torch.multinomial(self._photographs.weights, count, replacement=True, generator=generator)
+        crops = self._photographs.crops(among, size, zoom, torch.rand(count, 6, generator=generator))
         if drawn:
-            for place in (torch.rand(count, generator=generator) < drawn).nonzero()[:, 0].tolist():
-                seed = int(torch.randint(2**31, (), generator=generator))
-                page = torch.tensor(draw_page(size, seed), device=self.device)
-                crops[place] = page.permute(2, 0, 1).float().div(127.5).sub(1)
-        return torch.stack(crops), among
+            places = (torch.rand(count, generator=generator) < drawn).nonzero()[:, 0]
+            among_pages = torch.randint(PAGES, (len(places),), generator=generator)
+            draws = torch.rand(len(places), 6, generator=generator)
+            crops[places.to(self.device)] = _pages(self.device).crops(among_pages, size, zoom, draws)
+        return crops, among
 
-    def _crop(self, index: int, size: int, zoom: float, draw: list[float]) -> Tensor:
-        image = self.images[index]
-        height, width = image.shape[1:]
-        scale = 1.0 + max(0.0, 2 * draw[0] - 1) * (zoom - 1)
-        side = max(size, min(int(size * scale), height, width))
-        if min(height, width) < side:
-            image = _reflect_to(image, side)
-            height, width = image.shape[1:]
-        top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
-        crop = image[:, top : top + side, left : left + side].float().div(127.5).sub(1)
-        if side != size:
-            crop = F.interpolate(crop[None], size=(size, size), mode="bicubic", antialias=True)[0].clamp(-1, 1)
-        if draw[3] < 0.5:
-            crop = crop.flip(-1)
-        return torch.rot90(crop, int(draw[4] * 4), (-2, -1))
+
+class _Store:
+    """Images of any sizes behind each other in one tensor, so that all crops of a batch are one lookup."""
+
+    def __init__(self, images: list[Tensor]):
+        levels = [[image if zoom == 1 else _shrunk(image, zoom) for image in images] for zoom in ZOOMS]
+        self.device = images[0].device
+        self.pixels = torch.cat([image.flatten() for level in levels for image in level])
+        self.sizes = torch.tensor([[image.shape[1:] for image in level] for level in levels])  # L×n×2
+        ends = (3 * self.sizes.prod(2)).flatten().cumsum(0)
+        self.starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(len(levels), -1)  # L×n
+        self.weights = self.sizes[0].prod(1).sqrt()  # n
+
+    def crops(self, among: Tensor, size: int, zoom: float, draws: Tensor) -> Tensor:
+        """Crops B×3×size×size in [-1, 1] of the images `among`, B; `draws` B×6 are evenly distributed in [0, 1)."""
+        roomy = (self.sizes[:, among].amin(2) >= size).sum(0).clamp(min=1) - 1  # B: the last level with room
+        level = ((2 * draws[:, 0] - 1).clamp(min=0) * sum(each <= zoom for each in ZOOMS)).long().minimum(roomy)
+        extent, start = self.sizes[level, among], self.starts[level, among]  # B×2, B
+        first = (draws[:, 1:3] * ((extent - size).clamp(min=0) + 1)).long()  # B×2
+        extent, start, first, flips = (each.to(self.device) for each in (extent, start, first, draws[:, 3:] < 0.5))
+        places = first[..., None] + torch.arange(size, device=self.device)  # B×2×size: rows, columns
+        last = (extent - 1)[..., None]
+        places = places % (2 * last).clamp(min=1)
+        places = torch.where(places > last, 2 * last - places, places)  # reflected at the border
+        places = torch.where(flips[:, :2, None], places.flip(2), places)
+        rows, columns = places[:, 0, :, None], places[:, 1, None, :]
+        width, area = extent[:, 1].view(-1, 1, 1), extent.prod(1).view(-1, 1, 1)
+        inside = start.view(-1, 1, 1) + rows * width + columns  # B×size×size
+        inside = torch.where(flips[:, 2].view(-1, 1, 1), inside.transpose(1, 2), inside)
+        codes = torch.stack([self.pixels[inside + plane * area] for plane in range(3)], 1)
+        return codes.float().div(127.5).sub(1)
+
+
+@cache
+def _pages(device: torch.device) -> _Store:
+    """The text and line art, drawn once."""
+    with ProcessPoolExecutor() as pool:
+        pages = list(pool.map(partial(draw_page, PAGE), range(PAGES), chunksize=16))
+    return _Store([torch.tensor(page).permute(2, 0, 1).contiguous().to(device) for page in pages])
 
 
 def is_held_out(name: str) -> bool:
     """Whether an image of this name belongs to the validation split."""
     return zlib.crc32(Path(name).name.encode()) % HOLD_OUT == 0
+
+
+def _shrunk(image: Tensor, zoom: float) -> Tensor:
+    """3×H×W uint8, `zoom` times smaller."""
+    size = [max(1, round(side / zoom)) for side in image.shape[1:]]
+    small = F.interpolate(image[None].float(), size=size, mode="bicubic", antialias=True)[0]
+    return small.round().clamp(0, 255).to(torch.uint8)
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -124,14 +157,3 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
 def _decode(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _reflect_to(image: Tensor, side: int) -> Tensor:
-    """Pad 3×H×W by reflection until both sides are at least `side`; repeated, as one pass at most doubles."""
-    while min(image.shape[1:]) < side:
-        height, width = image.shape[1:]
-        right, bottom = min(max(side - width, 0), width - 1), min(max(side - height, 0), height - 1)
-        if max(right, bottom) == 0:  # a single row or column has nothing to reflect
-            return F.pad(image.float()[None], (0, max(side - width, 0), 0, max(side - height, 0)), "replicate")[0]
-        image = F.pad(image.float()[None], (0, right, 0, bottom), mode="reflect")[0]
-    return image

@@ -18,8 +18,9 @@ from torch import Tensor
 
 Range = tuple[float, float]
 
-# Sizes must agree inside a tensor: resize factors are drawn per group of this many samples, not per sample.
-GROUP = 8
+# Sizes must agree inside a tensor: resize factors are drawn per group of so many samples, not per sample. A GPU waits
+# for the host with small ones.
+GROUP, GPU_GROUP = 8, 32
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 BICUBIC = "bicubic"
 
@@ -132,7 +133,7 @@ def degrade(images: Tensor, generator: torch.Generator, kind: str = "real-esrgan
     if kind == BICUBIC:
         low = F.interpolate(images, size, mode="bicubic", antialias=True)
     else:
-        groups = images.split(GROUP)
+        groups = images.split(GROUP if images.device.type == "cpu" else GPU_GROUP)
         low = torch.cat([_degrade_group(group, size, CONFIGS[kind], generator) for group in groups])
     return _round8(low) * 2 - 1
 

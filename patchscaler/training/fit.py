@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from patchscaler.devices import pick_dtype
 from patchscaler.training.optimizer import MuonAdamW
 
 WARMUP = 0.03  # part of the budget over which the learning rate rises
@@ -50,13 +51,16 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 def bf16(device: torch.device) -> torch.autocast:
-    """Convolutions and products in bfloat16, which needs no loss scaling; for the calls of networks alone."""
-    return torch.autocast(device.type, torch.bfloat16)
+    """Convolutions and products in bfloat16 where the device is faster in it; for the calls of networks alone.
+
+    It needs no loss scaling.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(device) == torch.bfloat16)
 
 
-def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """A CPU generator that depends on seed, step and process alone, so that a resumed run draws the same."""
-    return torch.Generator().manual_seed((seed << 40) ^ (rank << 32) ^ step)
+def step_generator(seed: int, step: int, rank: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on seed, step and process alone, so that a resumed run draws the same."""
+    return torch.Generator(device).manual_seed((seed << 40) ^ (rank << 32) ^ step)
 
 
 def learning_rate(peak: float, progress: float) -> float:

@@ -40,7 +40,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     """Train, save to OUT/grm and return its errors on held-out images."""
     accelerator = make_accelerator(args)
     device = accelerator.device
-    batch = 4 if args.dry_run else args.batch or (8 if device.type == "cpu" else 64)
+    batch = 4 if args.dry_run else args.batch or (8 if device.type == "cpu" else 128)
     bank = bank or ImageBank(args.data, device)
     vae = load_autoencoder(args.out / "vae").to(device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
@@ -49,15 +49,19 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return draw_pairs(vae, bank, count, CROP, generator)
 
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 1024), 6 if device.type == "cpu" else 1)
-    pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
+    on_cpu = device.type == "cpu"
+    size, passes = (32, 1) if args.dry_run else (pool_size(args, 1024), 6) if on_cpu else (2048, 2)
+    chunk = min(size, 32 if on_cpu else 512)
+    pool = Pool(
+        draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
+    )
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
         target = rows["x_hr"].float()
         with bf16(device):
             output = model(rows["y_lr"].float().contiguous(memory_format=torch.channels_last))
-        eta = squared_error(output.latents.detach(), target).quantile(ETA_QUANTILE).item()
+        eta = squared_error(output.latents.detach(), target).quantile(ETA_QUANTILE)
         images = rows["images"].float().div(127.5).sub(1)
         with bf16(device):
             decoded = decode_unclamped(vae, output.latents.float())
@@ -65,7 +69,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         judged = confidence_loss(output, target, eta)
         return {"loss": restored + JUDGING_WEIGHT * judged, "restored": restored.detach(), "judged": judged.detach()}
 
-    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=3e-4)
+    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
     held_out = ImageBank(args.data, device, held_out=True)
     pairs = draw_pairs(vae, held_out, 8 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())

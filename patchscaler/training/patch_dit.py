@@ -20,7 +20,6 @@ from patchscaler.models.patch_dit import PatchDiT, denoising_loss
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_encoder import TextureEncoder
 from patchscaler.models.texture_memory import TextureMemory
-from patchscaler.patches import LATENT_PIXELS, PatchGrid, split
 from patchscaler.retrieval import retrieve
 from patchscaler.sampling import alphas_cumprod
 from patchscaler.training.data import ImageBank
@@ -65,11 +64,11 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     """Train, save to OUT/transformer, OUT/texture_encoder and OUT/scheduler; return held-out losses."""
     accelerator = make_accelerator(args)
     device = accelerator.device
-    batch = 4 if args.dry_run else args.batch or (64 if device.type == "cpu" else 512)
+    batch = 4 if args.dry_run else args.batch or (64 if device.type == "cpu" else 1024)
     bank = bank or ImageBank(args.data, device)
-    vae = load_autoencoder(args.out / "vae").to(device)
+    vae = load_autoencoder(args.out / "vae").to(device, memory_format=torch.channels_last)
     grm, classifier, memory = (
-        kind.from_pretrained(args.out / name).to(device).eval().requires_grad_(False)
+        kind.from_pretrained(args.out / name).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         for kind, name in ((GRM, "grm"), (TextureClassifier, "texture_classifier"), (TextureMemory, "texture_memory"))
     )
     config = CONFIGS[args.config]
@@ -84,8 +83,12 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     def draw(count: int, generator: torch.Generator, bank: ImageBank = bank) -> dict[str, Tensor]:
         return draw_patches(vae, grm, classifier, memory, bank, count, generator, encoder.config.top_k)
 
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 24 if device.type == "cpu" else 2)
-    pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
+    on_cpu = device.type == "cpu"
+    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 24) if on_cpu else (8192, 4)
+    chunk = min(size, 32 if on_cpu else 1024)
+    pool = Pool(
+        draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
+    )
 
     first = pool.samples(0)
     transformer.set_filter(alphas, (first["x0"].float() - first["y0"].float()).square().mean((0, 2, 3)))
@@ -101,10 +104,10 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
-        generator = step_generator(args.seed, step, accelerator.process_index)
-        t = draw_times(rows["start"].cpu(), len(alphas), generator).to(device)
-        noise = torch.randn(rows["x0"].shape, generator=generator).to(device)
-        drop = (torch.rand(batch, generator=generator) < DROPPED_PROMPTS).to(device)
+        generator = step_generator(args.seed, step, accelerator.process_index, device)
+        t = draw_times(rows["start"], len(alphas), generator)
+        drop = torch.rand(batch, generator=generator, device=device) < DROPPED_PROMPTS
+        noise = torch.randn(rows["x0"].shape, generator=generator, device=device)
         return {"loss": denoise(model, rows, t, noise, drop)}
 
     average = fit("patch_dit", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
@@ -132,22 +135,26 @@ def draw_patches(vae, grm, classifier, memory, bank: ImageBank, count: int, gene
     pairs = draw_pairs(vae, bank, count // 4, CROP, generator)
     with bf16(bank.device):
         restored = grm(pairs["y_lr"].float())
-    grid = PatchGrid(CROP // LATENT_PIXELS, CROP // LATENT_PIXELS, stride=16)
-    y0 = torch.cat([split(latents.float(), grid) for latents in restored.latents])
-    confidence = torch.cat([split(each, grid).mean((1, 2, 3)) for each in restored.confidence])
+    y0 = _quarters(restored.latents.float())
+    confidence = _quarters(restored.confidence).mean((1, 2, 3))
     plan = SamplingPlan.paper()
     start, _ = times_and_steps(plan, assign(confidence, plan))
-    x0 = torch.cat([split(latents, grid) for latents in pairs["x_hr"].float()])
+    x0 = _quarters(pairs["x_hr"].float())
     priors = retrieve(classifier.features(y0), memory, min(top_k, memory.config.size))
     found = {"indices": priors.indices, "similarities": priors.similarities}
     return {"y0": y0.half(), "x0": x0.half(), "start": start, **found}
 
 
+def _quarters(latents: Tensor) -> Tensor:
+    """B×c×32×32 as patches 4B×c×16×16 that do not overlap."""
+    parts = latents.unflatten(2, (2, -1)).unflatten(4, (2, -1))  # B×c×2×16×2×16
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
 def draw_times(start: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Times to train at, N integers: evenly in 1…T_i of each patch (`start`, N), `ANY_TIME` of them in 1…`most`."""
-    anywhere = torch.rand(len(start), generator=generator) < ANY_TIME
-    latest = torch.where(anywhere, most, start)
-    return (torch.rand(len(start), generator=generator) * latest).long() + 1
+    anywhere, part = torch.rand(2, len(start), generator=generator, device=start.device)
+    return (part * torch.where(anywhere < ANY_TIME, most, start)).long() + 1
 
 
 if __name__ == "__main__":
