@@ -20,7 +20,8 @@ from patchscaler.training.synthetic import draw_page
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 DRAWN = 0.07  # share of text and line art where images are restored
-PAGES, PAGE = 512, 320  # how many are drawn, and their side
+PAGES, GPU_PAGES = 64, 1024  # how many are drawn: a GPU takes a thousand times as many crops of them
+PAGE = 320  # their side
 HOLD_OUT = 20  # one image of twenty is kept for validation
 ZOOMS = (1.0, 1.3, 1.6, 2.0)  # an image shrunk so many times is sharper than most photographs are at full size
 
@@ -83,9 +84,9 @@ class ImageBank:
         crops = self._photographs.crops(among, size, zoom, torch.rand(count, 6, generator=generator))
         if drawn:
             places = (torch.rand(count, generator=generator) < drawn).nonzero()[:, 0]
-            among_pages = torch.randint(PAGES, (len(places),), generator=generator)
-            draws = torch.rand(len(places), 6, generator=generator)
-            crops[places.to(self.device)] = _pages(self.device).crops(among_pages, size, zoom, draws)
+            pages, draws = _pages(self.device), torch.rand(len(places), 6, generator=generator)
+            chosen = torch.randint(len(pages.weights), (len(places),), generator=generator)
+            crops[places.to(self.device)] = pages.crops(chosen, size, zoom, draws)
         return crops, among
 
 
@@ -124,8 +125,9 @@ class _Store:
 @cache
 def _pages(device: torch.device) -> _Store:
     """The text and line art, drawn once."""
+    count = PAGES if device.type == "cpu" else GPU_PAGES
     with ProcessPoolExecutor() as pool:
-        pages = list(pool.map(partial(draw_page, PAGE), range(PAGES), chunksize=16))
+        pages = list(pool.map(partial(draw_page, PAGE), range(count), chunksize=16))
     return _Store([torch.tensor(page).permute(2, 0, 1).contiguous().to(device) for page in pages])
 
 
