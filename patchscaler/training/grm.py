@@ -50,7 +50,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         return draw_pairs(vae, bank, count, CROP, generator)
 
     on_cpu = device.type == "cpu"
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 1024), 6) if on_cpu else (2048, 2)
+    size, passes = (32, 1) if args.dry_run else (pool_size(args, 1024), 6) if on_cpu else (2048, 6)
     chunk = min(size, 32 if on_cpu else 512)
     pool = Pool(
         draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index

@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         return draw_patches(vae, grm, classifier, memory, bank, count, generator, encoder.config.top_k)
 
     on_cpu = device.type == "cpu"
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 24) if on_cpu else (8192, 4)
+    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 24) if on_cpu else (8192, 12)
     chunk = min(size, 32 if on_cpu else 1024)
     pool = Pool(
         draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
