@@ -126,11 +126,16 @@ def test_totals_and_linearity():
     parts = {"encode": 1.0, "step": 0.5, "decode": 2.0}
     row = {"seconds": parts, "flops": parts}
     assert standins.tiles(512) == 1 and standins.tiles(513) == 4 and standins.tiles(2048) == 25
+    assert standins.tiles(512, standins.HALF_STRIDE) == 1 and standins.tiles(2048, standins.HALF_STRIDE) == 49
     assert bench_tables.standin_total(row, 15, 512, "seconds") == 10.5
     assert bench_tables.standin_total(row, 4, 2048, "seconds") == 25 * 5
     stages = {"encode": 0.1, "restore": 0.2, "decode": 0.4}
     ours = {"large_patches": [10, 10, 5], "stages": stages, "flops": stages}
     evaluations = 10 * 8 + 10 * 14 + 5 * 20
     assert bench_tables.pgs_total(ours, row) == pytest.approx((evaluations, *[0.5 + 25 * 3 + evaluations * 0.5] * 2))
+    same, tiled = bench_tables._table_3(2048, ours, row)
+    assert "(25): evaluations 0.64, seconds 0.72; 12.8 steps" in same  # 235.5 / 325
+    assert "(49): evaluations 0.33, seconds 0.42; 12.8 steps" in tiled  # 235.5 / (325 + 24 * 10)
+    assert len(bench_tables._table_3(512, {**ours, "large_patches": [0, 1, 0]}, row)) == 1  # there they are the same
     scaling = {side: {"seconds": seconds, "pixels": pixels} for side, seconds, pixels in ((1, 9, 10), (2, 22, 20))}
     assert bench_tables.linearity(scaling) == pytest.approx(0.1)  # 0.9 and 1.1 around 1
