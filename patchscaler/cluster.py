@@ -3,10 +3,11 @@
 Each Ray actor holds one pipeline. The driver hands out one image at a time, so that a slow image or a dead worker
 holds up nothing but itself. SRC and OUT are paths or URLs that fsspec knows; pixels never pass through the driver.
 
-Why not Ray Data: measured with Ray 2.60, it keeps the same promises but takes as much code. By default it retries an
-image that kills its worker, and a worker that dies while it loads, without end; the arguments that bound this are
-announced to go in Ray 2.64, so that an actor of ours has to count. An image costs 23 ms besides its pixels in place of
-3 (5,000 images, 2 workers, 2 cores), and its three helper processes hold 0.3 GB.
+Why not Ray Data: measured with Ray 2.60, it keeps the same promises but takes as much code. By default it starts an
+image that kills its worker, and a worker that dies while it loads, again and again until nothing has moved for half
+an hour, and the run fails; the arguments that bound this are announced to go in Ray 2.64, so that an actor of ours has
+to count. An image costs 23 ms besides its pixels in place of 3 (5,000 images, 2 workers, 2 cores), and its three helper
+processes hold 0.3 GB.
 """
 
 from __future__ import annotations
