@@ -20,7 +20,7 @@ import patchscaler
 from patchscaler.batches import Patches
 from patchscaler.color import REACH, add_detail, wavelet_color_fix
 from patchscaler.devices import Stopwatch, advising
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, to_pil
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
 from patchscaler.pipeline import SCALE, PatchScalerPipeline, require_finite
@@ -178,13 +178,15 @@ class Bands:
             return torch.stack([patch.cells(values, top) for patch in patches])
 
         clock = Stopwatch(self.device)
-        y0 = cut(restored[:-1])  # NxCxVxV
-        assignment = assign(cut(restored[-1:]).mean((1, 2, 3)).cpu(), self.plan)  # N
+        y0, confidence = cut(restored).split([self.channels, 1], dim=1)  # NxCxVxV, Nx1xVxV
+        assignment = assign(confidence.mean((1, 2, 3)).cpu(), self.plan)  # N
+        start, _ = times_and_steps(self.plan, assignment)  # N
+        noise = self.pipeline.widened(cut(noise), y0.cpu(), confidence.cpu(), start)
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
         self.seconds["retrieve"] += clock.lap()
         members = {group: (assignment == group).nonzero()[:, 0] for group in range(len(GROUPS))}
         x0 = torch.empty_like(y0)
-        task = Patches(y0.cpu(), cut(noise), prompt, x0)
+        task = Patches(y0.cpu(), noise, prompt, x0)
         busy = [0.0] * (1 + len(self.pipeline.copies))  # seconds of each device
         for step in self.pipeline.sample(task, members, self.plan, self.batch_size):
             for group, seconds in step.seconds.items():

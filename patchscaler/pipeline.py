@@ -38,7 +38,7 @@ from patchscaler.models import (
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
 from patchscaler.records import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
 from patchscaler.retrieval import Priors, retrieve
-from patchscaler.sampling import Scheduler
+from patchscaler.sampling import Scheduler, alphas_cumprod, widened
 from patchscaler.tiles import Local, tiled
 
 SCALE = 4
@@ -238,6 +238,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 3. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = split(torch.randn(analysis.latents.shape, generator=generator), grid)  # NxCxVxV
+        noise = self.widened(noise, y0, split(analysis.confidence, grid), start)
 
         # 4. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         x0 = torch.where(rendered[:, None, None, None], y0, earlier.patches).to(device)  # NxCxVxV
@@ -377,6 +378,10 @@ class PatchScalerPipeline(DiffusionPipeline):
             prompts.append(prompt.float().cpu())
             found.append((priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu()))
         return Priors(*(torch.cat(parts) for parts in zip(*found, strict=True))), torch.cat(prompts)
+
+    def widened(self, noise: Tensor, y0: Tensor, confidence: Tensor, start: Tensor) -> Tensor:
+        """Noise NxCxVxV as wide as the confidence Nx1xVxV says that y0 errs: see `patchscaler.sampling.widened`."""
+        return widened(noise, self.grm.expected_error(y0, confidence), start, alphas_cumprod(self.scheduler))
 
     def sample(
         self, patches: Patches, members: Mapping[int, Tensor], plan: SamplingPlan, batch_size: int

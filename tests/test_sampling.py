@@ -5,6 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from patchscaler.sampling import (
+    WIDENING,
     alphas_cumprod,
     denoise,
     denoise_together,
@@ -12,6 +13,7 @@ from patchscaler.sampling import (
     sample,
     shortcut_start,
     timesteps,
+    widened,
 )
 
 PAIRS = [(1, 1), (2, 1), (2, 2), (7, 7), (7, 3), (400, 8), (700, 14), (1000, 20), (1000, 1), (999, 31)]
@@ -61,6 +63,17 @@ def test_shortcut_start_is_eq6():
     alphas = torch.linspace(0.9999, 0.0001, 1000, dtype=torch.float64)
     expected = alphas[399].sqrt() * y0.double() + (1 - alphas[399]).sqrt() * noise.double()
     torch.testing.assert_close(shortcut_start(y0, noise, 400, alphas), expected.float())
+
+
+def test_a_widened_start_spreads_as_far_as_y0_errs():
+    alphas = torch.linspace(0.9999, 0.0001, 1000, dtype=torch.float64)
+    noise = torch.randn(3, 32, 64, 64, generator=torch.Generator().manual_seed(0))
+    start, error = torch.tensor([400, 400, 1000]), torch.tensor([0.0, 0.5, 0.5]).view(3, 1, 1, 1).expand(3, 1, 64, 64)
+    wide = widened(noise, error, start, alphas)
+    spread = [shortcut_start(torch.zeros(1), part, t, alphas).var().item() for part, t in zip(wide, start.tolist())]
+    abar = alphas[399].item()
+    assert spread == pytest.approx([1 - abar, 1 - abar + WIDENING * 0.5 * abar, 1.0], rel=0.01)
+    assert torch.equal(wide[0], noise[0])
 
 
 @pytest.mark.parametrize(("start", "steps"), PAIRS)
