@@ -22,8 +22,9 @@ from patchscaler.color import REACH, add_detail, wavelet_color_fix
 from patchscaler.devices import Stopwatch, advising
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, to_pil
+from patchscaler.making import all_finite, require_finite
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
-from patchscaler.pipeline import SCALE, PatchScalerPipeline, require_finite
+from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.records import GroupReport
 from patchscaler.tiles import Local
 
@@ -139,7 +140,7 @@ class Bands:
             clock = Stopwatch(self.device)
             parts = [self.pipeline.by_tiles(local, part[None])[0] for part in values.split(channels)]
             rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-            require_finite(f"the result of the stage {name}", rows)
+            require_finite(f"the result of the stage {name}", all_finite(rows))
             self.seconds[name] += clock.lap()
             return rows[:, (first - above) * local.after : (last - above) * local.after]
 
@@ -181,12 +182,12 @@ class Bands:
         y0, confidence = cut(restored).split([self.channels, 1], dim=1)  # NxCxVxV, Nx1xVxV
         assignment = assign(confidence.mean((1, 2, 3)).cpu(), self.plan)  # N
         start, _ = times_and_steps(self.plan, assignment)  # N
-        noise = self.pipeline.widened(cut(noise), y0.cpu(), confidence.cpu(), start)
+        noise = self.pipeline.widened(cut(noise).to(y0.device), y0, confidence, start)
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
         self.seconds["retrieve"] += clock.lap()
         members = {group: (assignment == group).nonzero()[:, 0] for group in range(len(GROUPS))}
         x0 = torch.empty_like(y0)
-        task = Patches(y0.cpu(), noise, prompt, x0)
+        task = Patches(y0, noise, prompt, x0)
         busy = [0.0] * (1 + len(self.pipeline.copies))  # seconds of each device
         for step in self.pipeline.sample(task, members, self.plan, self.batch_size):
             for group, seconds in step.seconds.items():

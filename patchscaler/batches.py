@@ -15,15 +15,16 @@ from threading import Event, Thread
 import torch
 from torch import Tensor
 
-from patchscaler.devices import Stopwatch, is_out_of_memory, out_of_memory, release, to_device
+from patchscaler.devices import Stopwatch, is_out_of_memory, out_of_memory, release, to_device, wait_for
 from patchscaler.grouping import SamplingPlan
 from patchscaler.models import PatchDiT
-from patchscaler.sampling import Predict, Scheduler, denoise_together, nested
+from patchscaler.predictors import predicting
+from patchscaler.sampling import Scheduler, denoise_together, nested
 
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Patches to be sampled, on the CPU, and where their x0 goes, on any device. All NxCxVxV but the prompt NxLxD."""
+    """Patches to be sampled and where their x0 goes, on any device. All NxCxVxV but the prompt NxLxD."""
 
     y0: Tensor
     noise: Tensor
@@ -131,6 +132,7 @@ def sample_batches(
             last = error
         steps.put(last)
 
+    wait_for(patches.x0.device)  # the threads have streams of their own
     threads = [Thread(target=work, args=each, daemon=True) for each in enumerate(networks)]
     try:
         for thread in threads:
@@ -184,22 +186,28 @@ def _sample(
     device = network.device
     clock = Stopwatch(device)
     indices = torch.cat([*batch.members.values()])
-    y0, noise, prompt = (to_device(values[indices], device) for values in (patches.y0, patches.noise, patches.prompt))
+    y0, noise, prompt = (
+        to_device(values[to_device(indices, values.device)], device)
+        for values in (patches.y0, patches.noise, patches.prompt)
+    )
     schedules = {group: (plan.start[group], plan.steps[group]) for group in batch.members}
     counts = {group: len(members) for group, members in batch.members.items()}
-    predict = predictor(network, y0, prompt)
     most = max(steps for _, steps in schedules.values())
-    run = denoise_together(predict, y0, noise, [*counts.values()], [*schedules.values()], scheduler)
-    for k, predictions in enumerate(run):
-        active = {group: counts[group] for group, _ in zip(counts, predictions)}
-        steps = {group: k + 1 - most + plan.steps[group] for group in active}
-        if last := k + 1 == most:
-            patches.x0[indices.to(patches.x0.device)] = torch.cat(predictions).to(patches.x0.device)
-        # A GPU's time is known for the whole batch only.
-        shares = active if device.type == "cpu" else {group: steps[group] * active[group] for group in active}
-        each = clock.lap(wait=last) / sum(shares.values())
-        yield Step(steps, active, {group: each * share for group, share in shares.items()}, sum(active.values()))
-        clock.lap(wait=False)
+    with predicting(network, y0, prompt) as predict:
+        run = denoise_together(predict, y0, noise, [*counts.values()], [*schedules.values()], scheduler)
+        for k, predictions in enumerate(run):
+            active = {group: counts[group] for group, _ in zip(counts, predictions)}
+            steps = {group: k + 1 - most + plan.steps[group] for group in active}
+            if last := k + 1 == most:
+                x0 = torch.cat(predictions).to(patches.x0.device)
+                patches.x0[to_device(indices, x0.device)] = x0
+                if x0.device != device:
+                    wait_for(x0.device)  # the clock waits for the other device only
+            # A GPU's time is known for the whole batch only.
+            shares = active if device.type == "cpu" else {group: steps[group] * active[group] for group in active}
+            each = clock.lap(wait=last) / sum(shares.values())
+            yield Step(steps, active, {group: each * share for group, share in shares.items()}, sum(active.values()))
+            clock.lap(wait=False)
 
 
 def patch_bytes(network: PatchDiT, length: int) -> int:
@@ -208,20 +216,3 @@ def patch_bytes(network: PatchDiT, length: int) -> int:
     tokens = (config.size // config.patch) ** 2
     values = 2 * config.depth * length + 16 * tokens  # keys and values; states of a block and what it makes of them
     return values * config.width * network.dtype.itemsize
-
-
-def predictor(network: PatchDiT, y0: Tensor, prompt: Tensor) -> Predict:
-    """f_theta for one batch: y0 NxCxVxV and prompt NxLxD, whose keys are computed once, not per step.
-
-    What it gives takes the first n patches' x_t, so that a batch may grow.
-    """
-    keys = network.prompt_keys(prompt)
-
-    def predict(x_t: Tensor, t: int) -> Tensor:
-        # One time for all: besides being cheaper, its products then have the same shape in every batch,
-        # without which float32 results of a patch would depend on the size of its batch (by 2e-6).
-        count = len(x_t)
-        first = [(key[:count], value[:count]) for key, value in keys]
-        return network(x_t, y0[:count], torch.full((1,), t, device=x_t.device), first)
-
-    return predict

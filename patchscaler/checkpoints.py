@@ -47,6 +47,9 @@ def load_pipeline(
     _check_checksums(folder)
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
     components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
+    if device.type == "cuda":  # its fast convolutions want this order; others would be turned round at every call
+        for name in ("vae", "grm", "texture_classifier"):
+            components[name].to(memory_format=torch.channels_last)
     pipeline = PatchScalerPipeline(**components).to(device)
     pipeline.refine_on(others)
     return pipeline

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from patchscaler.devices import to_device
+
 # A low-pass is [1 2 1]/4 along both axes, once for each of these distances between its three places.
 COLORS = (1, 2, 4, 8, 16)  # the five levels of StableSR's wavelets
 DETAIL = (1, 1)  # [1 4 6 4 1]/16, a deviation of one pixel
@@ -35,7 +37,7 @@ def add_detail(coarse: Tensor, refined: Tensor) -> Tensor:
     A small Patch-DiT guesses fine detail well, but coarser structure and colours less well than the GRM restores
     them. Shapes and range are as for `wavelet_color_fix`; a pixel depends on those at most 2 rows or columns away.
     """
-    weights = torch.tensor(LUMA, device=refined.device).view(3, 1, 1)
+    weights = to_device(torch.tensor(LUMA), refined.device).view(3, 1, 1)
     detailed = torch.empty_like(refined)
     for rows, difference, low in _lows(refined, coarse, DETAIL, weights):
         torch.add(coarse[..., rows, :], difference.sub_(low), out=detailed[..., rows, :])

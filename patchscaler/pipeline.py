@@ -6,12 +6,11 @@ B batch, N patches, C channels, H W pixels, h w latents, V patch side, T timeste
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, wraps
-from inspect import isgeneratorfunction
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +20,12 @@ from torch import Tensor
 
 from patchscaler.batches import Patches, Step, make_batches, patch_bytes, sample_batches
 from patchscaler.color import add_detail, wavelet_color_fix
-from patchscaler.devices import Stopwatch, advising, fitting_batch, halving
+from patchscaler.devices import HostCopies, Laps, advised, beside, fitting_batch, halving, to_device
 from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
 from patchscaler.interrupts import still_wanted
+from patchscaler.making import Made, all_finite, require_finite
 from patchscaler.models import (
     GRM,
     PatchDiT,
@@ -36,6 +36,7 @@ from patchscaler.models import (
     encode_latents,
 )
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
+from patchscaler.predictors import record
 from patchscaler.records import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
 from patchscaler.retrieval import Priors, retrieve
 from patchscaler.sampling import Scheduler, alphas_cumprod, widened
@@ -44,22 +45,6 @@ from patchscaler.tiles import Local, tiled
 SCALE = 4
 TILE = 256  # cells along the side of a tile: of 2048 pixels
 LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
-
-
-def _advised(method: Callable) -> Callable:
-    """When memory runs out in a method or generator of the pipeline, say so and what helps: OutOfMemory."""
-
-    @wraps(method)
-    def call(self: PatchScalerPipeline, *args: Any, **options: Any) -> Any:
-        with advising(self._execution_device):
-            return method(self, *args, **options)
-
-    @wraps(method)
-    def iterate(self: PatchScalerPipeline, *args: Any, **options: Any) -> Iterator[Any]:
-        with advising(self._execution_device):
-            yield from method(self, *args, **options)
-
-    return iterate if isgeneratorfunction(method) else call
 
 
 class PatchScalerPipeline(DiffusionPipeline):
@@ -101,9 +86,14 @@ class PatchScalerPipeline(DiffusionPipeline):
         self.copies = [copy.deepcopy(self.transformer).to(device) for device in others]
 
     def compile(self) -> None:
-        """Have `torch.compile` make Patch-DiT faster, for batches of any size; the first batches wait for it."""
+        """Have `torch.compile` make Patch-DiT faster, for batches of any size; the first batches wait for it.
+
+        On a CUDA GPU its small batches are recorded as well, and then replayed, unless several devices refine.
+        """
         for network in (self.transformer, *self.copies):
             network.compile(dynamic=True)
+        if self._execution_device.type == "cuda" and not self.copies:
+            record(self.transformer)
 
     def fitting_batch(self, asked: int | None = None) -> int:
         """Patches at once: as many as asked for, or what suits the device. Raises ValueError if that is below 1."""
@@ -142,54 +132,59 @@ class PatchScalerPipeline(DiffusionPipeline):
         return result
 
     @torch.inference_mode()
-    @_advised
+    @advised
     def analyze(self, picture: Picture, batch_size: int | None = None) -> Analysis:
         """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
-        clock = Stopwatch(device)
-        seconds = {}
+        host, laps = HostCopies(device), Laps(device)
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
-        upscaled = bicubic(picture.rgb[None].to(device), SCALE)  # 1x3xHxW
+        upscaled = bicubic(to_device(picture.rgb[None], device), SCALE)  # 1x3xHxW
+        enlarged = host.take(upscaled[0])  # 3xHxW
         height, width = upscaled.shape[-2:]
         grid = PatchGrid.covering(height, width, self.transformer.config.size)
         beyond = (0, LATENT_PIXELS * grid.width - width, 0, LATENT_PIXELS * grid.height - height)
         padded = F.pad(upscaled, beyond, mode="replicate")  # 1x3x8hx8w
         y_lr = self.by_tiles(self.encoding, padded)  # 1xCxhxw
         del padded
-        seconds["encode"] = clock.lap()
+        laps.mark()
 
         # 2. Restore, with a confidence (Eq. 1).
         y0, confidence = self.by_tiles(self.restoring, y_lr).split([y_lr.shape[1], 1], dim=1)  # 1xCxhxw, 1x1xhxw
-        require_finite("the restored latent", y0)
-        require_finite("the confidence", confidence)
-        seconds["restore"] = clock.lap()
+        finite = {"the restored latent": all_finite(y0), "the confidence": all_finite(confidence)}
+        finite = {name: host.take(each) for name, each in finite.items()}
+        latents, judged = host.take(y0[0]), host.take(confidence[0].clone())  # not with the latents in tow
+        laps.mark()
 
         # 3. Cut into overlapping patches and prompt each with the texture priors that it resembles.
         patches = split(y0[0], grid)  # NxCxVxV
-        patch_confidence = split(confidence[0], grid).mean((1, 2, 3))  # N
-        priors, prompt = self._prompt(patches, batch_size)
-        seconds["retrieve"] = clock.lap()
+        patch_confidence = host.take(split(confidence[0], grid).mean((1, 2, 3)))  # N
+        priors, prompt = self.prompt(patches, batch_size, host)
+        prompt = host.take(prompt)
+        laps.mark()
 
         # 4. Decode the coarse image.
-        coarse = self._decoded(y0[0], upscaled[0])  # 3xHxW
-        seconds["decode"] = clock.lap()
+        coarse = host.take(self._decoded(y0[0], upscaled[0]))  # 3xHxW
+        laps.mark(host.stream)
 
+        host.wait()
+        for name, each in finite.items():
+            require_finite(name, each)
         return Analysis(
             picture=picture,
-            latents=y0[0].cpu(),
-            confidence=confidence[0].cpu().clone(),  # not with the latents in tow
+            latents=latents,
+            confidence=judged,
             grid=grid,
-            patch_confidence=patch_confidence.cpu(),
-            priors=priors,
+            patch_confidence=patch_confidence,
+            priors=Priors.joined(priors),
             prompt=prompt,
-            bicubic=upscaled[0].cpu(),
-            coarse=coarse.cpu().contiguous(),
-            seconds=seconds,
+            bicubic=enlarged,
+            coarse=coarse,
+            seconds=dict(zip(("encode", "restore", "retrieve", "decode"), laps.seconds(), strict=True)),
         )
 
     @torch.inference_mode()
-    @_advised
+    @advised
     def refine(
         self,
         analysis: Restored,
@@ -213,64 +208,75 @@ class PatchScalerPipeline(DiffusionPipeline):
             by_hand: the groups of some patches, by index, in place of those that their confidence gives.
             earlier: patches of a run over the same analysis. Those with the same T, N and seed are taken over;
                 on a CPU the result is bit by bit that of a full run.
-            partial: also yield a Partial after every group that changed a patch, but for the last such group.
+            partial: also yield a Partial after every group that changed a patch, but for the last such group. On a
+                CUDA GPU it is made while the next group is sampled, and comes in between that group's steps.
         """
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
-        clock = Stopwatch(device)
         grid = analysis.grid
 
         # 1. Group the patches by confidence (Eq. 2), and see which of them are new.
         assignment = assign(analysis.patch_confidence, plan, by_hand)  # N
         start, steps = times_and_steps(plan, assignment)  # N, N
-        y0 = split(analysis.latents, grid)  # NxCxVxV
+        latents = to_device(analysis.latents, device)  # Cxhxw
+        y0 = split(latents, grid)  # NxCxVxV
         if earlier is None:
-            rendered = torch.ones(len(grid), dtype=torch.bool)
-            earlier = Sampled(y0, torch.zeros_like(start), torch.zeros_like(steps), seed)
+            rendered, x0 = torch.ones(len(grid), dtype=torch.bool), y0.clone()  # N, NxCxVxV
         else:
             rendered = earlier.differs(start, steps, seed)
+            x0 = torch.where(to_device(rendered, device)[:, None, None, None], y0, to_device(earlier.patches, device))
 
         # 2. Decode the coarse picture once if it did not come along: all pictures below take their structure from it.
-        decode = 0.0
-        if color_fix and analysis.coarse is None:
-            analysis = replace(analysis, coarse=self._decoded(analysis.latents.to(device), analysis.bicubic).cpu())
-            decode = clock.lap()
+        laps, wanted = Laps(device), None
+        if color_fix:
+            upscaled = to_device(analysis.bicubic, device)  # 3xHxW
+            if analysis.coarse is None:
+                coarse = self._decoded(latents, upscaled)  # 3xHxW
+                laps.mark()
+            else:
+                coarse = to_device(analysis.coarse, device)
+            wanted = coarse[None], upscaled[None]
 
         # 3. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
         generator = torch.Generator("cpu").manual_seed(seed)
-        noise = split(torch.randn(analysis.latents.shape, generator=generator), grid)  # NxCxVxV
-        noise = self.widened(noise, y0, split(analysis.confidence, grid), start)
+        drawn = torch.randn(latents.shape, generator=generator, pin_memory=device.type == "cuda")
+        noise = split(to_device(drawn, device), grid)  # NxCxVxV
+        noise = self.widened(noise, y0, split(to_device(analysis.confidence, device), grid), start)
 
         # 4. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
-        x0 = torch.where(rendered[:, None, None, None], y0, earlier.patches).to(device)  # NxCxVxV
-        prompt = self._prompt(y0.to(device), batch_size)[1] if analysis.prompt is None else analysis.prompt  # NxLxD
+        prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else to_device(analysis.prompt, device)
         patches = Patches(y0, noise, prompt, x0)
         members = {group: ((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))}
         members = {group: indices for group, indices in members.items() if len(indices)}
         # Groups that share a batch are finished together, so for the picture after each group they do not.
         runs = [{group: indices} for group, indices in members.items()] if partial else [members]
         total = int(steps[rendered].sum())
-        done, spent, finished = 0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
+        done, until, spent, finished = 0, 0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
         busy = [0.0] * (1 + len(self.copies))  # seconds of each device
+        decode = 0.0
+        making: tuple[int, Sampled, Made] | None = None  # the picture after a group
         for run in runs:
-            for step in self.sample(patches, run, plan, batch_size):
+            until += sum(plan.steps[group] * len(indices) for group, indices in run.items())
+            for step in chain([Step()], self.sample(patches, run, plan, batch_size)):
                 done += step.evaluations
                 busy[step.device] += sum(step.seconds.values())
                 for group, k in step.steps.items():
                     spent[group] += step.seconds[group]
                     yield Progress(group, k, plan.steps[group], step.patches[group], done, total)
+                if making and (making[-1].over() or done == until):
+                    (group, sampled, made), making = making, None
+                    decode += made.wait()[0]
+                    yield Partial(group, made.picture, replace(sampled, patches=made.patches))
             if partial and done < total:
                 (group,) = run
                 finished = finished | (assignment == group)
-                sampled = Sampled(x0.cpu().clone(), start * finished, steps * finished, seed)
-                clock.lap()
-                picture, seconds, _ = self._finish(analysis, x0, color_fix, clock)
-                decode += seconds
-                yield Partial(group, picture, sampled)
+                sampled = Sampled(x0.clone(), start * finished, steps * finished, seed)
+                with beside(device):
+                    making = group, sampled, self._finish(analysis, sampled.patches, wanted)
 
         # 5. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
-        clock.lap()
-        picture, seconds, color = self._finish(analysis, x0, color_fix, clock)
-        decode += seconds
+        made = self._finish(analysis, x0, wanted)
+        seconds, color = made.wait()
+        decode += seconds + sum(laps.seconds())
 
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
         groups = [
@@ -285,7 +291,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             for group, name in enumerate(GROUPS)
         ]
         yield Result(
-            picture=picture,
+            picture=made.picture,
             plan=plan,
             seed=seed,
             assignment=assignment,
@@ -298,7 +304,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             },
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            sampled=Sampled(x0.cpu(), start, steps, seed),
+            sampled=Sampled(made.patches, start, steps, seed),
             rendered=rendered,
             by_hand=dict(by_hand or {}),
         )
@@ -316,24 +322,24 @@ class PatchScalerPipeline(DiffusionPipeline):
         queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen]
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
-    def _finish(
-        self, analysis: Restored, x0: Tensor, color_fix: bool, clock: Stopwatch
-    ) -> tuple[Picture, float, float]:
-        """Patches NxCxVxV as the upscaled picture, and the seconds of merging and decoding, and of the colours."""
+    def _finish(self, analysis: Restored, x0: Tensor, wanted: tuple[Tensor, Tensor] | None) -> Made:
+        """Patches NxCxVxV as the upscaled picture, which takes structure and colours of two others 1x3xHxW."""
+        host, laps = HostCopies(x0.device), Laps(x0.device)
         x_hr = merge(x0, analysis.grid)  # Cxhxw
-        require_finite("the refined latent", x_hr)
         output = self._decoded(x_hr, analysis.bicubic)[None]  # 1x3xHxW
-        decode = clock.lap()
-        if color_fix:
-            coarse, upscaled = (image[None].to(output.device) for image in (analysis.coarse, analysis.bicubic))
+        laps.mark()
+        if wanted is not None:
+            coarse, upscaled = wanted
             output = add_detail(coarse, output).clamp_(-1, 1)
             output = wavelet_color_fix(output, upscaled).clamp_(-1, 1)
-        require_finite("the output", output)
+        finite = {"the refined latent": all_finite(x_hr), "the output": all_finite(output)}
+        finite = {name: host.take(each) for name, each in finite.items()}
         alpha = analysis.picture.alpha
         if alpha is not None:
             alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
-        picture = Picture(output[0].cpu(), alpha, analysis.picture.notes)
-        return picture, decode, clock.lap()
+        picture, patches = Picture(host.take(output[0]), alpha, analysis.picture.notes), host.take(x0)
+        laps.mark(host.stream)
+        return Made(picture, patches, x0, finite, host, laps)
 
     def _decoded(self, latents: Tensor, image: Tensor) -> Tensor:
         """The picture 3xHxW of latents Cxhxw, which may reach beyond it; `image` has its size."""
@@ -364,20 +370,23 @@ class PatchScalerPipeline(DiffusionPipeline):
         side = min(TILE, max(values.shape[-2:]) // local.before)
         return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
 
-    def prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
-        """Algorithm 1 and the texture encoder, in batches: NxCxVxV -> Priors and prompt NxLxD, on the CPU."""
-        return halving(partial(self._prompt, patches), batch_size, 1, patches.device)
+    def prompt(self, patches: Tensor, batch_size: int, host: HostCopies | None = None) -> tuple[list[Priors], Tensor]:
+        """Algorithm 1 and the texture encoder, in batches: of patches NxCxVxV the prompt NxLxD, on their device.
 
-    def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
+        With ``host`` also the Priors of every batch, which it brings to the CPU.
+        """
+        return halving(partial(self._prompt, patches, host), batch_size, 1, patches.device)
+
+    def _prompt(self, patches: Tensor, host: HostCopies | None, batch_size: int) -> tuple[list[Priors], Tensor]:
         found, prompts = [], []
         for batch in patches.split(batch_size):
             still_wanted()
             queries = self.texture_classifier.features(batch)  # NxD
             priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
-            prompt = self.texture_encoder(priors.values, priors.similarities, batch)  # NxLxD
-            prompts.append(prompt.float().cpu())
-            found.append((priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu()))
-        return Priors(*(torch.cat(parts) for parts in zip(*found, strict=True))), torch.cat(prompts)
+            prompts.append(self.texture_encoder(priors.values, priors.similarities, batch).float())  # NxLxD
+            if host:
+                found.append(Priors(*map(host.take, (priors.indices, priors.similarities, priors.values))))
+        return found, prompts[0] if len(prompts) == 1 else torch.cat(prompts)
 
     def widened(self, noise: Tensor, y0: Tensor, confidence: Tensor, start: Tensor) -> Tensor:
         """Noise NxCxVxV as wide as the confidence Nx1xVxV says that y0 errs: see `patchscaler.sampling.widened`."""
@@ -389,12 +398,3 @@ class PatchScalerPipeline(DiffusionPipeline):
         """Sample the ``members`` of the groups, LongTensors: see `sample_batches`."""
         batches = make_batches(members, plan, batch_size)
         return sample_batches([self.transformer, *self.copies], self.scheduler, plan, patches, batches)
-
-
-class NotFiniteError(RuntimeError):
-    """The networks gave NaN or infinity; the message says where."""
-
-
-def require_finite(name: str, values: Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise NotFiniteError(f"{name} has values that are NaN or infinite; try dtype=torch.float32")

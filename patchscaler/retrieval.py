@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +27,13 @@ class Priors:
     indices: Tensor  # NxK, rows of the memory
     similarities: Tensor  # NxK float32 in [-1, 1]
     values: Tensor  # NxKxCxVxV float32 latents
+
+    @classmethod
+    def joined(cls, parts: Sequence[Priors]) -> Priors:
+        """Those of several batches of patches as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def retrieve(queries: Tensor, memory: Memory, k: int) -> Priors:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 # Imports run downwards only. Parts on one floor may import each other, except the four at the top.
 FLOORS = [
-    {"images", "color", "patches", "devices", "figures", "interrupts", "tiles", "tiff"},
+    {"images", "color", "patches", "devices", "figures", "interrupts", "tiles", "tiff", "making"},
     {"models"},
-    {"grouping", "sampling", "retrieval", "adapters"},
+    {"grouping", "sampling", "retrieval", "adapters", "predictors"},
     {"pipeline", "records", "checkpoints", "options", "cluster", "batches", "bands"},
     {"ui", "cli", "training", "evaluation"},
 ]
