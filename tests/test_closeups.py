@@ -100,6 +100,6 @@ def test_a_link_that_does_not_work_changes_nothing(handlers, query):
 
 def test_a_link_restores_all_settings(handlers):
     fast = ("fast", *dials_of(PRESETS["fast"]), 5)
-    assert handlers.linked("?plan=0.95,0.75,400,700,1000,4,7,10&seed=5") == (*fast, True, False, 64)
+    assert handlers.linked("?plan=0.95,0.75,400,700,1000,4,7,10&seed=5") == (*fast, True, False, None)
     linked = handlers.linked("?plan=0.95,0.75,400,700,1000,4,7,10&seed=5&color=0&uniform=1&batch=8&other=<b>")
     assert linked == (*fast, False, True, 8)

@@ -60,3 +60,27 @@ def test_cpu_is_measured_once_and_quickly():
     assert first in (torch.bfloat16, torch.float32)
     assert devices.pick_dtype(torch.device("cpu")) is first
     assert devices._measured_cpu_dtype.cache_info().misses == 1
+
+
+def test_copies_to_the_host_are_whole_and_contiguous_as_soon_as_they_were_waited_for():
+    host = devices.HostCopies(torch.device("cpu"))
+    turned = torch.randn(4, 3).T
+    copy = host.take(turned)
+    host.wait()
+    assert copy.is_contiguous() and torch.equal(copy, turned)
+
+
+def test_what_a_cpu_does_is_over_at_once():
+    laps = devices.Laps(torch.device("cpu"))
+    time.sleep(0.02)
+    laps.mark()
+    with devices.beside(torch.device("cpu")):
+        time.sleep(0.01)
+    laps.mark()
+    assert laps.over()
+    first, second = laps.seconds()
+    assert first >= 0.02 and second >= 0.01
+
+
+def test_the_largest_batch_of_a_gpu_is_known_without_one():
+    assert devices.most_at_once(torch.device("cuda")) == 1024 and devices.most_at_once(torch.device("cpu")) == 64

@@ -176,10 +176,18 @@ def test_the_colour_fix_makes_the_picture_old_and_changes_no_patch(handlers, ima
     assert last(again, "final").read_bytes() != shown.final.read_bytes()
 
 
-@pytest.mark.parametrize("batch", [None, 0, 257, 2.5, "8", float("nan")])
+@pytest.mark.parametrize("batch", [0, 257, 2.5, "8", float("nan")])
 def test_a_patch_batch_out_of_range_is_refused(handlers, image, dials, batch):
     with pytest.raises(gr.Error, match="patch batch"):
         run(handlers, image, dials, batch=batch)
+
+
+@pytest.mark.parametrize("batch", [None, 8])
+def test_a_patch_batch_that_nobody_chose_is_what_suits_the_device(handlers, image, dials, batch, monkeypatch):
+    asked = []
+    monkeypatch.setattr(handlers.pipeline, "fitting_batch", lambda size=None: asked.append(size) or 64)
+    run(handlers, image, dials, batch=batch)
+    assert asked == [batch, batch]  # in the analysis and in the refinement
 
 
 def test_bar_table_and_histogram_show_the_same_run(handlers, image, plan, dials):

@@ -13,6 +13,7 @@ from conftest import make_tiny_pipeline
 from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler
 
 import patchscaler
+from patchscaler.devices import Laps
 from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError, Picture, bicubic, to_pil, write_png
 from patchscaler.patches import split
@@ -285,6 +286,22 @@ def test_after_each_group_there_is_the_picture_so_far(tiny_pipeline, analysis, p
         assert torch.equal(event.sampled.start > 0, ready) and torch.equal(event.sampled.steps > 0, ready)
         assert event.picture.rgb.shape == result.picture.rgb.shape
     assert torch.equal(result.picture.rgb, run(tiny_pipeline, analysis, plan).picture.rgb)
+
+
+def test_a_picture_that_is_still_being_made_comes_in_between_the_next_groups_steps(
+    tiny_pipeline, analysis, plan, monkeypatch
+):
+    """As on CUDA, where it is made beside them: at the next step that finds it ready, at the latest with the last."""
+    plan = replace(plan, start=(200, 400, 600), steps=(2, 4, 6))
+    expected = [*tiny_pipeline.refine(analysis, plan, partial=True)]
+    answers = iter([False, False, True, *[False] * 20])  # ready after two steps; the second one never
+    monkeypatch.setattr(Laps, "over", lambda self: next(answers))
+    events = [*tiny_pipeline.refine(analysis, plan, partial=True)]
+    assert [*map(type, events)] == [Progress] * 4 + [Partial] + [Progress] * 8 + [Partial, Result]
+    pictures, others = ([event for event in run if not isinstance(event, Progress)] for run in (events, expected))
+    for made, other in zip(pictures, others, strict=True):
+        assert torch.equal(made.picture.rgb, other.picture.rgb)
+        assert torch.equal(made.sampled.patches, other.sampled.patches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

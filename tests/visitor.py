@@ -19,7 +19,7 @@ def settings(
     shown: Any = None,
     by_hand: dict | None = None,
     color_fix: bool = True,
-    batch: Any = 64,
+    batch: Any = None,
 ) -> tuple:
     """Everything that the page's events are given, in its order."""
     return image, shown, by_hand or {}, color_fix, batch, *dials

@@ -29,7 +29,9 @@ class Calibration:
     than those of the groups before it. So different groups and runs tell the rates apart.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 64) -> None:
+        """``at_once``: patches in a call where nobody has chosen."""
+        self.at_once = at_once
         self._groups: deque[Call] = deque(maxlen=3 * REMEMBERED)
         self._rest: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED)
         self._analysis: deque[float] = deque(maxlen=REMEMBERED)

@@ -73,7 +73,8 @@ def _plan() -> dict[str, Any]:
     info = "Colours of the input, structure of the coarse image. Off: the refined patches as they are decoded."
     color_fix = gr.Checkbox(True, label="Colour fix", info=info, elem_id="color-fix")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        batch = gr.Number(64, label="Patch batch: patches at once, 1 to 256", precision=0, elem_id="batch")
+        label = "Patch batch: patches at once, 1 to 256. Empty: what suits the device"
+        batch = gr.Number(None, label=label, precision=0, elem_id="batch")
     named = {"preset": preset, "budget": budget, "dice": dice, "uniform": uniform}
     return {**named, "color_fix": color_fix, "batch": batch, "dials": [*gammas, *starts, *steps, seed]}
 

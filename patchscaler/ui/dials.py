@@ -58,8 +58,8 @@ def in_range(dials: Sequence[Any]) -> bool:
 
 
 def is_batch(value: Any) -> bool:
-    """Whether a value of the patch batch's field is one."""
-    return isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
+    """Whether a value of the patch batch's field is one, or None: what suits the device."""
+    return value is None or isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
 
 
 def hold_order(dials: Sequence[float], moved: int) -> list[float]:

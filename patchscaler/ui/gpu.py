@@ -38,7 +38,7 @@ class Order:
     seed: int
     by_hand: ByHand
     color_fix: bool = True
-    batch_size: int = 64
+    batch_size: int | None = None  # what suits the device
     uniform: bool = False  # also render the baseline
     live: bool = True  # for the page: take over what is known, and give the picture after every group
     refine: bool = True  # or end with the analysis
@@ -133,7 +133,7 @@ class Networks:
         runs = [(order.plan, earlier, order.live)] * order.refine
         runs += [(SamplingPlan.uniform(), uniform, False)] * order.uniform
         for plan, done, partial in runs:
-            todo = work(done, plan, order.seed, groups, order.batch_size)
+            todo = work(done, plan, order.seed, groups, order.batch_size or self._calibration.at_once)
             if isinstance(known, Picture):  # any group may turn out to have patches
                 todo = todo._replace(calls=todo.calls + sum(plan.steps[:-1]), pictures=len(GROUPS))
             pictures = todo.pictures if partial else 1

@@ -12,6 +12,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
+from patchscaler.devices import most_at_once
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
@@ -32,7 +33,7 @@ class Runs:
     def __init__(self, pipeline: PatchScalerPipeline) -> None:
         self.pipeline = pipeline
         self.studies = Studies()
-        self.calibration = Calibration()
+        self.calibration = Calibration(most_at_once(pipeline._execution_device))
         self.networks = Networks(pipeline, self.calibration)
 
     def events(
@@ -107,7 +108,8 @@ class Runs:
         """What uniform sampling costs more and looks other: views of both."""
         costs = []
         for run in (result, uniform):
-            todo = work(None, run.plan, run.seed, run.assignment, order.batch_size)
+            at_once = order.batch_size or self.calibration.at_once
+            todo = work(None, run.plan, run.seed, run.assignment, at_once)
             # By rates, since either may have taken patches over.
             costs.append((todo.evaluations, self.calibration.seconds(todo.evaluations, 0, todo.calls)))
         image = compare.difference(result.picture.rgb, uniform.picture.rgb)
@@ -120,7 +122,7 @@ class Runs:
         """Have the calibration learn from a run that took so long after the analysis; `partial`: a picture a group."""
         groups = []
         for group in result.groups:
-            batches = -(-group.evaluations // group.steps // order.batch_size)
+            batches = -(-group.evaluations // group.steps // (order.batch_size or self.calibration.at_once))
             groups.append(Call(batches * group.steps, group.evaluations, group.seconds))
         rest = max(0.0, seconds - sum(group.seconds for group in groups))
         pictures = max(1, sum(group.calls > 0 for group in groups)) if partial else 1

@@ -47,9 +47,9 @@ class Settings(NamedTuple):
         return plan_of(self.dials)
 
     @property
-    def batch_size(self) -> int:
-        """The patch batch, or the usual one while something else stands in its field."""
-        return int(self.batch) if is_batch(self.batch) else 64
+    def batch_size(self) -> int | None:
+        """The patch batch; None, for what suits the device, if its field is empty or while something else is in it."""
+        return checked_batch(self.batch) if is_batch(self.batch) else None
 
 
 def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
@@ -60,11 +60,11 @@ def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
         raise visible_error(WRONG, str(error)) from error
 
 
-def checked_batch(value: Any) -> int:
-    """Patches at once, or a gr.Error."""
+def checked_batch(value: Any) -> int | None:
+    """Patches at once, None for what suits the device, or a gr.Error."""
     if not is_batch(value):
         raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
-    return int(value)
+    return None if value is None else int(value)
 
 
 def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:

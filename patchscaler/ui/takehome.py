@@ -20,9 +20,10 @@ from patchscaler.ui.views import Shown, new_folder, stem
 # Writes what `restored` reads: the settings, never the image.
 LINK = """(...values) => {
   const [dials, [colorFix, uniform, batch]] = [values.slice(0, 9), values.slice(9)];
-  const settings = {plan: dials.slice(0, 8).join(","), seed: dials[8], color: +colorFix, uniform: +uniform, batch};
+  const settings = {plan: dials.slice(0, 8).join(","), seed: dials[8], color: +colorFix, uniform: +uniform};
+  if (batch !== null) settings.batch = batch;
   const query = Object.entries(settings).map(([name, value]) => `${name}=${value}`).join("&");
-  if (values.every(value => value !== null)) history.replaceState(null, "", `${window.location.pathname}?${query}`);
+  if (dials.every(value => value !== null)) history.replaceState(null, "", `${window.location.pathname}?${query}`);
 }"""
 
 
@@ -36,7 +37,7 @@ class Linked(NamedTuple):
     seed: int
     color_fix: bool = True
     uniform: bool = False
-    batch: int = 64
+    batch: int | None = None
 
 
 def restored(query: str) -> Linked | None:
@@ -47,10 +48,12 @@ def restored(query: str) -> Linked | None:
         seed = seed_of(float(values["seed"]))
         plan_of(dials)
         switches = [bool(("0", "1").index(values.get(name, usual))) for name, usual in SWITCHES.items()]
-        batch = float(values.get("batch", 64))
+        batch = float(values["batch"]) if "batch" in values else None
     except (KeyError, ValueError, OverflowError):
         return None
-    return Linked(dials, seed, *switches, int(batch)) if in_range(dials) and is_batch(batch) else None
+    if not in_range(dials) or not is_batch(batch):
+        return None
+    return Linked(dials, seed, *switches, None if batch is None else int(batch))
 
 
 class MadeWith(NamedTuple):

@@ -145,7 +145,7 @@ class Tuning(Runs):
         With a picture for every group, even an empty one.
         """
         steps = counts.new_tensor(now.plan.steps).view(-1, *[1] * (counts.dim() - 1))
-        calls = steps * -(-counts // now.batch_size)
+        calls = steps * -(-counts // (now.batch_size or self.calibration.at_once))
         pixels = study.analysis.coarse[0].numel()
         return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
 

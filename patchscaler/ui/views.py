@@ -113,7 +113,7 @@ def emptied(image: dict | None) -> RunView:
 
 
 def grouping(
-    study: Study, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration, batch_size: int = 64
+    study: Study, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration, batch_size: int | None
 ) -> dict[str, Any]:
     """Overlay, legend, histogram and cost under `plan`, by their places in the views. No network runs."""
     analysis = study.analysis
@@ -121,7 +121,7 @@ def grouping(
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     height, width = analysis.coarse.shape[-2:]
     overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=study.grey)
-    todo = work(study.sampled, plan, seed, assignment, batch_size)
+    todo = work(study.sampled, plan, seed, assignment, batch_size or calibration.at_once)
     expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
     return {
         "qmap": save_preview(overlay, "qmap"),
@@ -140,7 +140,7 @@ class Work(NamedTuple):
     pictures: int
 
 
-def work(earlier: Sampled | None, plan: SamplingPlan, seed: Any, assignment: Tensor, batch_size: int = 64) -> Work:
+def work(earlier: Sampled | None, plan: SamplingPlan, seed: Any, assignment: Tensor, batch_size: int) -> Work:
     """What a run of `plan` has to do after `earlier`."""
     start, steps = times_and_steps(plan, assignment)
     anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
