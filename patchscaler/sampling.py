@@ -18,8 +18,6 @@ Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
 Predict = Callable[[Tensor, int], Tensor]  # (x_t NxCxVxV, t) -> x0 prediction NxCxVxV
 Callback = Callable[[int, Tensor, Tensor], None]  # (step from 0, x0 prediction, x_next)
 
-WIDENING = 2.0
-
 _SHARED = {"prediction_type": "sample", "num_train_timesteps": MAX_TIMESTEP, "thresholding": False}
 REQUIRED = {
     DDIMScheduler: {**_SHARED, "clip_sample": False},
@@ -58,10 +56,9 @@ def shortcut_start(y0: Tensor, noise: Tensor, start: int, alphas: Tensor) -> Ten
 def widened(noise: Tensor, error: Tensor, start: Tensor, alphas: Tensor) -> Tensor:
     """The noise of Eq. 7 for patches whose y0 is not quite x0, NxCxVxV still.
 
-    Eq. 6 takes x0 for y0 and so starts too close to y0: seen from y0, x_tau spreads by 1 - abar + abar e2, with e2
-    the squared error of y0. Started without that, a patch at tau = 400 lacks the detail that y0 lacks. e2 counts
-    `WIDENING` times, as x0 - y0 is no white noise: with 2, on held-out crops, the paper's plan has the spectrum of
-    uniform sampling.
+    Eq. 6 takes y0 for x0 and so starts too close to y0: seen from y0, x_tau spreads by 1 - abar + abar e2, with e2
+    the squared error of y0. Started without that, a patch at tau = 400 lacks much of the detail that y0 lacks. (With
+    twice e2 the paper's plan has the spectrum of uniform sampling, but smooth places get grain.)
 
     Args:
         noise: standard normal, NxCxVxV.
@@ -69,7 +66,7 @@ def widened(noise: Tensor, error: Tensor, start: Tensor, alphas: Tensor) -> Tens
         start: tau of each patch, a LongTensor N.
     """
     abar = alphas[start - 1].view(-1, 1, 1, 1).to(noise)
-    return noise * (1 + WIDENING * error * abar / (1 - abar)).sqrt()
+    return noise * (1 + error * abar / (1 - abar)).sqrt()
 
 
 def denoise(
