@@ -50,7 +50,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         return draw_pairs(vae, bank, count, CROP, generator)
 
     on_cpu = device.type == "cpu"
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 1024), 6) if on_cpu else (2048, 6)
+    size, passes = (8, 1) if args.dry_run else (pool_size(args, 1024), 6) if on_cpu else (2048, 6)
     chunk = min(size, 32 if on_cpu else 512)
     pool = Pool(
         draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
@@ -71,7 +71,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
     average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
     held_out = ImageBank(args.data, device, held_out=True)
-    pairs = draw_pairs(vae, held_out, 8 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
+    pairs = draw_pairs(vae, held_out, 4 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())
     if accelerator.is_main_process:
         save_component(average, args.out / "grm")

@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         return draw_patches(vae, grm, classifier, memory, bank, count, generator, encoder.config.top_k)
 
     on_cpu = device.type == "cpu"
-    size, passes = (32, 1) if args.dry_run else (pool_size(args, 8192), 24) if on_cpu else (8192, 12)
+    size, passes = (8, 1) if args.dry_run else (pool_size(args, 8192), 24) if on_cpu else (8192, 12)
     chunk = min(size, 32 if on_cpu else 1024)
     pool = Pool(
         draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
@@ -114,7 +114,7 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
     held_out = ImageBank(args.data, device, held_out=True)
     generator = step_generator(args.seed, 0, 1)
-    rows = draw(32 if args.dry_run else 256, generator, held_out)
+    rows = draw(8 if args.dry_run else 256, generator, held_out)
     noise = torch.randn(rows["x0"].shape, generator=generator).to(device)
     nothing = torch.zeros(len(noise), dtype=torch.bool, device=device)
     figures = {}
