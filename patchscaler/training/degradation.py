@@ -20,7 +20,7 @@ Range = tuple[float, float]
 
 # Sizes must agree inside a tensor: resize factors are drawn per group of so many samples, not per sample. A GPU waits
 # for the host with small ones.
-GROUP, GPU_GROUP = 8, 32
+GROUP, GPU_GROUP = 8, 64
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 BICUBIC = "bicubic"
 
