@@ -28,6 +28,7 @@ class Restored:
 
     picture: Picture
     latents: Tensor  # y0 Cxhxw, the restored latent
+    confidence: Tensor  # 1xhxw in [0, 1]
     grid: PatchGrid
     patch_confidence: Tensor  # N in [0, 1], the mean over each patch
     prompt: Tensor | None  # NxLxD; None: refinement looks the priors up again
@@ -40,7 +41,6 @@ class Restored:
 class Analysis(Restored):
     """All that is known of a picture before sampling, on the CPU in float32, so that it can be kept and sent."""
 
-    confidence: Tensor  # 1xhxw in [0, 1]
     priors: Priors
     coarse: Tensor  # 3xHxW in [-1, 1]; never None
 

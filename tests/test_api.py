@@ -190,12 +190,13 @@ ALTERATIONS = {
     "infinite": (lambda t, m: t["latents"].view(-1)[5].fill_(float("inf")), "latents goes from .* to inf"),
     "huge": (lambda t, m: t["latents"].mul_(1e30), "limits are -1000 and 1000"),
     "sure": (lambda t, m: t["patch_confidence"].fill_(1.01), "the limits are 0 and 1"),
+    "surer": (lambda t, m: t["confidence"].fill_(-0.5), "confidence goes from -0.5 to -0.5; the limits are 0 and 1"),
     "bright": (lambda t, m: t["rgb"].fill_(2), "rgb goes from 2 to 2; the limits are -1 and 1"),
     "opaque": (lambda t, m: t["alpha"].fill_(-1), "alpha goes from -1 to -1"),
     "no facts": (lambda t, m: m.clear(), "its metadata are"),
     "more facts": (lambda t, m: m.update(more="1"), "its metadata are"),
     "no JSON": (lambda t, m: m.update(notes="[" * 100_000), "its metadata are no JSON"),
-    "another format": (lambda t, m: m.update(format='"PatchScaler analysis 0"'), "it must be 'PatchScaler analysis 1'"),
+    "another format": (lambda t, m: m.update(format='"PatchScaler analysis 0"'), "it must be 'PatchScaler analysis 2'"),
     "other weights": (lambda t, m: m.update(weights='"0"'), "made with other weights"),
     "no seconds": (lambda t, m: m.update(seconds="{}"), "its seconds are not"),
     "long": (lambda t, m: m.update(seconds=m["seconds"].replace("0.", "9e99")), "its seconds are not"),
@@ -254,7 +255,7 @@ def test_an_analysis_of_any_size_comes_back_whole(tiny_pipeline, tmp_path, size)
     restored = read_analysis(path, tiny_pipeline, weights).restored()
     assert restored.picture.notes == picture.notes and restored.seconds == analysis.seconds
     assert restored.grid == analysis.grid and torch.equal(restored.bicubic, analysis.bicubic)
-    for name in ("latents", "patch_confidence"):
+    for name in ("latents", "confidence", "patch_confidence"):
         assert torch.equal(getattr(restored, name), getattr(analysis, name))
     plan = SamplingPlan(0.9, 0.1, (5, 5, 5), (1, 1, 1))
     finals = [list(tiny_pipeline.refine(known, plan, 3))[-1].picture.rgb for known in (analysis, restored)]

@@ -98,10 +98,10 @@ class GRM(ModelMixin, ConfigMixin):
 def error_signs(latents: Tensor, confidence: Tensor) -> Tensor:
     """What log e² is linear in, B×2×h×w float32, for y_HR B×c×h×w and C B×1×h×w.
 
-    The first is the logit of C, up to 13, where float32 ends. Below η, where C saturates, it says little more; there
-    the second does: the logarithm of how far y_HR differs from its surroundings, which is little in a sky.
+    The first is the logit of C, between −13 and 13, where float32 ends. Below η, where C saturates, it says little
+    more; there the second does: the logarithm of how far y_HR differs from its surroundings, which is little in a sky.
     """
-    odds = torch.logit(confidence.double()).clamp(max=13).float()
+    odds = torch.logit(confidence.double()).clamp(-13, 13).float()
     latents = latents.float()
     texture = (latents - _surroundings(latents)).square().mean(1, keepdim=True)
     return torch.cat([odds, (_surroundings(texture) + 1e-6).log()], 1)

@@ -1,8 +1,8 @@
 """The file in which `/analyze` hands what it found to a client, who hands it back: safetensors, never a pickle.
 
-It holds the input's pixels, the restored latent, the patches' confidence and a small grey picture for the overlay:
-what networks had to work for or cannot be had again. Whoever has such a file can alter it, so everything in it is
-checked on the way back.
+It holds the input's pixels, the restored latent, its confidence and the patches', and a small grey picture for the
+overlay: what networks had to work for or cannot be had again. Whoever has such a file can alter it, so everything in it
+is checked on the way back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.records import Analysis, Restored
 
-FORMAT = "PatchScaler analysis 1"
+FORMAT = "PatchScaler analysis 2"
 STAGES = ("encode", "restore", "retrieve", "decode")
 MOST_LATENT = 1000.0  # latents have a deviation of about 1
 MOST_SECONDS = 1e6
@@ -42,6 +42,7 @@ class Loaded(NamedTuple):
 
     picture: Picture
     latents: Tensor  # Cxhxw
+    confidence: Tensor  # 1xhxw
     grid: PatchGrid
     patch_confidence: Tensor  # N
     grey: Image.Image  # the ground of the overlay
@@ -50,9 +51,8 @@ class Loaded(NamedTuple):
     def restored(self) -> Restored:
         """The same for refinement, which looks the priors up again: that takes a fiftieth of its time."""
         upscaled = bicubic(self.picture.rgb[None], SCALE)[0]
-        return Restored(
-            self.picture, self.latents, self.grid, self.patch_confidence, None, upscaled, self.seconds, None
-        )
+        found = self.latents, self.confidence, self.grid, self.patch_confidence
+        return Restored(self.picture, *found, None, upscaled, self.seconds, None)
 
 
 def fingerprint(pipeline: PatchScalerPipeline) -> str:
@@ -71,6 +71,7 @@ def write_analysis(analysis: Analysis, grey: Image.Image, weights: str, path: Pa
     tensors = {
         "rgb": picture.rgb,
         "latents": analysis.latents,
+        "confidence": analysis.confidence,
         "patch_confidence": analysis.patch_confidence,
         "grey": torch.from_numpy(np.array(grey.convert("L"))),
     }
@@ -101,12 +102,14 @@ def read_analysis(path: str | Path, pipeline: PatchScalerPipeline, weights: str)
         raise AnalysisFileError(f"{WRONG}: {str(error)[:120]}") from error
     _check_range("rgb", tensors["rgb"], -1, 1)
     _check_range("latents", tensors["latents"], -MOST_LATENT, MOST_LATENT)
-    _check_range("patch_confidence", tensors["patch_confidence"], 0, 1)
+    for name in ("confidence", "patch_confidence"):
+        _check_range(name, tensors[name], 0, 1)
     if "alpha" in tensors:
         _check_range("alpha", tensors["alpha"], 0, 1)
     return Loaded(
         picture=Picture(tensors["rgb"], tensors.get("alpha"), notes),
         latents=tensors["latents"],
+        confidence=tensors["confidence"],
         grid=grid,
         patch_confidence=tensors["patch_confidence"],
         grey=Image.fromarray(tensors["grey"].numpy()).convert("RGB"),
@@ -164,6 +167,7 @@ def _check_shapes(shapes: dict[str, tuple[str, tuple[int, ...]]], pipeline: Patc
     expected = {
         "rgb": ("F32", (3, height, width)),
         "latents": ("F32", (config.channels, grid.height, grid.width)),
+        "confidence": ("F32", (1, grid.height, grid.width)),
         "patch_confidence": ("F32", (len(grid),)),
         "grey": ("U8", preview_size(SCALE * width, SCALE * height)[::-1]),
     }
