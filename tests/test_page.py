@@ -153,7 +153,8 @@ def test_stop_and_run_again(page, tmp_path):
     with Image.open(PHOTO) as small:  # large enough that the run lasts until Stop is clicked
         small.resize((400, 400)).save(tmp_path / "large.png")
     page.set_input_files("#input input[type=file]", tmp_path / "large.png")
-    page.locator("#steps3 input[type=number]").fill("50")
+    page.locator("#steps1 input[type=number]").fill("50")
+    expect(page.locator("#steps3 input[type=number]")).to_have_value("50")  # pushed along
     page.locator("#run").click()
     page.locator("#stop").click()
     expect(page.locator("#status")).to_contain_text("Stopped")
