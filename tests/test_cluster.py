@@ -87,7 +87,7 @@ def test_forty_images_two_workers_some_killed_then_resumed(address, weights, tmp
     assert ended["bad.jpg"]["error"].startswith("not a readable PNG") and ended["bad.jpg"]["attempts"] == 1
     assert ended[names[30]]["error"] == "2 workers died on it"
     assert all(entry["output"] == str(out / f"{name[:-4]}.png") for name, entry in ended.items())
-    assert len({entry["process"] for entry in ended.values() if "process" in entry}) >= 4  # two, and two restarted
+    assert len({entry["process"] for entry in ended.values() if "process" in entry}) >= 3  # two, and a restarted one
     assert sum("images/s" in line for line in said) == IMAGES + 2
 
     # 3. Resumed, only what failed is tried again, and what was lost is made again.
