@@ -198,7 +198,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     ) -> Iterator[Progress | Partial | Result]:
         """Yield Progress after every denoising step of every batch, and last the Result.
 
-        A patch's result depends on its content, prompt, (T, N) and the seed only. Close the generator to stop
+        A patch's result depends on its y0, confidence, prompt, (T, N) and the seed only. Close the generator to stop
         early. Raises RuntimeError rather than return pixels that are NaN, and OutOfMemory if memory is short for the
         smallest batches and tiles.
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from patchscaler.devices import to_device
 from patchscaler.grouping import MAX_TIMESTEP
 
 Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
@@ -65,7 +66,7 @@ def widened(noise: Tensor, error: Tensor, start: Tensor, alphas: Tensor) -> Tens
         error: e2, Nx1xVxV.
         start: tau of each patch, a LongTensor N.
     """
-    abar = alphas[start - 1].view(-1, 1, 1, 1).to(noise)
+    abar = to_device(alphas[start - 1].float(), noise.device).view(-1, 1, 1, 1)
     return noise * (1 + error * abar / (1 - abar)).sqrt()
 
 

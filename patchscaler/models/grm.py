@@ -90,9 +90,9 @@ class GRM(ModelMixin, ConfigMixin):
         """
         if self.config.error_fit is None:
             return torch.zeros_like(confidence, dtype=torch.float32)
-        *factors, constant = self.config.error_fit
-        signs = error_signs(latents, confidence) * torch.tensor(factors, device=latents.device).view(-1, 1, 1)
-        return (signs.sum(1, keepdim=True) + constant).exp()
+        by_odds, by_texture, constant = self.config.error_fit
+        odds, texture = error_signs(latents, confidence).split(1, dim=1)  # B×1×h×w each
+        return (by_odds * odds + by_texture * texture + constant).exp()
 
 
 def error_signs(latents: Tensor, confidence: Tensor) -> Tensor:

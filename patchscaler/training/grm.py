@@ -89,7 +89,8 @@ def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
     """
     outputs = [model(part) for part in y_lr.split(16)]
     logits = torch.cat([output.confidence_logits.float() for output in outputs])  # B×1×h×w
-    errors = squared_error(torch.cat([output.latents for output in outputs]), x_hr)  # B×1×h×w
+    latents = torch.cat([output.latents for output in outputs])  # B×c×h×w
+    errors = squared_error(latents, x_hr)  # B×1×h×w
     paper = SamplingPlan.paper()
 
     def groups_of(scale: float, shift: float) -> Tensor:
@@ -110,7 +111,7 @@ def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
     model.judge[-1].bias.mul_(scale).add_(shift)
     eta = errors.flatten().quantile(ETA_QUANTILE).item() * math.exp(shift / scale)
     confidence = (scale * logits + shift).sigmoid()
-    signs = error_signs(torch.cat([output.latents for output in outputs]), confidence)  # B×2×h×w
+    signs = error_signs(latents, confidence)  # B×2×h×w
     model.register_to_config(eta=eta, error_fit=error_fit(signs, errors))
     simple, _, hard = (groups.bincount(minlength=3) / len(groups)).tolist()
     return {
