@@ -66,12 +66,14 @@ def test_a_stopped_run_says_so_last_and_only_the_visitors_own_run_stops(handlers
             views.append(view)
             if view.status is not SKIP and "step 2 of 30" in view.status:
                 handlers.stop(gr.Request(session_hash="somebody else"))
+                assert handlers.refresh(VISITOR, *settings(image, slow))[-1]["interactive"]  # an earlier run's end
             if view.status is not SKIP and "step 5 of 30" in view.status:
                 handlers.stop(VISITOR)
         return views
 
     views = asyncio.run(collect())
     assert "Stopped" in views[-1].status and "step 5 of 30" in views[-2].status
+    assert not handlers.refresh(VISITOR, *settings(image, slow))[-1]["interactive"]
     assert "Done in" in last(run(handlers, image, dials), "status")
 
 

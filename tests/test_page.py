@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -152,10 +153,11 @@ def test_upload_run_and_drag(page):
 def test_stop_and_run_again(page, tmp_path):
     with Image.open(PHOTO) as small:  # large enough that the run lasts until Stop is clicked
         small.resize((400, 400)).save(tmp_path / "large.png")
-    page.set_input_files("#input input[type=file]", tmp_path / "large.png")
     page.locator("#steps1 input[type=number]").fill("50")
     expect(page.locator("#steps3 input[type=number]")).to_have_value("50")  # pushed along
-    page.locator("#run").click()
+    page.set_input_files("#input input[type=file]", tmp_path / "large.png")
+    page.locator("#run").click()  # while the image is being looked at; what follows that look must leave Stop alone
+    expect(page.locator("#status")).to_contain_text(re.compile(r"step \d+ of 50"))
     page.locator("#stop").click()
     expect(page.locator("#status")).to_contain_text("Stopped")
     expect(page.locator("#stop")).to_be_disabled()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from visitor import click, dial_view, last, moved, run, settings
+from visitor import VISITOR, click, dial_view, last, moved, run, settings
 
 from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import read_picture
@@ -62,7 +62,7 @@ def test_a_field_that_is_being_typed_into_changes_nothing(handlers, image, dials
     now = settings(image, (*dials[:2], typed, *dials[3:]), shown)
     view = handlers.dial_moved(2, *now)
     assert all(value is SKIP for value in view)
-    assert handlers.refresh(*now)[9] is SKIP
+    assert handlers.refresh(VISITOR, *now)[9] is SKIP
 
 
 def test_a_regroup_is_quick(handlers, dials):
@@ -95,7 +95,7 @@ def test_a_patch_is_put_into_another_group_by_hand_and_back(handlers, image, dia
 def test_dials_that_are_crossed_for_a_moment_are_waited_for(handlers, image, dials):
     shown = last(run(handlers, image, dials), "shown")
     crossed = settings(image, (*dials[:5], 8, 14, 1, dials[8]), shown)  # N3 is typed, its neighbours not yet pushed
-    assert all(value is SKIP for value in handlers.refresh(*crossed)[:-1])
+    assert all(value is SKIP for value in handlers.refresh(VISITOR, *crossed)[:-1])
     assert handlers.budget_known(*crossed) is SKIP
     assert dial_view(handlers.dial_moved(7, *crossed))["dials"][5:7] == (1, 1)
 

@@ -110,9 +110,9 @@ class Handlers(Tuning):
         """After a run: empty the page again if the run's last pictures came in behind another image."""
         return RunView() if source == (image or {}).get("path") else emptied(image)
 
-    def refresh(self, *settings: Any) -> tuple:
-        """After a run: the same for what moved while it went on; and nothing is left to stop."""
-        return *self.regrouped(*settings), gr.update(interactive=False)
+    def refresh(self, request: gr.Request, *settings: Any) -> tuple:
+        """After a run: the same for what moved while it went on; and nothing is left to stop but a later run."""
+        return *self.regrouped(*settings), gr.update(interactive=request.session_hash in self._runs)
 
     async def inspected(self, patch: tuple[str, int] | None) -> str:
         """The priors of a clicked patch. Their decoding waits for its turn behind the runs."""

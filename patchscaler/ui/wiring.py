@@ -44,9 +44,11 @@ def wire(handlers: Handlers, page: dict[str, Any], tab: dict[str, Any]) -> None:
     looking = emptied.then(handlers.look, settings, run_outputs, **QUEUED)
     page["stop"].click(handlers.stop, None, None, **LIVE)
     ended = []  # events that follow each, when the page is up to date again
-    for event in (running, looking):
+    # A look may end when a run goes on already, so what follows a look leaves Stop alone.
+    refreshed = (handlers.refresh, [*dial_outputs, page["stop"]]), (handlers.regrouped, dial_outputs)
+    for event, (handler, outputs) in zip((running, looking), refreshed):
         settled = event.then(handlers.settle, [image, page["source"]], run_outputs, **LIVE)
-        ended.append(settled.then(handlers.refresh, settings, [*dial_outputs, page["stop"]], **LIVE).then)
+        ended.append(settled.then(handler, settings, outputs, **LIVE).then)
 
     # Dials.
     for place, dial in enumerate(dials):
