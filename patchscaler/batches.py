@@ -8,14 +8,14 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 
 import torch
 from torch import Tensor
 
-from patchscaler.devices import Stopwatch, is_out_of_memory, out_of_memory, release, to_device, wait_for
+from patchscaler.devices import Stopwatch, is_out_of_memory, out_of_memory, release, side_stream, to_device, wait_for
 from patchscaler.grouping import SamplingPlan
 from patchscaler.models import PatchDiT
 from patchscaler.predictors import predicting
@@ -119,11 +119,14 @@ def sample_batches(
     todo = deque(place(batches, plan, len(networks)))
     steps: queue.SimpleQueue = queue.SimpleQueue()
     stopped = Event()
+    home = patches.x0.device
 
     def work(device: int, network: PatchDiT) -> None:
         last = None
+        # Threads share a device's stream unless told otherwise, and copies from another device wait for all of it.
+        own = torch.cuda.stream(side_stream(home, f"worker {device}")) if home.type == "cuda" else nullcontext()
         try:
-            with closing(_work(network, scheduler, plan, patches, todo)) as running:
+            with own, closing(_work(network, scheduler, plan, patches, todo)) as running:
                 for step in running:
                     steps.put(replace(step, device=device))
                     if stopped.is_set():
@@ -131,8 +134,9 @@ def sample_batches(
         except BaseException as error:  # it is raised where the steps are read
             last = error
         steps.put(last)
+        last = None  # an error holds this frame, and the two would keep each other
 
-    wait_for(patches.x0.device)  # the threads have streams of their own
+    wait_for(home)
     threads = [Thread(target=work, args=each, daemon=True) for each in enumerate(networks)]
     try:
         for thread in threads:
@@ -150,6 +154,7 @@ def sample_batches(
         stopped.set()
         for thread in threads:
             thread.join()
+        step = steps = None  # as `last` above
 
 
 @torch.inference_mode()
@@ -172,8 +177,8 @@ def _work(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch) == 1:
-                raise out_of_memory(device) from None
+        if len(batch) == 1:  # here the error, which held what there was no memory for, is gone
+            raise out_of_memory(device)
         release(device)
         todo.extendleft(reversed(batch.parts(2)))
         yield Step(evaluations=-done)

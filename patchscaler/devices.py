@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from inspect import isgeneratorfunction
 from typing import Any, TypeVar
@@ -40,7 +40,8 @@ def pick_device(name: str | None = None) -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes fast in it, else float32. Both have the same range."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        with torch.cuda.device(device) if device.index is not None else nullcontext():  # it asks the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return _measured_cpu_dtype() if device.type == "cpu" else torch.float32
 
 
@@ -127,11 +128,17 @@ class Laps:
         return [before.elapsed_time(after) / 1000 for before, after in pairs]
 
 
+@cache
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+    """The one stream of a CUDA device for a use: torch keeps freed memory for the stream that had it."""
+    return torch.cuda.Stream(device)
+
+
 class HostCopies:
     """Copies to the CPU. Those of a CUDA GPU go beside its further work, on a stream of their own."""
 
     def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = side_stream(device, "copies to the CPU") if device.type == "cuda" else None
 
     def take(self, tensor: Tensor) -> Tensor:
         """The tensor on the CPU, contiguous. Neither may be written to, nor this one read, before `wait` is over."""
@@ -158,7 +165,7 @@ def beside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = side_stream(device, "beside")
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
@@ -186,6 +193,7 @@ def fitting_batch(device: torch.device, each: int) -> int:
     if device.type != "cuda":
         return most
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for later
     return max(1, min(most, free // 2 // each))
 
 
@@ -193,7 +201,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, by the exceptions of Python and CUDA or by the words of torch's other allocators."""
     if isinstance(error, OutOfMemory):
         return False  # everything was tried
-    words = ("can't allocate memory", "not enough memory", "out of memory", "could not create a memory")
+    words = ("can't allocate memory", "not enough memory", "out of memory", "could not create a memory", "alloc_failed")
     is_word = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     return is_word or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
@@ -223,6 +231,7 @@ def advising(device: torch.device) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        error.__traceback__ = None  # it would keep what there was no memory for
         raise out_of_memory(device) from None
 
 
@@ -250,4 +259,4 @@ def out_of_memory(device: torch.device) -> OutOfMemory:
 def release(device: torch.device) -> None:
     """Give back what the device's allocator keeps for later."""
     if device.type != "cpu":
-        torch.accelerator.empty_cache()
+        torch.get_device_module(device).empty_cache()

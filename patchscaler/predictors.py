@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +23,7 @@ from patchscaler.sampling import Predict
 # host for starting its kernels, and nothing is gained.
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
+_recording = Lock()  # CUDA captures one graph at a time
 _recorded: WeakKeyDictionary[PatchDiT, deque[Recordings]] = WeakKeyDictionary()
 
 
@@ -81,6 +83,7 @@ class Recordings:
         key = keys[0][0]
         made_for = network.embed.weight.data_ptr(), network.dtype, y0.dtype, y0.shape[1:], key.dtype, key.shape[1:]
         if made_for != self._made_for:
+            self._made_for = None  # until all is there
             self.x_t, self.y0 = (y0.new_zeros(SIZES[-1], *y0.shape[1:]) for _ in range(2))
             self.keys = [tuple(part.new_zeros(SIZES[-1], *part.shape[1:]) for part in pair) for pair in keys]
             self.t = torch.ones(1, dtype=torch.long, device=y0.device)
@@ -97,7 +100,8 @@ class Recordings:
         """x0 of the first patches of the batch."""
         size = next(size for size in SIZES if size >= len(x_t))
         if size not in self.graphs:
-            self.graphs[size] = self._record(network, size)
+            with _recording:
+                self.graphs[size] = self._record(network, size)
         graph, x0 = self.graphs[size]
         self.x_t[: len(x_t)] = x_t
         self.t.fill_(t)
@@ -111,6 +115,7 @@ class Recordings:
         self.stream.wait_stream(torch.cuda.current_stream(self.t.device))
         with torch.cuda.stream(self.stream):
             network(*inputs)  # what libraries and compilers do only once is no part of a graph
+        torch.cuda.current_stream(self.t.device).wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)  # they never run at the same time
         # Other threads may use the GPU meanwhile, hence the mode.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ def memory_for(monkeypatch):
         return sizes
 
     return limit
+
+
+@pytest.fixture
+def no_collector():
+    """Cycles of objects stay, as they do on a server until the collector happens to come by."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

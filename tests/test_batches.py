@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -70,6 +72,25 @@ def test_memory_for_one_patch_is_enough_though_groups_share_a_batch(tiny_pipelin
         assert torch.equal(run(tiny_pipeline, patches, [batch], 1), whole)
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, ZeroDivisionError])
+def test_what_an_error_held_is_free_once_it_was_handled(tiny_pipeline, devices, fault, no_collector):
+    made = []
+
+    def fail(*_):
+        held = torch.zeros(1)
+        made.append(weakref.ref(held))
+        raise fault
+
+    hook = tiny_pipeline.transformer.register_forward_pre_hook(fail)
+    try:
+        with suppress(MemoryError, ZeroDivisionError):
+            run(tiny_pipeline, random_patches(3), [together(1, 1, 1)], devices)
+    finally:
+        hook.remove()
+    assert made and not any(ref() is not None for ref in made)
 
 
 def run(pipeline, patches: Patches, batches: list[Batch], devices: int, pause: float = 0) -> torch.Tensor:

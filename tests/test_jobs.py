@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
+from contextlib import suppress
 
 import gradio as gr
 import pytest
@@ -59,6 +61,26 @@ def test_no_fault_in_a_job_ends_the_thread(fault):
     with pytest.raises((RuntimeError, MemoryError)):
         asyncio.run(read(fault()))
     assert asyncio.run(read(None)) == [1]
+
+
+@pytest.mark.parametrize("fault", [MemoryError, SystemExit])
+def test_what_a_failed_job_held_is_free_once_its_error_was_handled(fault, no_collector):
+    jobs, made = Jobs(), []
+
+    def job():
+        held = torch.zeros(1)
+        made.append(weakref.ref(held))
+        yield 1
+        raise fault
+
+    async def read():
+        with suppress(MemoryError, RuntimeError):
+            async for _ in jobs.stream(job):
+                pass
+
+    asyncio.run(read())
+    jobs._thread.shutdown()
+    assert made[0]() is None
 
 
 def test_the_oldest_studies_go_first_and_the_newest_always_stays(tiny_pipeline, image):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,12 +134,14 @@ def test_a_recording_is_made_on_a_stream_of_its_own_after_a_first_call(monkeypat
         def wait_stream(self, other):
             asked.append("wait")
 
+    current = SimpleNamespace(wait_stream=lambda other: asked.append("the caller's waits"))
+
     def graph(made, pool, stream, capture_error_mode):
         asked.append(("record", pool, capture_error_mode))
         return nullcontext()
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"pool": lambda self: "pool"})())
@@ -150,5 +153,6 @@ def test_a_recording_is_made_on_a_stream_of_its_own_after_a_first_call(monkeypat
         recordings.begin(network, y0, network.prompt_keys(prompt))
         for size in (8, 16):
             recordings.graphs[size] = recordings._record(network, size)
-    first = [("stream", {"priority": -1}), "wait", "call", ("record", None, "thread_local"), "call"]
-    assert asked == [*first, "wait", "call", ("record", "pool", "thread_local"), "call"]
+    called = ["wait", "call", "the caller's waits"]
+    first = [("stream", {"priority": -1}), *called, ("record", None, "thread_local"), "call"]
+    assert asked == [*first, *called, ("record", "pool", "thread_local"), "call"]

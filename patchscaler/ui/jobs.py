@@ -88,6 +88,7 @@ class Jobs:
                 self._began = None
             if not (stopped.is_set() or ended.is_set()):
                 loop.call_soon_threadsafe(items.put_nowait, last)
+            last = None  # an error holds this frame, and the two would keep each other
 
         self._admit()
         # ZeroGPU finds the visitor's request, whose quota it uses, in the context.
@@ -109,6 +110,7 @@ class Jobs:
                     raise RuntimeError(f"the job ended with {type(item).__name__}") from item
                 yield item
         finally:
+            item = None  # as `last` above
             ended.set()
 
     def background(self, job: Callable[[], Generator[Item, None, None]]) -> None:

@@ -67,7 +67,8 @@ def pixels(c: Checks) -> None:
     c.close("pixels: CPU float32 against this", reference, ours, 1.0)
     c.equal("pixels: the same seed twice", ours, c.pipeline(c.small).picture.rgb)
     if c.cuda:
-        exact = load_pipeline(c.weights, c.device, torch.float32)(c.small).picture.rgb
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = load_pipeline(c.weights, c.device, torch.float32)(c.small).picture.rgb
         c.close("pixels: CPU float32 against float32 here", reference, exact, 0.25)
     analysis = c.pipeline.analyze(c.large)
     whole = c.refined(analysis)
@@ -116,7 +117,7 @@ def syncs(c: Checks) -> None:
                 torch.cuda.set_sync_debug_mode("warn")
                 call()
                 torch.cuda.set_sync_debug_mode("default")
-            waits = [w for w in found if "synchron" in str(w.message)]
+            waits = [w for w in found if "called a synchronizing" in str(w.message)]
             places = {f"{Path(w.filename).name}:{w.lineno}" for w in waits}
             c.say(f"syncs: {name} waits {len(waits)} times, at {', '.join(sorted(places)) or 'no place'}")
     finally:
@@ -159,8 +160,10 @@ def partial(c: Checks) -> None:
 
 def replay(c: Checks) -> None:
     network = c.pipeline.transformer
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        c.evaluations(network, 64)[0]()
+    with torch.inference_mode():
+        evaluation, *_ = c.evaluations(network, 64)
+        with FlopCounterMode(display=False) as counter:
+            evaluation()
     c.work = counter.get_total_flops() / 64
     analyses = [c.pipeline.analyze(picture) for picture in (c.small, c.large)]
     plain = [c.refined(analysis) for analysis in analyses]
