@@ -12,6 +12,10 @@ from patchscaler.devices import to_device
 # A low-pass is [1 2 1]/4 along both axes, once for each of these distances between its three places.
 COLORS = (1, 2, 4, 8, 16)  # the five levels of StableSR's wavelets
 DETAIL = (1, 1)  # [1 4 6 4 1]/16, a deviation of one pixel
+# Between the coarse structure and the detail of Patch-DiT power is missing: a third of the truth's is there. On 22
+# held-out training crops 1.25 lowers the distance of the log power spectrum from 1.31 to 1.13 (coarse 2.48). HaarPSI
+# falls from .638 to .630 (bicubic .622), and soon below bicubic's for more.
+STRENGTH = 1.25
 REACH = sum(COLORS) + sum(DETAIL)  # rows and columns, of both fixes one after the other
 BAND = 256  # rows at a time: what is made of them stays in a CPU's cache, and memory is bounded
 LUMA = (0.299, 0.587, 0.114)  # BT.601
@@ -32,15 +36,16 @@ def wavelet_color_fix(output: Tensor, reference: Tensor) -> Tensor:
 
 
 def add_detail(coarse: Tensor, refined: Tensor) -> Tensor:
-    """Give `coarse` the fine detail in the luma of `refined`: coarse + d - low(d) with d = Y(refined - coarse).
+    """Give `coarse` the fine detail in the luma of `refined`: coarse + s (d - low(d)) with d = Y(refined - coarse).
 
     A small Patch-DiT guesses fine detail well, but coarser structure and colours less well than the GRM restores
-    them. Shapes and range are as for `wavelet_color_fix`; a pixel depends on those at most 2 rows or columns away.
+    them. s is `STRENGTH`. Shapes and range are as for `wavelet_color_fix`; a pixel depends on those at most 2 rows or
+    columns away.
     """
     weights = to_device(torch.tensor(LUMA), refined.device).view(3, 1, 1)
     detailed = torch.empty_like(refined)
     for rows, difference, low in _lows(refined, coarse, DETAIL, weights):
-        torch.add(coarse[..., rows, :], difference.sub_(low), out=detailed[..., rows, :])
+        torch.add(coarse[..., rows, :], difference.sub_(low), alpha=STRENGTH, out=detailed[..., rows, :])
     return detailed
 
 

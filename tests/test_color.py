@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchscaler.color import REACH, add_detail, wavelet_color_fix
+from patchscaler.color import REACH, STRENGTH, add_detail, wavelet_color_fix
 
 
 def random_images(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +39,8 @@ def test_detail_is_that_of_the_luma_above_a_blur_of_one_pixel(size):
     coarse, refined = random_images(2, 3, *size)
     detailed = add_detail(coarse, refined)
     gained = luma(refined - coarse)
-    torch.testing.assert_close(detailed - coarse, (gained - low(gained, 1, 1)).expand_as(coarse), rtol=0, atol=1e-5)
+    expected = STRENGTH * (gained - low(gained, 1, 1))
+    torch.testing.assert_close(detailed - coarse, expected.expand_as(coarse), rtol=0, atol=1e-5)
 
 
 def test_grain_of_another_colour_and_slow_changes_are_no_detail():
