@@ -19,9 +19,9 @@ Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
 Predict = Callable[[Tensor, int], Tensor]  # (x_t NxCxVxV, t) -> x0 prediction NxCxVxV
 Callback = Callable[[int, Tensor, Tensor], None]  # (step from 0, x0 prediction, x_next)
 
-# For `widened`, measured on 22 held-out training crops. The distance of the log power spectrum to the truth's, and
-# the contrast of places that are smooth in truth, in units of the truth's: uniform sampling 1.24 and 3.06; the plan
-# with e2 counted once 1.44 and 2.68, twice 1.31 and 3.16, as below 1.31 and 3.07.
+# For `widened`, measured with the compact weights on 22 held-out training crops. The distance of the log power
+# spectrum to the truth's, and the contrast of places that are smooth in truth, in units of the truth's: uniform
+# sampling 1.24 and 3.06; the plan with e2 counted once 1.44 and 2.68, twice 1.31 and 3.16, as below 1.31 and 3.07.
 WIDENING, ROUGH = 2.5, 0.6
 
 _SHARED = {"prediction_type": "sample", "num_train_timesteps": MAX_TIMESTEP, "thresholding": False}
@@ -64,8 +64,8 @@ def widened(noise: Tensor, error: Tensor, start: Tensor, alphas: Tensor) -> Tens
 
     Eq. 6 takes y0 for x0 and so starts too close to y0: seen from y0, x_tau spreads by 1 - abar + abar e2, with e2
     the squared error of y0. Started without that, a patch at tau = 400 lacks much of the detail that y0 lacks. e2
-    counts `WIDENING` times where it is `ROUGH` and above, which gives the paper's plan the spectrum of uniform
-    sampling, and less and less below: in smooth places more shows as grain.
+    counts `WIDENING` times where it is `ROUGH` and above, which brings the paper's plan near to the spectrum of
+    uniform sampling, and less and less below: in smooth places more shows as grain.
 
     Args:
         noise: standard normal, NxCxVxV.
