@@ -122,7 +122,6 @@ def sample_batches(
     home = patches.x0.device
 
     def work(device: int, network: PatchDiT) -> None:
-        last = None
         # Threads share a device's stream unless told otherwise, and copies from another device wait for all of it.
         own = torch.cuda.stream(side_stream(home, f"worker {device}")) if home.type == "cuda" else nullcontext()
         try:
@@ -132,9 +131,9 @@ def sample_batches(
                     if stopped.is_set():
                         break
         except BaseException as error:  # it is raised where the steps are read
-            last = error
-        steps.put(last)
-        last = None  # an error holds this frame, and the two would keep each other
+            steps.put(error)
+        else:
+            steps.put(None)
 
     wait_for(home)
     threads = [Thread(target=work, args=each, daemon=True) for each in enumerate(networks)]
@@ -154,7 +153,7 @@ def sample_batches(
         stopped.set()
         for thread in threads:
             thread.join()
-        step = steps = None  # as `last` above
+        step = steps = None  # an error holds this frame, and the two would keep each other
 
 
 @torch.inference_mode()

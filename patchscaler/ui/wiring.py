@@ -44,11 +44,12 @@ def wire(handlers: Handlers, page: dict[str, Any], tab: dict[str, Any]) -> None:
     looking = emptied.then(handlers.look, settings, run_outputs, **QUEUED)
     page["stop"].click(handlers.stop, None, None, **LIVE)
     ended = []  # events that follow each, when the page is up to date again
-    # A look may end when a run goes on already, so what follows a look leaves Stop alone.
-    refreshed = (handlers.refresh, [*dial_outputs, page["stop"]]), (handlers.regrouped, dial_outputs)
-    for event, (handler, outputs) in zip((running, looking), refreshed):
+    for event, refresh, outputs in (
+        (running, handlers.refresh, [*dial_outputs, page["stop"]]),
+        (looking, handlers.regrouped, dial_outputs),  # a run may go on already, so this leaves Stop alone
+    ):
         settled = event.then(handlers.settle, [image, page["source"]], run_outputs, **LIVE)
-        ended.append(settled.then(handler, settings, outputs, **LIVE).then)
+        ended.append(settled.then(refresh, settings, outputs, **LIVE).then)
 
     # Dials.
     for place, dial in enumerate(dials):
