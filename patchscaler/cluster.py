@@ -48,10 +48,12 @@ class Job:
     seed: int
     weights: str
     batch_size: int | None = None
+    color_fix: bool = True
 
     def describe(self) -> dict:
         """What decides the pixels, as the manifest records it."""
-        return json.loads(json.dumps({"plan": asdict(self.plan), "seed": self.seed, "weights": self.weights}))
+        pixels = {"plan": asdict(self.plan), "seed": self.seed, "weights": self.weights, "color_fix": self.color_fix}
+        return json.loads(json.dumps(pixels))
 
 
 class Worker:
@@ -67,8 +69,7 @@ class Worker:
         begin = time.perf_counter()
         try:
             picture = fetch(source)
-            options = {"batch_size": job.batch_size} if job.batch_size else {}
-            result = self.pipeline(picture, job.plan, job.seed, **options)
+            result = self.pipeline(picture, job.plan, job.seed, job.batch_size, job.color_fix)
             store(result.picture, output, result.png_text())
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # this image's fault, or its size's
             return {"status": "failed", "error": str(error) or type(error).__name__}
@@ -100,7 +101,7 @@ class Manifest:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{self.path} cannot be read: {error}") from error
             if not same and self.content["images"]:
-                raise UsageError(f"{self.path} is of another plan, seed or weights; choose another folder")
+                raise UsageError(f"{self.path} is of another plan, seed, weights or colour fix; choose another folder")
 
     def record(self, source: str, entry: dict) -> None:
         self.content["images"][source] = entry

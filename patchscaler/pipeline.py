@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.batches import Patches, Step, make_batches, patch_bytes, sample_batches
-from patchscaler.color import add_detail, wavelet_color_fix
+from patchscaler.color import wavelet_color_fix
 from patchscaler.devices import HostCopies, Laps, advised, beside, fitting_batch, halving, to_device
 from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
@@ -39,7 +39,7 @@ from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
 from patchscaler.predictors import record
 from patchscaler.records import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
 from patchscaler.retrieval import Priors, retrieve
-from patchscaler.sampling import Scheduler, alphas_cumprod, widened
+from patchscaler.sampling import Scheduler
 from patchscaler.tiles import Local, tiled
 
 SCALE = 4
@@ -111,12 +111,13 @@ class PatchScalerPipeline(DiffusionPipeline):
         plan: SamplingPlan | None = None,
         generator: torch.Generator | int | None = None,
         batch_size: int | None = None,
+        color_fix: bool = True,
     ) -> Result:
         """Upscale one image x4. ``plan`` is the paper's unless given.
 
         ``generator`` is a seed or a source of one; without it the seed is 0, so that the same image gives the
-        same result. ``batch_size`` counts patches; without it, it is what suits the device. Raises ImageError for
-        an unreadable image and RuntimeError if the networks give NaN.
+        same result. ``batch_size`` counts patches; without it, it is what suits the device. ``color_fix`` is as in
+        `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks give NaN.
         """
         # 1. Read the image.
         if isinstance(image, (str, Path)):
@@ -128,7 +129,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 3. Refine the patches, group by group, and assemble them.
         if isinstance(generator, torch.Generator):
             generator = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
-        *_, result = self.refine(analysis, plan or SamplingPlan.paper(), generator or 0, batch_size)
+        *_, result = self.refine(analysis, plan or SamplingPlan.paper(), generator or 0, batch_size, color_fix)
         return result
 
     @torch.inference_mode()
@@ -203,8 +204,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         smallest batches and tiles.
 
         Args:
-            color_fix: give the output the structure of the coarse picture (`add_detail`) and the low frequencies of
-                the bicubic upscale. Without it, it is what the decoder makes of the refined latent.
+            color_fix: give the output the low frequencies, and so the colours, of the bicubic upscale. Without it,
+                it is what the decoder makes of the refined latent.
             by_hand: the groups of some patches, by index, in place of those that their confidence gives.
             earlier: patches of a run over the same analysis. Those with the same T, N and seed are taken over;
                 on a CPU the result is bit by bit that of a full run.
@@ -225,24 +226,14 @@ class PatchScalerPipeline(DiffusionPipeline):
             rendered = earlier.differs(start, steps, seed)
             x0 = torch.where(to_device(rendered, device)[:, None, None, None], y0, to_device(earlier.patches, device))
 
-        # 2. Decode the coarse picture once if it did not come along: all pictures below take their structure from it.
-        laps, wanted = Laps(device), None
-        if color_fix:
-            upscaled = to_device(analysis.bicubic, device)  # 3xHxW
-            if analysis.coarse is None:
-                coarse = self._decoded(latents, upscaled)  # 3xHxW
-                laps.mark()
-            else:
-                coarse = to_device(analysis.coarse, device)
-            wanted = coarse[None], upscaled[None]
+        wanted = to_device(analysis.bicubic, device)[None] if color_fix else None  # 1x3xHxW
 
-        # 3. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
+        # 2. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
         generator = torch.Generator("cpu").manual_seed(seed)
         drawn = torch.randn(latents.shape, generator=generator, pin_memory=device.type == "cuda")
         noise = split(to_device(drawn, device), grid)  # NxCxVxV
-        noise = self.widened(noise, y0, split(to_device(analysis.confidence, device), grid), start)
 
-        # 4. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
+        # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else to_device(analysis.prompt, device)
         patches = Patches(y0, noise, prompt, x0)
         members = {group: ((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))}
@@ -273,10 +264,10 @@ class PatchScalerPipeline(DiffusionPipeline):
                 with beside(device):
                     making = group, sampled, self._finish(analysis, sampled.patches, wanted)
 
-        # 5. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
+        # 4. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
         made = self._finish(analysis, x0, wanted)
         seconds, color = made.wait()
-        decode += seconds + sum(laps.seconds())
+        decode += seconds
 
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
         groups = [
@@ -306,6 +297,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             dtype=str(self.transformer.dtype).removeprefix("torch."),
             sampled=Sampled(made.patches, start, steps, seed),
             rendered=rendered,
+            color_fix=color_fix,
             by_hand=dict(by_hand or {}),
         )
 
@@ -322,16 +314,14 @@ class PatchScalerPipeline(DiffusionPipeline):
         queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen]
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
-    def _finish(self, analysis: Restored, x0: Tensor, wanted: tuple[Tensor, Tensor] | None) -> Made:
-        """Patches NxCxVxV as the upscaled picture, which takes structure and colours of two others 1x3xHxW."""
+    def _finish(self, analysis: Restored, x0: Tensor, wanted: Tensor | None) -> Made:
+        """Patches NxCxVxV as the upscaled picture, with the colours of another 1x3xHxW."""
         host, laps = HostCopies(x0.device), Laps(x0.device)
         x_hr = merge(x0, analysis.grid)  # Cxhxw
         output = self._decoded(x_hr, analysis.bicubic)[None]  # 1x3xHxW
         laps.mark()
         if wanted is not None:
-            coarse, upscaled = wanted
-            output = add_detail(coarse, output).clamp_(-1, 1)
-            output = wavelet_color_fix(output, upscaled).clamp_(-1, 1)
+            output = wavelet_color_fix(output, wanted).clamp_(-1, 1)
         finite = {"the refined latent": all_finite(x_hr), "the output": all_finite(output)}
         finite = {name: host.take(each) for name, each in finite.items()}
         alpha = analysis.picture.alpha
@@ -387,10 +377,6 @@ class PatchScalerPipeline(DiffusionPipeline):
             if host:
                 found.append(Priors(*map(host.take, (priors.indices, priors.similarities, priors.values))))
         return found, prompts[0] if len(prompts) == 1 else torch.cat(prompts)
-
-    def widened(self, noise: Tensor, y0: Tensor, confidence: Tensor, start: Tensor) -> Tensor:
-        """Noise NxCxVxV as wide as the confidence Nx1xVxV says that y0 errs: see `patchscaler.sampling.widened`."""
-        return widened(noise, self.grm.expected_error(y0, confidence), start, alphas_cumprod(self.scheduler))
 
     def sample(
         self, patches: Patches, members: Mapping[int, Tensor], plan: SamplingPlan, batch_size: int

@@ -12,17 +12,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from patchscaler.devices import to_device
 from patchscaler.grouping import MAX_TIMESTEP
 
 Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
 Predict = Callable[[Tensor, int], Tensor]  # (x_t NxCxVxV, t) -> x0 prediction NxCxVxV
 Callback = Callable[[int, Tensor, Tensor], None]  # (step from 0, x0 prediction, x_next)
-
-# For `widened`, measured with the compact weights on 22 held-out training crops. The distance of the log power
-# spectrum to the truth's, and the contrast of places that are smooth in truth, in units of the truth's: uniform
-# sampling 1.24 and 3.06; the plan with e2 counted once 1.44 and 2.68, twice 1.31 and 3.16, as below 1.31 and 3.07.
-WIDENING, ROUGH = 2.5, 0.6
 
 _SHARED = {"prediction_type": "sample", "num_train_timesteps": MAX_TIMESTEP, "thresholding": False}
 REQUIRED = {
@@ -57,24 +51,6 @@ def shortcut_start(y0: Tensor, noise: Tensor, start: int, alphas: Tensor) -> Ten
     """Eq. 6 and 7: y_tau = sqrt(abar) y0 + sqrt(1 - abar) noise at tau = ``start``. All NxCxVxV."""
     abar = alphas[start - 1].item()
     return abar**0.5 * y0 + (1 - abar) ** 0.5 * noise
-
-
-def widened(noise: Tensor, error: Tensor, start: Tensor, alphas: Tensor) -> Tensor:
-    """The noise of Eq. 7 for patches whose y0 is not quite x0, NxCxVxV still.
-
-    Eq. 6 takes y0 for x0 and so starts too close to y0: seen from y0, x_tau spreads by 1 - abar + abar e2, with e2
-    the squared error of y0. Started without that, a patch at tau = 400 lacks much of the detail that y0 lacks. e2
-    counts `WIDENING` times where it is `ROUGH` and above, which brings the paper's plan near to the spectrum of
-    uniform sampling, and less and less below: in smooth places more shows as grain.
-
-    Args:
-        noise: standard normal, NxCxVxV.
-        error: e2 as it is foretold, Nx1xVxV.
-        start: tau of each patch, a LongTensor N.
-    """
-    abar = to_device(alphas[start - 1].float(), noise.device).view(-1, 1, 1, 1)
-    error = WIDENING * error * (error / ROUGH).clamp(max=1).sqrt()
-    return noise * (1 + error * abar / (1 - abar)).sqrt()
 
 
 def denoise(

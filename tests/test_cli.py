@@ -80,6 +80,17 @@ def test_same_seed_same_file(upscale, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_without_the_color_fix(upscale, tmp_path):
+    save_image(tmp_path / "a.png")
+    report, seen = tmp_path / "report.json", []
+    for options in ([], ["--no-color-fix"]):
+        assert upscale("a.png", options=[*options, "--report", report]) == 0
+        with Image.open(tmp_path / "out" / "a.png") as image:
+            seen.append((image.text.get("color_fix"), json.loads(report.read_text())["color_fix"], image.tobytes()))
+    (said, reported, fixed), (said_off, reported_off, raw) = seen
+    assert (said, reported) == (None, True) and (said_off, reported_off) == ("off", False) and fixed != raw
+
+
 def test_alpha_is_kept(upscale, tmp_path):
     save_image(tmp_path / "a.png", "RGBA")
     assert upscale("a.png") == 0

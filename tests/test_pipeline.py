@@ -13,10 +13,12 @@ from conftest import make_tiny_pipeline
 from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler
 
 import patchscaler
+from patchscaler.color import wavelet_color_fix
 from patchscaler.devices import Laps
 from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError, Picture, bicubic, to_pil, write_png
-from patchscaler.patches import split
+from patchscaler.models import decode_latents
+from patchscaler.patches import merge, split
 from patchscaler.records import Partial, Progress, Result
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 500, 900), steps=(1, 2, 3))
@@ -170,6 +172,23 @@ def test_color_fix_keeps_the_inputs_low_frequencies(tiny_pipeline, analysis, pla
 
     fixed, raw = (run(tiny_pipeline, analysis, plan, color_fix=fix) for fix in (True, False))
     assert error(fixed) < 0.2 * error(raw)
+
+
+def test_whether_colors_were_fixed_stands_in_result_report_and_png(tiny_pipeline, picture):
+    for fix, text in ((True, None), (False, "off")):
+        result = tiny_pipeline(picture, PLAN, color_fix=fix)
+        assert result.color_fix is fix and result.report()["color_fix"] is fix
+        assert result.png_text().get("color_fix") == text
+
+
+def test_without_the_color_fix_the_picture_is_what_the_decoder_makes_of_the_refined_latent(
+    tiny_pipeline, analysis, plan
+):
+    result = run(tiny_pipeline, analysis, plan, color_fix=False)
+    decoded = decode_latents(tiny_pipeline.vae, merge(result.sampled.patches, analysis.grid)[None])[0]
+    assert torch.equal(result.picture.rgb, decoded)
+    fixed = run(tiny_pipeline, analysis, plan).picture.rgb
+    assert torch.equal(fixed, wavelet_color_fix(decoded[None], analysis.bicubic[None]).clamp(-1, 1)[0])
 
 
 def test_closing_the_generator_stops_at_once(tiny_pipeline, analysis, plan):

@@ -5,8 +5,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from patchscaler.sampling import (
-    ROUGH,
-    WIDENING,
     alphas_cumprod,
     denoise,
     denoise_together,
@@ -14,7 +12,6 @@ from patchscaler.sampling import (
     sample,
     shortcut_start,
     timesteps,
-    widened,
 )
 
 PAIRS = [(1, 1), (2, 1), (2, 2), (7, 7), (7, 3), (400, 8), (700, 14), (1000, 20), (1000, 1), (999, 31)]
@@ -64,18 +61,6 @@ def test_shortcut_start_is_eq6():
     alphas = torch.linspace(0.9999, 0.0001, 1000, dtype=torch.float64)
     expected = alphas[399].sqrt() * y0.double() + (1 - alphas[399]).sqrt() * noise.double()
     torch.testing.assert_close(shortcut_start(y0, noise, 400, alphas), expected.float())
-
-
-def test_a_start_is_widened_where_y0_errs_and_less_in_smooth_places():
-    alphas = torch.linspace(0.9999, 0.0001, 1000, dtype=torch.float64)
-    noise = torch.randn(4, 32, 64, 64, generator=torch.Generator().manual_seed(0))
-    start, error = torch.tensor([400, 400, 400, 1000]), torch.tensor([0.0, ROUGH / 4, 2 * ROUGH, ROUGH])
-    wide = widened(noise, error.view(4, 1, 1, 1).expand(4, 1, 64, 64), start, alphas)
-    spread = [shortcut_start(torch.zeros(1), part, t, alphas).var().item() for part, t in zip(wide, start.tolist())]
-    abar = alphas[399].item()
-    added = [abar * WIDENING * part for part in (0, ROUGH / 8, 2 * ROUGH)]  # a quarter of ROUGH counts half
-    assert spread == pytest.approx([*(1 - abar + each for each in added), 1.0], rel=0.01)
-    assert torch.equal(wide[0], noise[0])
 
 
 @pytest.mark.parametrize(("start", "steps"), PAIRS)
