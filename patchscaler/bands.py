@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import patchscaler
-from patchscaler.batches import Patches
 from patchscaler.color import REACH, wavelet_color_fix
 from patchscaler.devices import Stopwatch, advising
 from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture, bicubic, to_pil
-from patchscaler.making import all_finite, require_finite
+from patchscaler.making import require_finite
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
-from patchscaler.pipeline import SCALE, PatchScalerPipeline
+from patchscaler.pipeline import SCALE, STAGES, PatchScalerPipeline
 from patchscaler.records import GroupReport
+from patchscaler.sampling import Patches, make_batches
 from patchscaler.tiles import Local
 
 BAND = 64  # cells, of 8 pixels, that a stage makes at once
@@ -85,7 +85,7 @@ class Bands:
         self.height, self.width = SCALE * picture.height, SCALE * picture.width
         self.grid = PatchGrid.covering(self.height, self.width, pipeline.transformer.config.size)
         self.counts, self.spent = [0] * len(GROUPS), [0.0] * len(GROUPS)
-        self.seconds = dict.fromkeys(("encode", "restore", "retrieve", "refine", "decode", "color"), 0.0)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -143,7 +143,7 @@ class Bands:
             values = source.get(above * local.before, below * local.before)
             clock = Stopwatch(self.device)
             rows = self.pipeline.by_tiles(local, values[None])[0]
-            require_finite(f"the result of the stage {name}", all_finite(rows))
+            require_finite(f"the result of the stage {name}", rows)
             self.seconds[name] += clock.lap()
             return rows[:, (first - above) * local.after : (last - above) * local.after]
 
@@ -181,16 +181,14 @@ class Bands:
         assignment = assign(confidence.mean((1, 2, 3)).cpu(), self.plan)  # N
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
         self.seconds["retrieve"] += clock.lap()
-        members = {group: (assignment == group).nonzero()[:, 0] for group in range(len(GROUPS))}
         x0 = torch.empty_like(y0)
         task = Patches(y0, cut(noise).to(y0.device), prompt, x0)
-        busy = [0.0] * (1 + len(self.pipeline.copies))  # seconds of each device
-        for step in self.pipeline.sample(task, members, self.plan, self.batch_size):
-            for group, seconds in step.seconds.items():
-                self.spent[group] += seconds
-                busy[step.device] += seconds
-        self.counts = [before + len(members[group]) for group, before in enumerate(self.counts)]
-        self.seconds["refine"] += max(busy)
+        for group in range(len(GROUPS)):
+            indices = (assignment == group).nonzero()[:, 0]
+            for step in self.pipeline.sample(task, make_batches(group, indices, self.plan, self.batch_size)):
+                self.spent[group] += step.seconds
+            self.counts[group] += len(indices)
+        self.seconds["refine"] += clock.lap()
         return x0
 
     def _finished(self, top: int, bottom: int, pictures: Rows, reference: Rows) -> np.ndarray:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from patchscaler.bands import Bands
 from patchscaler.checkpoints import CheckpointError, load_pipeline
-from patchscaler.devices import pick_device
+from patchscaler.devices import pick_device, pick_dtype
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import (
@@ -79,13 +79,14 @@ def run(args: argparse.Namespace) -> int:
         sources = _sources(args.inputs)
         outputs = _outputs(sources, args)
         devices = [pick_device(name) for name in args.devices or [args.device]]
+        dtype = pick_dtype(devices[0], args.dtype)
         if args.devices and args.device:
             raise UsageError("--device and --devices are both given")
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     try:
-        pipeline = load_pipeline(args.weights, devices=devices)
+        pipeline = load_pipeline(args.weights, dtype=dtype, devices=devices)
     except CheckpointError as error:
         return _complain(str(args.weights), error)
 
@@ -122,7 +123,7 @@ def _run_on_ray(args: argparse.Namespace) -> int:
         raise UsageError(f"--engine ray needs the extra cluster: {error}") from error
     try:
         weights = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
-        job = cluster.Job(_plan(args), args.seed, weights, args.batch_size, args.color_fix)
+        job = cluster.Job(_plan(args), args.seed, weights, args.batch_size, args.color_fix, args.dtype)
         places = [str(place) for place in args.inputs]
         counts = cluster.run(places, str(args.out), job, args.workers, args.device, args.address)
     except UsageError:
