@@ -16,7 +16,9 @@ from huggingface_hub import snapshot_download
 from patchscaler.devices import pick_device, pick_dtype
 from patchscaler.pipeline import PatchScalerPipeline
 
-DEFAULT_WEIGHTS = Path(__file__).parent.parent / "assets" / "weights" / "compact"
+# Where an installed package has them, and where a checkout does.
+_INSTALLED, _CHECKED_OUT = Path(__file__).parent / "weights", Path(__file__).parent.parent / "assets" / "weights"
+DEFAULT_WEIGHTS = (_INSTALLED if _INSTALLED.is_dir() else _CHECKED_OUT) / "compact"
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum` writes and checks it
 
 
@@ -95,6 +97,11 @@ def _sha256(path: Path) -> str:
 def _folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
+    if source == DEFAULT_WEIGHTS:
+        raise CheckpointError(
+            f"this installation has no weights at {source}: install PatchScaler from a checkout or its git URL, "
+            "which bring them along, or name a pipeline folder or Hub id"
+        )
     if isinstance(source, Path) or source.count("/") != 1:
         raise CheckpointError(f"{source} is neither a folder nor a Hub id like owner/name")
     try:
