@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 
 from patchscaler.devices import pick_device, pick_dtype
@@ -48,13 +50,26 @@ def load_pipeline(
     folder = _folder(source)
     _check_checksums(folder)
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
-    components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
+    with _no_bars():
+        components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
     if device.type == "cuda":  # its fast convolutions want this order; others would be turned round at every call
         for name in ("vae", "grm", "texture_classifier"):
             components[name].to(memory_format=torch.channels_last)
     pipeline = PatchScalerPipeline(**components).to(device)
     pipeline.refine_on(others)
     return pipeline
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without diffusers' progress bar for each component in several files: all of them take a second."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def write_checksums(folder: Path) -> None:

@@ -14,7 +14,7 @@ FLOORS = [
     {"images", "color", "patches", "devices", "figures", "interrupts", "tiles", "tiff", "making"},
     {"models"},
     {"grouping", "sampling", "retrieval", "adapters", "predictors"},
-    {"pipeline", "records", "checkpoints", "options", "cluster", "batches", "bands"},
+    {"pipeline", "records", "checkpoints", "options", "files", "cluster", "batches", "bands"},
     {"ui", "cli", "training", "evaluation"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor} | {
