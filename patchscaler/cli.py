@@ -21,7 +21,7 @@ from tqdm import tqdm
 from patchscaler import files
 from patchscaler.bands import Bands
 from patchscaler.checkpoints import CheckpointError, load_pipeline
-from patchscaler.devices import pick_device
+from patchscaler.devices import pick_device, pick_dtype
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import (
@@ -75,6 +75,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--devices", type=lambda text: text.split(","), metavar="A,B", help="in place of --device: refine on several")
     add("--compile", action="store_true", help="compile Patch-DiT first: pays for many images, needs a C++ compiler")
     add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
+    add("--no-color-fix", dest="color_fix", action="store_false", help="keep the decoder's colours, not the input's")
     add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
     add("--quiet", action="store_true", help="no progress and no line for what went well")
     add("--large", action="store_true", help="take larger pictures too, in bands, and write these as NAME.tif")
@@ -106,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--large needs the extra large: pip install tifffile")
         plan = _plan(args)
         tasks, skipped = _tasks(args)
-        finished = [task for task in tasks if args.skip_existing and _is_finished(task, plan, args.seed)]
+        finished = [task for task in tasks if args.skip_existing and _is_finished(task, plan, args)]
         devices = [pick_device(name) for name in args.devices or [args.device]]
+        dtype = pick_dtype(devices[0], args.dtype)
         if args.devices and args.device:
             raise UsageError("--device and --devices are both given")
         for folder in dict.fromkeys((args.out, *(task.output.parent for task in tasks))):
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     waiting = [task for task in tasks if task not in finished]
     if waiting:
         try:
-            pipeline = load_pipeline(args.weights, devices=devices)
+            pipeline = load_pipeline(args.weights, dtype=dtype, devices=devices)
         except CheckpointError as error:
             return _complain(str(args.weights), error)
         if args.compile:
@@ -167,7 +169,7 @@ def _run_on_ray(args: argparse.Namespace) -> int:
         raise UsageError(f"--engine ray needs the extra cluster: {error}") from error
     try:
         weights = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
-        job = cluster.Job(_plan(args), args.seed, weights, args.batch_size)
+        job = cluster.Job(_plan(args), args.seed, weights, args.batch_size, args.color_fix, args.dtype)
         places = [str(place) for place in args.inputs]
         counts = cluster.run(
             places,
@@ -282,12 +284,12 @@ def _refuse_to_replace(task: Task) -> None:
                 )
 
 
-def _is_finished(task: Task, plan: SamplingPlan, seed: int) -> bool:
-    """Whether every file of the task is there, of this input, plan and seed."""
+def _is_finished(task: Task, plan: SamplingPlan, args: argparse.Namespace) -> bool:
+    """Whether every file of the task is there, of this input, plan, seed and colour fix."""
     records = [files.record_of(path) for path in (task.output, *task.stages.values())]
     if None in records or not task.source.is_file():
         return False
-    made_of = files.Record.of(task.source, plan, seed)
+    made_of = files.Record.of(task.source, plan, args.seed, args.color_fix)
     return all(record == made_of for record in records)
 
 
@@ -331,7 +333,7 @@ def _upscale(
     picture = _read(task.source)
     analysis = pipeline.analyze(picture, args.batch_size)
     with _bar(args, f"{title}, {len(analysis.grid)} patches", "step") as bar:
-        for event in pipeline.refine(analysis, plan, seed=args.seed, batch_size=args.batch_size):
+        for event in pipeline.refine(analysis, plan, args.seed, args.batch_size, args.color_fix):
             if isinstance(event, Progress):
                 bar.total = event.total
                 bar.update(event.done - bar.n)
@@ -356,11 +358,10 @@ def _upscale_large(
     from patchscaler.tiff import write_tiff  # here, because it needs an extra
 
     began = time.perf_counter()
-    made_of = files.digest(task.source)
     picture = _read(task.source, LARGE_PIXELS)
-    bands = Bands(pipeline, picture, plan, args.seed, args.batch_size)
+    bands = Bands(pipeline, picture, plan, args.seed, args.batch_size, args.color_fix)
     shape = (bands.height, bands.width, 3 if picture.alpha is None else 4)
-    text = json.dumps({"plan": plan.to_json(), "seed": args.seed, "input_sha256": made_of})
+    text = json.dumps(files.Record.of(task.source, plan, args.seed, args.color_fix)._asdict())
     with _bar(args, title, "row", bands.height) as bar:
 
         def watched() -> Iterator[np.ndarray]:

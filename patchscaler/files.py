@@ -1,7 +1,8 @@
 """Which files of a folder are meant, what their outputs are called, and which existing files these may replace.
 
-Every output records what it was made of: the SHA-256 of the input's bytes, the plan and the seed. A PNG has them in its
-text chunks, a TIFF in its description. So an output of the same input is known again, whatever it is called.
+Every output records what it was made of: the SHA-256 of the input's bytes, the plan, the seed, and whether the colours
+were fixed. A PNG has them in its text chunks, a TIFF in its description. So an output of the same input is known again,
+whatever it is called.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ class Record(NamedTuple):
     input_sha256: str
     plan: dict
     seed: int
+    color_fix: bool
 
     @classmethod
-    def of(cls, source: Path, plan: SamplingPlan, seed: int) -> Record:
-        return cls(digest(source), json.loads(plan.to_json()), seed)
+    def of(cls, source: Path, plan: SamplingPlan, seed: int, color_fix: bool) -> Record:
+        """That of an output yet to be made. Raises OSError."""
+        return cls(digest(source), json.loads(plan.to_json()), seed, color_fix)
 
 
 def listed(folder: Path, recursive: bool = False) -> list[str]:
@@ -82,7 +85,7 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 def why_skipped(name: str) -> str:
     extension = posixpath.splitext(name)[1].lower()
-    hint = "; pip install pillow-heif to have them read" if extension in (".heic", ".heif", ".hif") else ""
+    hint = "; save them as JPEG or PNG, or install pillow-heif" if extension in (".heic", ".heif", ".hif") else ""
     return f"skipped, as {extension} files are not read{hint}"
 
 
@@ -120,8 +123,11 @@ def read_record(file: BinaryIO) -> Record | None:
         is_png = file.read(4) == b"\x89PNG"
         file.seek(0)
         # Not by Image.open, which refuses what --large writes as too large.
-        text = PngImageFile(file).info if is_png else json.loads(TiffImageFile(file).tag_v2[IMAGEDESCRIPTION])
-        return Record(str(text["input_sha256"]), json.loads(text["plan"]), int(text["seed"]))
+        if not is_png:
+            return Record(**json.loads(TiffImageFile(file).tag_v2[IMAGEDESCRIPTION]))
+        text = PngImageFile(file).info
+        plan, color_fix = json.loads(text["plan"]), text.get("color_fix") != "off"
+        return Record(text["input_sha256"], plan, int(text["seed"]), color_fix)
     except Exception:  # whatever it is, it is not one of ours
         return None
 
