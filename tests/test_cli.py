@@ -428,6 +428,7 @@ def test_bad_weights(tmp_path, capsys):
     assert written(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_runs_as_a_module():
     run = subprocess.run([sys.executable, "-m", "patchscaler"], capture_output=True, text=True)
     assert run.returncode == 2
