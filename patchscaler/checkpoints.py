@@ -125,7 +125,7 @@ def _folder(source: str | Path) -> Path:
         raise CheckpointError(f"{source} is neither a folder nor a Hub id like owner/name")
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", CHECKSUMS]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
         raise CheckpointError(f"{source} is no folder, and the Hub does not give it: {error}") from error
 
 

@@ -314,6 +314,8 @@ def _is_large(source: Path) -> bool:
 
 def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
     files.check_name(str(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
     if _key(path) in taken:
         raise UsageError(f"{path} would be both {taken[_key(path)]} and {owner}")
     taken[_key(path)] = owner

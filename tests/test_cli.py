@@ -249,6 +249,7 @@ def test_plan_from_a_file_with_one_value_replaced(upscale, tmp_path):
         ([f"{'x' * 246}.png"], ["--save-stages"], "would have 257 bytes; the limit is 255"),
         ([f"{'é' * 122}.png"], ["--suffix", "_upscaled"], "would have 257 bytes; the limit is 255"),
         (["others"], [], "photo.jxl: skipped, as .jxl files are not read"),
+        (["a.png"], ["--suffix", "_dir", "--overwrite"], "out/a_dir.png is a folder"),
         (["a.png"], ["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
@@ -256,15 +257,15 @@ def test_usage_errors_run_nothing(upscale, tmp_path, names, options, message, ca
     for name in ("a.png", "b.jpg", "in/a.jpg", "in/A.bmp", "in/a.coarse.png", "out/b.png"):
         save_image(tmp_path / name)
     unrelated = (tmp_path / "out" / "b.png").read_bytes()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "others").mkdir()
+    for name in ("empty", "others", "out/a_dir.png"):
+        (tmp_path / name).mkdir()
     (tmp_path / "others" / "photo.jxl").write_bytes(b"")
     (tmp_path / "bad.json").write_text('{"gamma1": 0.9}')
     with pytest.raises(SystemExit) as stop:
         upscale(*names, options=[option.format(tmp_path) for option in options])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-    assert written(tmp_path) == ["b.png"] and (tmp_path / "out" / "b.png").read_bytes() == unrelated
+    assert written(tmp_path) == ["a_dir.png", "b.png"] and (tmp_path / "out" / "b.png").read_bytes() == unrelated
 
 
 def test_only_own_outputs_of_the_same_input_are_replaced(upscale, tmp_path, capsys):

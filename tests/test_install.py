@@ -108,6 +108,12 @@ def test_the_wheel_upscales_from_any_folder(checkout, tmp_path):
         assert image.size == (48, 32)
 
 
+def test_a_hub_id_behind_a_socks_proxy_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with pytest.raises(CheckpointError, match="owner/name is no folder, and the Hub does not give it"):
+        load_pipeline("owner/name", "cpu")
+
+
 def test_without_weights_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("patchscaler.checkpoints.DEFAULT_WEIGHTS", tmp_path / "none")
     with pytest.raises(CheckpointError, match="no weights at .*none: install PatchScaler from a checkout or its git"):
