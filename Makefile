@@ -1,5 +1,6 @@
 # make demo          set up, then open the page on http://127.0.0.1:7860
 # make test          ruff and the whole test suite
+# make quick         the tests that take no more than seconds each
 # make lint          ruff alone
 # make train-smoke   every stage of training for two steps
 # make weights MINUTES=40 DATA=DIR OUT=DIR [DEVICE=cuda]
@@ -8,22 +9,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# The versions everything was tested with. They exist for every Python from 3.10 on, and PyPI's Linux wheel of
-# that torch runs on CUDA as well as on the CPU, so a user is given what CI ran, not whatever came out last.
-# `make demo CONSTRAINTS=` takes the newest versions that requirements.txt allows instead.
+# requirements.txt pins the versions everything was tested with, but for torch, which a ZeroGPU Space brings along.
+# The constraints add the tested torch. PyPI's Linux wheel of it runs on CUDA as well as on the CPU.
+# `make demo CONSTRAINTS=` takes the newest torch that requirements.txt allows instead.
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 MINUTES ?= 40
 SMOKE := build/smoke
 
-.PHONY: demo test lint train-smoke weights
+.PHONY: demo test quick lint train-smoke weights
 
 demo: $(VENV)/.demo
 	$(BIN)/python app.py
 
 test: lint
 	$(BIN)/python -m pytest
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,9 +10,35 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.request import getproxies
 
+
+def settle_proxies() -> None:
+    """Have Gradio reach its own page past any proxy, and not fail on a proxy that httpx cannot use.
+
+    Its clients read the variables when it is imported, and ask this server whether it has started.
+    """
+    proxies = getproxies()  # lower case before upper case, as httpx has it
+    hosts = proxies.get("no", "").split(",") if proxies.get("no") else []
+    if "*" not in hosts:
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(dict.fromkeys([*hosts, "localhost", "127.0.0.1"]))
+    usable = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
+    for kind in ("all", "http", "https"):
+        scheme, found, _ = proxies.get(kind, "").partition("://")
+        if found and scheme not in usable:
+            for name in (f"{kind}_proxy", f"{kind.upper()}_PROXY"):
+                os.environ.pop(name, None)
+            print(
+                f"{kind}_proxy is not used: {scheme} is none of {', '.join(usable)} (socks5: pip install socksio)",
+                file=sys.stderr,
+            )
+
+
+settle_proxies()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 # Of its own, since it is swept: Gradio's default belongs to all pages of the machine.
 os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"patchscaler-{os.getuid()}"))

@@ -8,13 +8,17 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from patchscaler import files
 from patchscaler.device import pick_device, pick_dtype
 from patchscaler.figures import qmap_overlay
 from patchscaler.images import (
@@ -32,7 +36,7 @@ from patchscaler.loading import CheckpointError, load_pipeline
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
-from patchscaler.results import Analysis, Progress, Result
+from patchscaler.results import Progress
 
 STAGES = ("coarse", "qmap", "priors")
 LARGE_PIXELS = 64_000_000  # of the input: what --large takes, as this is held in memory
@@ -45,7 +49,23 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     upscale.set_defaults(run=run)
     add = upscale.add_argument
     add("inputs", nargs="+", type=_place, metavar="INPUT", help="an image file, or a folder of them")
-    add("-o", "--out", type=_place, required=True, help="folder for NAME.png")
+    add("-o", "--out", type=_place, required=True, help="folder for NAME.png, the output of NAME.jpg or any other")
+    add("--recursive", action="store_true", help="take the images in subfolders too, into subfolders of the same names")
+    add(
+        "--suffix",
+        type=_suffix,
+        default="",
+        metavar="_x4",
+        help="write NAME_x4.png; where images differ in their extensions alone, NAME_jpg_x4.png and NAME_png_x4.png",
+    )
+    add(
+        "--skip-existing", action="store_true", help="leave out what has its output of this plan and seed (ray: always)"
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace any file; else nothing is run if an output would replace what is not an output of its input",
+    )
     add_plan_option(upscale)
     add("--gamma1", type=float, help="confidence above which a patch is simple")
     add("--gamma2", type=float, help="confidence up to which a patch is hard")
@@ -57,10 +77,20 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
     add("--no-color-fix", dest="color_fix", action="store_false", help="keep the decoder's colours, not the input's")
     add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
+    add("--quiet", action="store_true", help="no progress and no line for what went well")
     add("--large", action="store_true", help="take larger pictures too, in bands, and write these as NAME.tif")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many images on many workers (extra cluster)")
     add("--workers", type=positive, help="ray: pipelines at once (default: one per GPU, or per two cores)")
     add("--address", help="ray: of a cluster, as for ray.init (default: Ray on this machine)")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image and the files that are made of it."""
+
+    source: Path
+    output: Path
+    stages: dict[str, Path]  # empty unless they are wanted
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,34 +106,50 @@ def run(args: argparse.Namespace) -> int:
         if args.large and find_spec("tifffile") is None:
             raise UsageError("--large needs the extra large: pip install tifffile")
         plan = _plan(args)
-        sources = _sources(args.inputs)
-        outputs = _outputs(sources, args)
+        tasks, skipped = _tasks(args)
+        finished = [task for task in tasks if args.skip_existing and _is_finished(task, plan, args)]
         devices = [pick_device(name) for name in args.devices or [args.device]]
         dtype = pick_dtype(devices[0], args.dtype)
         if args.devices and args.device:
             raise UsageError("--device and --devices are both given")
-        args.out.mkdir(parents=True, exist_ok=True)
+        for folder in dict.fromkeys((args.out, *(task.output.parent for task in tasks))):
+            files.make_writable(folder)
+        if args.report:
+            files.make_writable(args.report.parent)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    try:
-        pipeline = load_pipeline(args.weights, dtype=dtype, devices=devices)
-    except CheckpointError as error:
-        return _complain(str(args.weights), error)
-
-    if args.compile:
-        pipeline.compile()
 
     reports, failed = [], 0
-    for source, output in zip(sources, outputs, strict=True):
+    for source in skipped:
+        reason = files.why_skipped(source.name)
+        print(f"{source}: {reason}", file=sys.stderr)
+        reports.append({"input": str(source), "skipped": reason})
+    for task in finished:
+        reports.append({"input": str(task.source), "output": str(task.output), "skipped": "its output is finished"})
+        if not args.quiet:
+            print(f"{task.source}: its output {task.output} is finished")
+    waiting = [task for task in tasks if task not in finished]
+    if waiting:
+        try:
+            pipeline = load_pipeline(args.weights, dtype=dtype, devices=devices)
+        except CheckpointError as error:
+            return _complain(str(args.weights), error)
+        if args.compile:
+            pipeline.compile()
+
+    for number, task in enumerate(waiting, 1):
         # Whatever befalls one file (unreadable, too large, out of memory, disk full) ends that file only.
         try:
-            upscale = _upscale_large if output.suffix == ".tif" else _upscale
-            reports.append(upscale(pipeline, source, output, plan, args))
+            upscale = _upscale_large if task.output.suffix == ".tif" else _upscale
+            report = upscale(pipeline, task, plan, args, f"[{number}/{len(waiting)}] {task.source.name}")
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            failed |= _complain(str(source), error)
-            if isinstance(error, ImageError) and not args.large and _is_large(source):
+            failed |= _complain(str(task.source), error)
+            reports.append({"input": str(task.source), "error": str(error) or type(error).__name__})
+            if isinstance(error, ImageError) and not args.large and _is_large(task.source):
                 print("--large takes larger pictures", file=sys.stderr)
-    if args.report and reports:
+        else:
+            reports.append(report)
+    if args.report:
         one = len(args.inputs) == 1 and not args.inputs[0].is_dir()
         try:
             _write_text(args.report, json.dumps(reports[0] if one else reports, indent=2) + "\n")
@@ -125,20 +171,38 @@ def _run_on_ray(args: argparse.Namespace) -> int:
         weights = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
         job = cluster.Job(_plan(args), args.seed, weights, args.batch_size, args.color_fix, args.dtype)
         places = [str(place) for place in args.inputs]
-        counts = cluster.run(places, str(args.out), job, args.workers, args.device, args.address)
+        counts = cluster.run(
+            places,
+            str(args.out),
+            job,
+            args.workers,
+            args.device,
+            args.address,
+            (lambda line: None) if args.quiet else print,
+            recursive=args.recursive,
+            suffix=args.suffix,
+            overwrite=args.overwrite,
+        )
     except UsageError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
     except (OSError, RuntimeError) as error:
         return _complain(str(args.out), error)
-    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    if not args.quiet:
+        print(", ".join(f"{count} {name}" for name, count in counts.items()))
     return int(counts["failed"] > 0)
 
 
 def _place(text: str) -> Path | str:
     """A path, or a URL such as s3://bucket/folder as it is."""
     return text if "://" in text else Path(text)
+
+
+def _suffix(text: str) -> str:
+    if any(sign in text for sign in '/\\\0:*?"<>|'):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file's name")
+    return text
 
 
 def _three(text: str) -> tuple[int, ...]:
@@ -154,36 +218,87 @@ def _plan(args: argparse.Namespace) -> SamplingPlan:
     return dataclasses.replace(args.plan, **{name: value for name, value in given.items() if value is not None})
 
 
-def _sources(inputs: list[Path]) -> list[Path]:
-    """The files meant: a folder stands for the images directly in it, by name."""
-    sources = []
-    for path in inputs:
-        found = [path]
-        if path.is_dir():
-            kinds = Image.registered_extensions()
-            found = sorted(file for file in path.iterdir() if kinds.get(file.suffix.lower()) in FORMATS)
+def _sources(args: argparse.Namespace) -> tuple[dict[Path, str], list[Path]]:
+    """The images meant, each with its name relative to the folder named, and the other image files in such folders.
+
+    What PatchScaler wrote into the output folder is not an input again, where that is the folder named or lies in it.
+    """
+    sources, skipped, out = {}, [], args.out.resolve()
+    for path in args.inputs:
+        if not path.is_dir():
+            found = [(path, path.name)]
+        else:
+            images, others = files.sort_out(files.listed(path, args.recursive))
+            found = [(path / name, name) for name in images]
+            found = [(file, name) for file, name in found if not (_is_in(file, out) and files.record_of(file))]
             if not found:
-                raise UsageError(f"no {', '.join(FORMATS)} file in the folder {path}")
-        sources += found
-    return sources
+                raise UsageError(files.no_image(path, [path / name for name in others]))
+            skipped += [path / name for name in others]
+        for file, name in found:
+            if file in sources:
+                raise UsageError(f"{file} is named twice")
+            sources[file] = name
+    return sources, skipped
 
 
-def _outputs(sources: list[Path], args: argparse.Namespace) -> list[Path]:
-    """``out/NAME.png`` or .tif for each source. Refuses whatever would overwrite an input or another output."""
+def _is_in(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder)
+
+
+def _tasks(args: argparse.Namespace) -> tuple[list[Task], list[Path]]:
+    """What is to be made, and the image files that are passed over. UsageError if anything would be lost by it."""
     out, report = args.out, args.report
     if report and not report.parent.is_dir() and report.parent.resolve() != out.resolve():
         raise UsageError(f"the report's folder {report.parent} does not exist")
+    sources, skipped = _sources(args)
     taken = {_key(source): f"the input {source}" for source in sources}
     if report:
         _claim(taken, report, "the report")
-    outputs = []
-    for source in sources:
+        if report.exists() and not args.overwrite and not _is_report(report):
+            raise UsageError(f"{report} exists and is not a report; --overwrite replaces it")
+    tasks = []
+    for source, stem in zip(sources, files.output_stems([*sources.values()], args.suffix), strict=True):
         large = args.large and _is_large(source)
-        outputs.append(out / f"{source.stem}{'.tif' if large else '.png'}")
-        _claim(taken, outputs[-1], f"the output of {source}")
-        for stage in STAGES if args.save_stages and not large else ():
-            _claim(taken, out / f"{source.stem}.{stage}.png", f"the {stage} stage of {source}")
-    return outputs
+        output = out / f"{stem}{'.tif' if large else '.png'}"
+        wanted = STAGES if args.save_stages and not large else ()
+        task = Task(source, output, {stage: out / f"{stem}.{stage}.png" for stage in wanted})
+        _claim(taken, output, f"the output of {source}")
+        for stage, path in task.stages.items():
+            _claim(taken, path, f"the {stage} stage of {source}")
+        if not args.overwrite:
+            _refuse_to_replace(task)
+        tasks.append(task)
+    return tasks, skipped
+
+
+def _refuse_to_replace(task: Task) -> None:
+    """UsageError if a file of the task is there already and is not an earlier output of the same input."""
+    there = [path for path in (task.output, *task.stages.values()) if os.path.lexists(path)]
+    if there and task.source.is_file():  # a missing one will be said when it is to be read
+        made_of = files.digest(task.source)
+        for path in there:
+            if (record := files.record_of(path)) is None or record.input_sha256 != made_of:
+                raise UsageError(
+                    f"{path} exists and is not PatchScaler's output of {task.source}; "
+                    "--suffix _x4 writes beside it, --overwrite replaces it"
+                )
+
+
+def _is_finished(task: Task, plan: SamplingPlan, args: argparse.Namespace) -> bool:
+    """Whether every file of the task is there, of this input, plan, seed and colour fix."""
+    records = [files.record_of(path) for path in (task.output, *task.stages.values())]
+    if None in records or not task.source.is_file():
+        return False
+    made_of = files.Record.of(task.source, plan, args.seed, args.color_fix)
+    return all(record == made_of for record in records)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+        return all("input" in entry for entry in (content if isinstance(content, list) else [content]))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _is_large(source: Path) -> bool:
@@ -198,6 +313,9 @@ def _is_large(source: Path) -> bool:
 
 
 def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
+    files.check_name(str(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
     if _key(path) in taken:
         raise UsageError(f"{path} would be both {taken[_key(path)]} and {owner}")
     taken[_key(path)] = owner
@@ -205,77 +323,77 @@ def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
 
 def _key(path: Path) -> str:
     """One name for one file, on file systems that ignore case too."""
-    return str(path.resolve()).casefold()
+    return files.folded(str(path.resolve()))
 
 
 def _upscale(
-    pipeline: PatchScalerPipeline, source: Path, output: Path, plan: SamplingPlan, args: argparse.Namespace
+    pipeline: PatchScalerPipeline, task: Task, plan: SamplingPlan, args: argparse.Namespace, title: str
 ) -> dict:
-    """Upscale one file, write its pictures, and return its report."""
+    """Upscale one file, write its pictures, and return its report. ``title`` is that of the progress bar."""
     began = time.perf_counter()
-    picture = read_picture(source)
-    for note in picture.notes:
-        print(f"{source}: {note}", file=sys.stderr)
+    made_of = files.digest(task.source)
+    picture = _read(task.source)
     analysis = pipeline.analyze(picture, args.batch_size)
-    result = _refine(pipeline, analysis, plan, args)
-    write_png(result.picture, output, result.png_text())
-    if args.save_stages:
-        _write_stages(pipeline, analysis, result, output)
-    size = f"{result.picture.width}x{result.picture.height}"
-    print(f"{source} -> {output}  {size}  {time.perf_counter() - began:.1f} s")
-    return {"input": str(source), "output": str(output), **result.report()}
+    with _bar(args, f"{title}, {len(analysis.grid)} patches", "step") as bar:
+        for event in pipeline.refine(analysis, plan, args.seed, args.batch_size, args.color_fix):
+            if isinstance(event, Progress):
+                bar.total = event.total
+                bar.update(event.done - bar.n)
+    result = event
+    text = {**result.png_text(), "input_sha256": made_of}
+    if task.stages:
+        pictures = {
+            "coarse": Picture(analysis.coarse),
+            "qmap": picture_from_pil(qmap_overlay(analysis.coarse, analysis.grid, result.assignment)),
+            "priors": picture_from_pil(pipeline.draw_priors(analysis, PRIOR_ROWS)),
+        }
+        for stage, path in task.stages.items():
+            write_png(pictures[stage], path, text)
+    write_png(result.picture, task.output, text)  # the last, so that all is there once this is
+    return _done(task, result.picture.width, result.picture.height, began, args, result.report())
 
 
 def _upscale_large(
-    pipeline: PatchScalerPipeline, source: Path, output: Path, plan: SamplingPlan, args: argparse.Namespace
+    pipeline: PatchScalerPipeline, task: Task, plan: SamplingPlan, args: argparse.Namespace, title: str
 ) -> dict:
     """`_upscale` in bands, which are written as they come. Stages are not kept."""
     began = time.perf_counter()
-    picture = read_picture(source, LARGE_PIXELS)
-    for note in picture.notes:
-        print(f"{source}: {note}", file=sys.stderr)
+    picture = _read(task.source, LARGE_PIXELS)
     bands = Bands(pipeline, picture, plan, args.seed, args.batch_size, args.color_fix)
     shape = (bands.height, bands.width, 3 if picture.alpha is None else 4)
-    text = json.dumps({"plan": json.loads(plan.to_json()), "seed": args.seed, "color_fix": args.color_fix})
-    write_tiff(_shown(bands), output, shape, text)
-    print(f"{source} -> {output}  {bands.width}x{bands.height}  {time.perf_counter() - began:.1f} s")
-    return {"input": str(source), "output": str(output), **bands.report()}
+    text = json.dumps(files.Record.of(task.source, plan, args.seed, args.color_fix)._asdict())
+    with _bar(args, title, "row", bands.height) as bar:
+
+        def watched() -> Iterator[np.ndarray]:
+            for band in bands:
+                yield band
+                bar.update(len(band))
+
+        write_tiff(watched(), task.output, shape, text)
+    return _done(task, bands.width, bands.height, began, args, bands.report())
 
 
-def _shown(bands: Bands) -> Iterator[np.ndarray]:
-    """The bands, with their progress where someone may watch."""
-    rows = 0
-    for band in bands:
-        yield band
-        rows += len(band)
-        if sys.stderr.isatty():
-            end = "" if rows < bands.height else "\r\033[K"
-            print(f"\r{rows}/{bands.height} rows{end}", end="", file=sys.stderr, flush=True)
+def _read(source: Path, max_input_pixels: int | None = None) -> Picture:
+    picture = read_picture(source, max_input_pixels)
+    for note in picture.notes:
+        print(f"{source}: {note}", file=sys.stderr)
+    return picture
 
 
-def _refine(pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, args: argparse.Namespace) -> Result:
-    show = sys.stderr.isatty()
-    for event in pipeline.refine(analysis, plan, args.seed, args.batch_size, args.color_fix):
-        if show and isinstance(event, Progress):
-            print(f"\r{event.done}/{event.total} evaluations", end="", file=sys.stderr, flush=True)
-    if show:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    return event
+def _bar(args: argparse.Namespace, title: str, unit: str, total: int | None = None) -> tqdm:
+    """A progress bar on a terminal, which goes when it is done."""
+    return tqdm(total=total, desc=title, unit=unit, leave=False, disable=args.quiet or None)
 
 
-def _write_stages(pipeline: PatchScalerPipeline, analysis: Analysis, result: Result, output: Path) -> None:
-    pictures = {
-        "coarse": Picture(analysis.coarse),
-        "qmap": picture_from_pil(qmap_overlay(analysis.coarse, analysis.grid, result.assignment)),
-        "priors": picture_from_pil(pipeline.draw_priors(analysis, PRIOR_ROWS)),
-    }
-    for stage in STAGES:
-        write_png(pictures[stage], output.with_name(f"{output.stem}.{stage}.png"))
+def _done(task: Task, width: int, height: int, began: float, args: argparse.Namespace, report: dict) -> dict:
+    if not args.quiet:
+        print(f"{task.source} -> {task.output}  {width}x{height}  {time.perf_counter() - began:.1f} s", flush=True)
+    return {"input": str(task.source), "output": str(task.output), **report}
 
 
 def _write_text(path: Path, text: str) -> None:
     """Write through a temporary file beside it, so that the file is whole or absent."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)

@@ -18,19 +18,21 @@ import posixpath
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fsspec
 import ray
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from PIL import Image
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from patchscaler.images import FORMATS, ImageError, Limits, Picture, read_picture, write_png
+from patchscaler import files
+from patchscaler.images import ImageError, Limits, Picture, read_picture, write_png
 from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError
 from patchscaler.plan import SamplingPlan
@@ -65,13 +67,15 @@ class Worker:
 
     def upscale(self, source: str, output: str, job: Job, repeated: bool) -> dict:
         """The manifest's entry for one image. ``repeated``: a worker died on it, perhaps after it was written."""
-        if repeated and exists(output):
-            return {"status": "done"}
         begin = time.perf_counter()
         try:
-            picture = fetch(source)
+            with fetched(source) as copy:
+                made_of = files.Record.of(copy, job.plan, job.seed, job.color_fix)
+                if repeated and record_of(output) == made_of:
+                    return {"status": "done"}
+                picture = read_picture(copy)
             result = self.pipeline(picture, job.plan, job.seed, job.batch_size, job.color_fix)
-            store(result.picture, output, result.png_text())
+            store(result.picture, output, {**result.png_text(), "input_sha256": made_of.input_sha256})
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # this image's fault, or its size's
             return {"status": "failed", "error": str(error) or type(error).__name__}
         return {
@@ -87,11 +91,12 @@ class Worker:
 class Manifest:
     """OUT/manifest.json: the job, and for each image where it went and how that ended."""
 
-    def __init__(self, folder: str, job: Job):
-        """Read what an earlier run left. UsageError if that was another job: its images are not ours to keep."""
+    def __init__(self, folder: str, job: Job, anew: bool = False):
+        """Read what an earlier run left, unless ``anew``. UsageError if that was another job, whose images are not
+        to be taken for ours."""
         self.path = posixpath.join(folder, MANIFEST)
         self.content = {"job": job.describe(), "images": {}}
-        self.resumed = exists(self.path)
+        self.resumed = not anew and exists(self.path)
         self.saved = 0.0
         if self.resumed:
             try:
@@ -103,7 +108,7 @@ class Manifest:
                 raise UsageError(f"{self.path} cannot be read: {error}") from error
             if not same and self.content["images"]:
                 what = "plan, seed, weights, colour fix or precision"
-                raise UsageError(f"{self.path} is of another {what}; choose another folder")
+                raise UsageError(f"{self.path} is of another {what}; choose another folder or --overwrite")
 
     def record(self, source: str, entry: dict) -> None:
         self.content["images"][source] = entry
@@ -131,25 +136,32 @@ def run(
     address: str | None = None,
     say: Callable[[str], None] = print,
     kind: type[Worker] = Worker,
+    recursive: bool = False,
+    suffix: str = "",
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Upscale images and folders of them into OUT/NAME.png, and count what is "done", "failed" and "found".
 
-    Found are the images that an earlier run of the same job left in OUT; they are not made again. Without an
-    ``address``, Ray runs on this machine, for as long as this call. Raises UsageError before anything is run,
-    and RuntimeError if no worker can load the pipeline.
+    Found are the images that an earlier run of the same job left in OUT; they are not made again, unless ``overwrite``,
+    which also replaces any other file. Without an ``address``, Ray runs on this machine, for as long as this call.
+    Raises UsageError before anything is run, and RuntimeError if no worker can load the pipeline.
     """
     fs, path = url_to_fs(out)
     out = path if isinstance(fs, LocalFileSystem) else out  # absolute, as workers may stand elsewhere
-    outputs = plan_outputs(inputs, out)
-    fs.makedirs(path, exist_ok=True)
-    manifest = Manifest(out, job)
-    present = {posixpath.basename(name) for name in fs.ls(path, detail=False)}
-    found = [source for source, output in outputs.items() if posixpath.basename(output) in present]
-    if found and not manifest.resumed:
-        raise UsageError(f"{outputs[found[0]]} exists, and no {MANIFEST} says that it is of this job")
+    outputs, skipped = plan_outputs(inputs, out, recursive, suffix)
+    manifest = Manifest(out, job, overwrite)
+    found = [] if overwrite else _found(outputs, manifest, job)
+    for folder in sorted({posixpath.dirname(output) for output in outputs.values()}):
+        if isinstance(fs, LocalFileSystem):
+            files.make_writable(Path(folder))
+        else:
+            fs.makedirs(url_to_fs(folder)[1], exist_ok=True)
     for source in found:
         if manifest.content["images"].get(source, {}).get("status") != "done":  # the driver died before saying so
             manifest.content["images"][source] = {"output": outputs[source], "status": "done"}
+    for source in skipped:
+        manifest.content["images"][source] = {"status": "skipped", "error": files.why_skipped(source)}
+        say(f"{source}: {files.why_skipped(source)}")
     manifest.save()
     waiting = {source: outputs[source] for source in outputs if source not in found}
     counts = {"done": 0, "failed": 0, "found": len(found)}
@@ -164,36 +176,92 @@ def run(
     return counts
 
 
-def plan_outputs(inputs: Sequence[str], out: str) -> dict[str, str]:
-    """Source -> OUT/NAME.png of every image. UsageError if there is none, or if two would be one file."""
+def _found(outputs: dict[str, str], manifest: Manifest, job: Job) -> list[str]:
+    """The sources whose outputs are there. UsageError for one that is there and is not an output of its source."""
+    found = []
+    for source in _present(outputs):
+        output = outputs[source]
+        done = manifest.content["images"].get(source, {}).get("status") == "done"
+        if not done:  # it may be of a driver that died before saying so, of another job, or somebody's photograph
+            record = record_of(output)
+            try:
+                with fetched(source) as copy:
+                    made_of = files.Record.of(copy, job.plan, job.seed, job.color_fix)
+            except (OSError, ImageError):  # a worker will say so, and write nothing
+                continue
+            if record is None or record.input_sha256 != made_of.input_sha256:
+                raise UsageError(
+                    f"{output} exists and is not PatchScaler's output of {source}; "
+                    "--suffix _x4 writes beside it, --overwrite replaces it"
+                )
+            done = manifest.resumed and record == made_of
+        if done:
+            found.append(source)
+    return found
+
+
+def _present(outputs: dict[str, str]) -> list[str]:
+    """The sources whose outputs exist. Folders are listed: to ask for each file would take long on an object store."""
+    paths = {source: url_to_fs(output)[1] for source, output in outputs.items()}
+    there: set[str] = set()
+    for folder in {posixpath.dirname(output) for output in outputs.values()}:
+        fs, path = url_to_fs(folder)
+        there.update(fs.ls(path, detail=False) if fs.isdir(path) else ())
+    return [source for source, path in paths.items() if path in there]
+
+
+def plan_outputs(
+    inputs: Sequence[str], out: str, recursive: bool = False, suffix: str = ""
+) -> tuple[dict[str, str], list[str]]:
+    """Source -> OUT/NAME.png of every image, and the image files that are not read.
+
+    UsageError if there is no image, or if two outputs would be one file, or one an input.
+    """
+    sources: dict[str, str] = {}
+    skipped: list[str] = []
+    for place in inputs:
+        images, others = find_images(place, out, recursive)
+        sources |= images
+        skipped += others
     outputs: dict[str, str] = {}
     owners: dict[str, str] = {}
-    for place in inputs:
-        for source in find_images(place):
-            output = posixpath.join(out, f"{posixpath.splitext(posixpath.basename(source))[0]}.png")
-            if owners.setdefault(output.casefold(), source) != source:
-                raise UsageError(f"{output} would be the output of both {owners[output.casefold()]} and {source}")
-            outputs[source] = output
+    for source, stem in zip(sources, files.output_stems([*sources.values()], suffix), strict=True):
+        outputs[source] = output = posixpath.join(out, f"{stem}.png")
+        files.check_name(output)
+        if owners.setdefault(files.folded(output), source) != source:
+            raise UsageError(f"{output} would be the output of both {owners[files.folded(output)]} and {source}")
     clash = {_identity(source) for source in outputs} & {_identity(output) for output in outputs.values()}
     if clash:
         raise UsageError(f"{clash.pop()} would be both an input and an output")
-    return outputs
+    return outputs, skipped
 
 
-def find_images(place: str) -> list[str]:
-    """The image named, or those directly in the folder named, by name. UsageError if there is none."""
+def find_images(place: str, out: str, recursive: bool = False) -> tuple[dict[str, str], list[str]]:
+    """The image named, or those in the folder named: each with its name relative to that; and what is not read there.
+
+    What PatchScaler wrote into ``out`` is left out of a folder. UsageError if there is no image.
+    """
     try:
         fs, path = url_to_fs(place)
-        folder = fs.isdir(path)
-        names = sorted(fs.ls(path, detail=False)) if folder else [path]
+        if not fs.isdir(path):
+            return {_full(fs, path): posixpath.basename(path)}, []
+        if isinstance(fs, LocalFileSystem):
+            names = files.listed(Path(path), recursive)
+        else:
+            entries = fs.find(path, maxdepth=None if recursive else 1, detail=True)
+            names = sorted(posixpath.relpath(name, path) for name, entry in entries.items() if entry["type"] == "file")
     except (OSError, ValueError, ImportError) as error:  # ImportError names the package that a protocol needs
         raise UsageError(f"{place}: {error}") from error
-    if folder:
-        kinds = Image.registered_extensions()
-        names = [name for name in names if kinds.get(posixpath.splitext(name)[1].lower()) in FORMATS]
-        if not names:
-            raise UsageError(f"no {', '.join(FORMATS)} file in the folder {place}")
-    return [name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name) for name in names]
+    images, others = ({_full(fs, posixpath.join(path, name)): name for name in part} for part in files.sort_out(names))
+    ours = posixpath.join(out, "")
+    images = {file: name for file, name in images.items() if not (file.startswith(ours) and record_of(file))}
+    if not images:
+        raise UsageError(files.no_image(place, others))
+    return images, list(others)
+
+
+def _full(fs: AbstractFileSystem, path: str) -> str:
+    return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
 
 
 def exists(place: str) -> bool:
@@ -201,11 +269,22 @@ def exists(place: str) -> bool:
     return fs.exists(path)
 
 
-def fetch(source: str) -> Picture:
-    """Read a picture from wherever it lies, under the limits of `read_picture`."""
+def record_of(output: str) -> files.Record | None:
+    """`files.record_of` of a file wherever it lies."""
+    try:
+        with fsspec.open(output, "rb") as file:
+            return files.read_record(file)
+    except OSError:
+        return None
+
+
+@contextmanager
+def fetched(source: str) -> Iterator[Path]:
+    """A file wherever it lies, as one on disk. Raises ImageError if it is larger than the limit, unless it is here."""
     fs, path = url_to_fs(source)
     if isinstance(fs, LocalFileSystem):
-        return read_picture(path)
+        yield Path(path)
+        return
     limit = Limits.from_environment().file_bytes
     with fs.open(path, "rb") as file:
         data = file.read(limit + 1)
@@ -214,7 +293,7 @@ def fetch(source: str) -> Picture:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "input"
         copy.write_bytes(data)
-        return read_picture(copy)
+        yield copy
 
 
 def store(picture: Picture, output: str, text: dict[str, str]) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 
 from patchscaler.device import pick_device, pick_dtype
 from patchscaler.pipeline import PatchScalerPipeline
 
-DEFAULT_WEIGHTS = Path(__file__).parent.parent / "assets" / "weights" / "compact"
+# Where an installed package has them, and where a checkout does.
+_INSTALLED, _CHECKED_OUT = Path(__file__).parent / "weights", Path(__file__).parent.parent / "assets" / "weights"
+DEFAULT_WEIGHTS = (_INSTALLED if _INSTALLED.is_dir() else _CHECKED_OUT) / "compact"
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum` writes and checks it
 
 
@@ -47,7 +51,8 @@ def load_pipeline(
     folder = _folder(source)
     _check_checksums(folder)
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
-    components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
+    with _no_bars():
+        components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
     if device.type == "cuda":  # its fast convolutions want this order; others would be turned round at every call
         for name in ("vae", "grm", "texture_classifier"):
             components[name].to(memory_format=torch.channels_last)
@@ -57,6 +62,18 @@ def load_pipeline(
         raise CheckpointError(f"{folder}: {error}") from error
     pipeline.refine_on(others)
     return pipeline
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without diffusers' progress bar for each component in several files: all of them take a second."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def write_checksums(folder: Path) -> None:
@@ -99,11 +116,16 @@ def _sha256(path: Path) -> str:
 def _folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
+    if source == DEFAULT_WEIGHTS:
+        raise CheckpointError(
+            f"this installation has no weights at {source}: install PatchScaler from a checkout or its git URL, "
+            "which bring them along, or name a pipeline folder or Hub id"
+        )
     if isinstance(source, Path) or source.count("/") != 1:
         raise CheckpointError(f"{source} is neither a folder nor a Hub id like owner/name")
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", CHECKSUMS]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
         raise CheckpointError(f"{source} is no folder, and the Hub does not give it: {error}") from error
 
 

@@ -20,7 +20,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="whole number from 0 to 2^63 - 1 (default: 0)")
     add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
     add("--dtype", choices=DTYPES, help="precision (default: PATCHSCALER_DTYPE, or what suits the device)")
-    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
+    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: those that come along)")
     add("--batch-size", type=positive, help="patches at once (default: 64; on a GPU, by its free memory)")
 
 

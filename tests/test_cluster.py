@@ -56,6 +56,7 @@ def make_images(folder, names):
         Image.fromarray(draw.integers(0, 256, (16, 20, 3), "uint8")).save(folder / name)
 
 
+@pytest.mark.slow
 def test_forty_images_two_workers_some_killed_then_resumed(address, weights, tmp_path):
     source, out, said = tmp_path / "in", tmp_path / "out", []
     deadly = {5: "dies-before", 20: "dies-after", 30: "dies-always"}
@@ -113,7 +114,13 @@ def test_urls_are_read_and_written(tiny_pipeline, tmp_path):
     store = fsspec.filesystem("memory")
     store.pipe_file("/in/a.png", (tmp_path / "in" / "a.png").read_bytes())
     store.pipe_file("/in/notes.txt", b"not looked at")
-    assert cluster.plan_outputs(["memory://in"], "memory://out") == {"memory:///in/a.png": "memory://out/a.png"}
+    store.pipe_file("/in/sub/b.jpg", b"no image")
+    store.pipe_file("/in/sub/._b.jpg", b"a sidecar")
+    store.pipe_file("/in/c.jxl", b"not read")
+    first = {"memory:///in/a.png": "memory://out/a.png"}
+    assert cluster.plan_outputs(["memory://in"], "memory://out") == (first, ["memory:///in/c.jxl"])
+    both, _ = cluster.plan_outputs(["memory://in"], "memory://out", recursive=True, suffix="_x4")
+    assert list(both.values()) == ["memory://out/a_x4.png", "memory://out/sub/b_x4.png"]
 
     worker = cluster.Worker.__new__(cluster.Worker)
     worker.pipeline = tiny_pipeline
@@ -123,11 +130,22 @@ def test_urls_are_read_and_written(tiny_pipeline, tmp_path):
     local = worker.upscale(str(tmp_path / "in" / "a.png"), str(tmp_path / "a.png"), job, repeated=False)
     assert local["pixels"] == entry["pixels"] == 80 * 64
     assert store.cat_file("/out/a.png") == (tmp_path / "a.png").read_bytes()
+    # A worker that died on it had written it; and an output of another seed is not this one.
+    assert "pixels" not in worker.upscale("memory:///in/a.png", "memory://out/a.png", job, repeated=True)
+    other = cluster.Job(PLAN, 4, "weights")
+    assert "pixels" in worker.upscale("memory:///in/a.png", "memory://out/a.png", other, repeated=True)
+    worker.upscale("memory:///in/a.png", "memory://out/a.png", job, repeated=False)
 
     manifest = cluster.Manifest("memory://out", job)
-    assert not manifest.resumed
+    assert not manifest.resumed and cluster._found(first, manifest, job) == []  # ours, and may be made again
     manifest.record("memory:///in/a.png", entry)
-    assert cluster.Manifest("memory://out", job).content == manifest.content
+    again = cluster.Manifest("memory://out", job)
+    assert again.content == manifest.content and cluster._found(first, again, job) == list(first)
+    again.content["images"].clear()  # the driver died before it said so
+    assert cluster._found(first, again, job) == list(first)
+    store.pipe_file("/out/a.png", (tmp_path / "in" / "a.png").read_bytes())
+    with pytest.raises(UsageError, match="out/a.png exists and is not PatchScaler's output of memory:///in/a.png"):
+        cluster._found(first, again, job)
 
 
 def test_what_would_lose_something_is_refused(tmp_path):
@@ -138,12 +156,19 @@ def test_what_would_lose_something_is_refused(tmp_path):
     with pytest.raises(UsageError, match="both an input and an output"):
         cluster.run([str(tmp_path / "in" / "a.png")], str(tmp_path / "in"), job)
     make_images(tmp_path / "out", ["a.png"])
-    with pytest.raises(UsageError, match=r"out/a.png exists, and no manifest.json says"):
+    outputs, _ = cluster.plan_outputs([str(tmp_path / "in")], str(tmp_path / "out"), suffix="_x4")
+    assert [os.path.basename(output) for output in outputs.values()] == ["a_jpg_x4.png", "a_png_x4.png"]
+    with pytest.raises(UsageError, match=r"out/a.png exists and is not PatchScaler's output of"):
         cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), job)
     manifest = cluster.Manifest(str(tmp_path / "out"), job)
     manifest.record("somewhere/b.png", {"status": "done"})
     with pytest.raises(UsageError, match="another plan, seed, weights, colour fix or precision"):
         cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), cluster.Job(PLAN, 1, "w"))
+    assert not cluster.Manifest(str(tmp_path / "out"), cluster.Job(PLAN, 1, "w"), anew=True).content["images"]
+    with pytest.raises(UsageError, match="the folder /proc cannot be written to"):
+        cluster.run([str(tmp_path / "in" / "a.jpg")], "/proc", job)
+    with pytest.raises(UsageError, match="would have 260 bytes"):
+        cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), job, suffix="x" * 255)
     with pytest.raises(UsageError, match="bucket: "):
         cluster.run(["nosuchprotocol://bucket"], str(tmp_path / "out"), job)
 
@@ -173,6 +198,7 @@ def test_urls_need_ray(tmp_path, capsys):
     assert "s3://bucket/in needs --engine ray" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_that_no_worker_can_load(address, tmp_path, capsys):
     make_images(tmp_path / "in", ["a.png"])
     arguments = ["--engine", "ray", "--address", address, "--device", "cpu", "--weights", str(tmp_path)]

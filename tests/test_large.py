@@ -64,6 +64,10 @@ def test_a_picture_beyond_the_limit_is_written_as_tiff(upscale, tmp_path, monkey
     report = tmp_path / "report.json"
     assert upscale(source, small, "-o", tmp_path / "out", "--large", "--report", report) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo.tif", "small.png"}
+    stamp = (tmp_path / "out" / "photo.tif").stat().st_mtime_ns
+    again = (source, small, "-o", tmp_path / "out", "--large")
+    assert upscale(*again, "--skip-existing") == 0 and (tmp_path / "out" / "photo.tif").stat().st_mtime_ns == stamp
+    assert upscale(*again) == 0 and (tmp_path / "out" / "photo.tif").stat().st_mtime_ns > stamp
     (made, _) = json.loads(report.read_text())
     assert made["output"].endswith("photo.tif") and sum(group["patches"] for group in made["groups"]) == 2 * 3
     monkeypatch.undo()

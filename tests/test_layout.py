@@ -14,7 +14,7 @@ FLOORS = [
     {"version", "images", "color", "patches", "device", "figures", "cancellation", "tiles", "plan"},
     {"models"},
     {"sampling", "retrieval", "adapters"},
-    {"pipeline", "results", "loading", "options", "cluster", "several", "large"},
+    {"pipeline", "results", "loading", "options", "files", "cluster", "several", "large"},
     {"ui", "cli", "training", "evaluation"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor} | {

@@ -1,0 +1,158 @@
+"""Which files of a folder are meant, what their outputs are called, and which existing files these may replace.
+
+Every output records what it was made of: the SHA-256 of the input's bytes, the plan, the seed, and whether the colours
+were fixed. A PNG has them in its text chunks, a TIFF in its description. So an output of the same input is known again,
+whatever it is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import IMAGEDESCRIPTION, TiffImageFile
+
+from patchscaler.images import FORMATS
+from patchscaler.options import UsageError
+from patchscaler.plan import SamplingPlan
+
+MAX_NAME = 255  # bytes of a file's name that file systems take
+# Of image files that are not read, unless Pillow and FORMATS have them.
+OTHER_IMAGES = frozenset(
+    ".heic .heif .hif .avif .jxl .jxr .jp2 .j2k .jpx .psd .psb .tga .dds .ico .icns .exr .hdr .pcx .pbm .pgm .ppm .pnm "
+    ".qoi .sgi .svg .eps .wmf .emf .xbm .xpm .xcf .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split()
+)
+
+
+class Record(NamedTuple):
+    """What an output was made of, as it says itself."""
+
+    input_sha256: str
+    plan: dict
+    seed: int
+    color_fix: bool
+
+    @classmethod
+    def of(cls, source: Path, plan: SamplingPlan, seed: int, color_fix: bool) -> Record:
+        """That of an output yet to be made. Raises OSError."""
+        return cls(digest(source), json.loads(plan.to_json()), seed, color_fix)
+
+
+def listed(folder: Path, recursive: bool = False) -> list[str]:
+    """The files in a folder, or in it and its subfolders, by relative name with "/". Links to folders are not followed.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    names = []
+    for place, _, files in os.walk(folder, onerror=fail):
+        names += [(Path(place) / file).relative_to(folder).as_posix() for file in files]
+        if not recursive:
+            break
+    return sorted(name for name in names if (folder / name).is_file())
+
+
+def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The images among the files of a folder, and the image files of kinds that are not read.
+
+    Names with a part that begins with a dot, such as the "._photo.jpg" of macOS, are in neither.
+    """
+    kinds = Image.registered_extensions()
+    images, others = [], []
+    for name in names:
+        extension = posixpath.splitext(name)[1].lower()
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        if kinds.get(extension) in FORMATS:
+            images.append(name)
+        elif extension in OTHER_IMAGES:
+            others.append(name)
+    return images, others
+
+
+def why_skipped(name: str) -> str:
+    extension = posixpath.splitext(name)[1].lower()
+    hint = "; save them as JPEG or PNG, or install pillow-heif" if extension in (".heic", ".heif", ".hif") else ""
+    return f"skipped, as {extension} files are not read{hint}"
+
+
+def no_image(folder: str | Path, others: Iterable[str | Path]) -> str:
+    """What is said of a folder without any image to read."""
+    also = "".join(f"; {file}: {why_skipped(str(file))}" for file in others)
+    return f"no {', '.join(FORMATS)} file in the folder {folder}{also}"
+
+
+def output_stems(names: Sequence[str], suffix: str) -> list[str]:
+    """NAME + suffix for each image NAME.EXT. With a suffix, NAME_EXT + suffix for those of one NAME."""
+    stems = [posixpath.splitext(name) for name in names]
+    count = Counter(folded(stem) for stem, _ in stems)
+    alike = [suffix and count[folded(stem)] > 1 for stem, _ in stems]
+    return [f"{stem}{'_' + end[1:] if both else ''}{suffix}" for (stem, end), both in zip(stems, alike)]
+
+
+def folded(name: str) -> str:
+    """What is the same for names that are one file where case, or how accents are encoded, does not tell them apart."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def digest(source: Path) -> str:
+    """The SHA-256 of a file's bytes. Raises OSError."""
+    total = hashlib.sha256()
+    with source.open("rb") as file:
+        while part := file.read(2**20):
+            total.update(part)
+    return total.hexdigest()
+
+
+def read_record(file: BinaryIO) -> Record | None:
+    """The record in a PNG or TIFF that PatchScaler wrote; None for any other file. No pixels are decoded."""
+    try:
+        is_png = file.read(4) == b"\x89PNG"
+        file.seek(0)
+        # Not by Image.open, which refuses what --large writes as too large.
+        if not is_png:
+            return Record(**json.loads(TiffImageFile(file).tag_v2[IMAGEDESCRIPTION]))
+        text = PngImageFile(file).info
+        plan, color_fix = json.loads(text["plan"]), text.get("color_fix") != "off"
+        return Record(text["input_sha256"], plan, int(text["seed"]), color_fix)
+    except Exception:  # whatever it is, it is not one of ours
+        return None
+
+
+def record_of(path: Path) -> Record | None:
+    """`read_record` of a file on disk, if there is one."""
+    try:
+        with path.open("rb") as file:
+            return read_record(file)
+    except OSError:
+        return None
+
+
+def check_name(name: str) -> None:
+    """UsageError for the name of a file that is longer than file systems take."""
+    length = len(os.fsencode(posixpath.basename(name)))
+    if length > MAX_NAME:
+        raise UsageError(f"{name}: the output's name would have {length} bytes; the limit is {MAX_NAME}")
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder unless it is there. UsageError if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"the folder {folder} cannot be written to: {error.strerror}") from error
