@@ -76,6 +76,7 @@ class Bands:
         batch_size: int | None = None,
     ) -> None:
         self.pipeline, self.picture, self.plan, self.seed = pipeline, picture, plan, seed
+        self.rgb, self.grey = picture.visible_rgb(), picture.is_grey()
         self.batch_size = pipeline.fitting_batch(batch_size)
         self.device = pipeline._execution_device
         self.channels = pipeline.transformer.config.channels
@@ -119,7 +120,7 @@ class Bands:
     def _upscaled(self, first: int) -> Tensor:
         """Rows of the bicubic picture, filled up to the size of the grid: 3xRx8w."""
         last = min(first + LATENT_PIXELS * BAND, LATENT_PIXELS * self.grid.height)
-        rows = _bicubic_rows(self.picture.rgb.to(self.device), min(first, self.height - 1), min(last, self.height))
+        rows = _bicubic_rows(self.rgb.to(self.device), min(first, self.height - 1), min(last, self.height))
         beyond = (0, LATENT_PIXELS * self.grid.width - self.width, 0, last - first - rows.shape[1])
         return F.pad(rows, beyond, mode="replicate")
 
@@ -204,6 +205,8 @@ class Bands:
         refined, coarse = decoded.split(3, dim=1)
         output = add_detail(coarse, refined).clamp_(-1, 1)
         rgb = wavelet_color_fix(output, wanted)[0, :, top - above : bottom - above].clamp_(-1, 1)
+        if self.grey:
+            rgb = rgb.mean(0, keepdim=True).expand_as(rgb)
         alpha = self.picture.alpha
         if alpha is not None:
             alpha = _bicubic_rows(alpha, top, bottom).clamp(0, 1)

@@ -139,7 +139,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         host, laps = HostCopies(device), Laps(device)
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
-        upscaled = bicubic(to_device(picture.rgb[None], device), SCALE)  # 1x3xHxW
+        upscaled = bicubic(to_device(picture.visible_rgb()[None], device), SCALE)  # 1x3xHxW
         enlarged = host.take(upscaled[0])  # 3xHxW
         height, width = upscaled.shape[-2:]
         grid = PatchGrid.covering(height, width, self.transformer.config.size)
@@ -332,6 +332,8 @@ class PatchScalerPipeline(DiffusionPipeline):
             coarse, upscaled = wanted
             output = add_detail(coarse, output).clamp_(-1, 1)
             output = wavelet_color_fix(output, upscaled).clamp_(-1, 1)
+        if analysis.picture.is_grey():
+            output = output.mean(1, keepdim=True).expand_as(output).contiguous()
         finite = {"the refined latent": all_finite(x_hr), "the output": all_finite(output)}
         finite = {name: host.take(each) for name, each in finite.items()}
         alpha = analysis.picture.alpha

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # Imports run downwards only. Parts on one floor may import each other, except the four at the top.
 FLOORS = [
-    {"images", "color", "patches", "devices", "figures", "interrupts", "tiles", "tiff", "making"},
+    {"images", "limits", "srgb", "tiff_samples", "transparency", "color", "patches", "devices", "figures", "interrupts"}
+    | {"tiles", "tiff", "making"},
     {"models"},
     {"grouping", "sampling", "retrieval", "adapters", "predictors"},
     {"pipeline", "records", "checkpoints", "options", "cluster", "batches", "bands"},

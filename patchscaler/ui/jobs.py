@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from gradio.context import LocalContext
 
-from patchscaler.images import limit_from_environment
 from patchscaler.interrupts import answering
+from patchscaler.limits import limit_from_environment
 
 log = logging.getLogger(__name__)
 
