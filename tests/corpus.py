@@ -221,7 +221,9 @@ def _modes() -> Iterator[Case]:
             image = _photo("L").convert(mode) if mode in ("I", "F", "I;16") else _photo(mode)
         stem = f"{format}_{mode}".lower().replace(";", "")
         yield Case(f"{stem}.{format.lower()}", encoded(image, format), size=size)
-    for mode, format in [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("LA", "TIFF"), ("RGBA", "AVIF")]:
+    for mode, format in [
+        *[("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("LA", "TIFF"), ("RGBA", "AVIF")],
+    ]:
         image = _photo("L").convert(mode)
         image.putalpha(_photo("L"))
         name = f"alpha_{format}_{mode}.{format}".lower()
