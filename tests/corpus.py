@@ -159,7 +159,7 @@ def _not_images() -> Iterator[Case]:
 
 
 def _damaged() -> Iterator[Case]:
-    for format in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"):
+    for format in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"):
         data = encoded(_photo(), format)
         yield Case(f"half_{format.lower()}.{format.lower()}", data[: len(data) // 2], "")
     data = encoded(_photo(), "PNG")
@@ -189,6 +189,9 @@ def _bombs() -> Iterator[Case]:
     yield Case("bomb_bmp.bmp", _resized_bmp(40000, 40000), TOO_MANY)
     gif, jpeg = encoded(_photo("P"), "GIF"), encoded(_photo(), "JPEG")
     yield Case("bomb_gif.gif", gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:], TOO_MANY)
+    avif = encoded(_photo(), "AVIF")
+    sides = avif.index(b"ispe") + 8
+    yield Case("bomb_avif.avif", avif[:sides] + struct.pack(">II", 12000, 12000) + avif[sides + 8 :], TOO_MANY)
     frame = jpeg.index(b"\xff\xc0") + 5
     yield Case("bomb_jpeg.jpg", jpeg[:frame] + struct.pack(">HH", 65500, 65500) + jpeg[frame + 4 :], TOO_MANY)
     text = b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 
 from patchscaler.bands import Bands
 from patchscaler.checkpoints import load_pipeline
@@ -101,8 +101,6 @@ def test_a_picture_of_one_coloured_pixel_is_not_grey():
 
 
 def test_grey_under_a_profile_is_grey(read, tmp_path):
-    from PIL import ImageCms
-
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     path = tmp_path / "a.png"
     grey = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
