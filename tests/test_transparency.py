@@ -63,7 +63,7 @@ def test_visible_colours_stay_and_hidden_ones_are_those_near_by():
     spread = spread_colors(rgb, alpha)
     visible = alpha[0] > 0
     assert torch.equal(spread[:, visible], rgb[:, visible])
-    assert (spread[:, :, 5:7] + 0.6).abs().max() < 0.1 and (spread[:, :, 18:20] - 0.4).abs().max() < 0.1
+    assert (spread[:, :, 5:7] + 0.6).abs().max() < 0.15 and (spread[:, :, 18:20] - 0.4).abs().max() < 0.15
     assert spread.min() >= -0.6001 and spread.max() <= 0.4001
 
 
