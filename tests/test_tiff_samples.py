@@ -268,7 +268,8 @@ def test_strips_that_are_cut_off_are_refused(read, compression):
             read(data[: int(kept * len(data))])
 
 
-def test_a_strip_that_holds_more_than_it_says_is_not_inflated(read):
-    tags = {256: 4, 257: 4, 258: 16, 259: DEFLATE, 262: BLACK_IS_ZERO, 273: -1, 279: 100_000}
-    picture = read(tiff(tags, zlib.compress(bytes(100_000_000))))
+def test_a_strip_may_hold_more_than_the_picture_needs(read):
+    strip = zlib.compress(bytes(5_000_000), 1)
+    tags = {256: 4, 257: 4, 258: 16, 259: DEFLATE, 262: BLACK_IS_ZERO, 273: -1, 279: len(strip)}
+    picture = read(tiff(tags, strip))
     assert (picture.width, picture.height) == (4, 4)
