@@ -8,70 +8,37 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-MAX_INPUT_PIXELS = 4_000_000
-OUTPUT_PER_INPUT = 16  # pixels, at 4 times the width and height
+from patchscaler.limits import OUTPUT_PER_INPUT, ImageError, Limits
+from patchscaler.srgb import coding_of, from_coding, from_profile
+from patchscaler.tiff_samples import Samples, read_samples
+from patchscaler.transparency import spread_colors
+
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:  # the extra heif
+    HEIF = ()
+else:
+    register_heif_opener()
+    HEIF = ("HEIF",)
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", *HEIF)
+READABLE = "PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF"
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # of an ISO base media file, at its start
 MAX_PARTS = 10_000  # PNG chunks, JPEG segments or GIF comments; Pillow walks them in Python
 MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
 JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 ORIENTATION_TAG = 0x0112
-TURNS = {  # what undoes each EXIF orientation but 1
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class ImageError(ValueError):
-    """An image that is refused; the message names the value and the limit and can be shown to a visitor."""
-
-
-class LimitError(ValueError):
-    """A limit in the environment that cannot be; the message names the variable."""
-
-
-def limit_from_environment(name: str, default: int) -> int:
-    """The whole number in an environment variable, or the default if it is empty or not set.
-
-    Raises LimitError for anything but a whole number of at least 1.
-    """
-    text = os.environ.get(name)
-    if not text:
-        return default
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
-        raise LimitError(f"{name}={text!r} is not a whole number from 1 to {10**18 - 1}")
-    return int(text)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How large a picture may be before and after upscaling, in pixels, and its file, in bytes."""
-
-    input_pixels: int = MAX_INPUT_PIXELS
-    output_pixels: int = OUTPUT_PER_INPUT * MAX_INPUT_PIXELS
-    file_bytes: int = 20 * 2**20
-
-    @classmethod
-    def from_environment(cls) -> Limits:
-        """The defaults, or what PATCHSCALER_MAX_INPUT_PIXELS, _OUTPUT_PIXELS and _FILE_BYTES put in their place.
-
-        Raises LimitError for a setting that is not a whole number of at least 1.
-        """
-        names = {field.name: f"PATCHSCALER_MAX_{field.name.upper()}" for field in fields(cls)}
-        return cls(**{field: limit_from_environment(name, getattr(cls, field)) for field, name in names.items()})
+FLIPS = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}  # what undoes an EXIF orientation, after the
+TRANSPOSED = (5, 6, 7, 8)  # transposition that these begin with
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value, so fields cannot be compared
@@ -94,9 +61,20 @@ class Picture:
     def width(self) -> int:
         return self.rgb.shape[-1]
 
+    def visible_rgb(self) -> Tensor:
+        """rgb, but under alpha 0 the colours of visible pixels near by: what to upscale, see `spread_colors`."""
+        return self.rgb if self.alpha is None else spread_colors(self.rgb, self.alpha)
+
+    def is_grey(self) -> bool:
+        """Whether the channels of every visible pixel are alike, to one of 255 levels, as profiles round."""
+        spread = self.rgb.amax(0) - self.rgb.amin(0)  # HxW
+        if self.alpha is not None:
+            spread = spread[self.alpha[0] > 0]
+        return bool((spread < 1.01 / 127.5).all())
+
 
 def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Picture:
-    """Decode a PNG, JPEG, WebP, TIFF, BMP or GIF file as `picture_from_pil` does.
+    """Decode a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file as `picture_from_pil` does; HEIC with pillow-heif.
 
     The format is told from the content, never from the name. Raises ImageError for a file that cannot be
     opened, is too large, is of another format, is damaged or cut off, or has too many pixels, which its header
@@ -106,6 +84,8 @@ def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Pic
     limits = _limits(max_input_pixels)
     data = _bytes(source, limits)
     with _refusing(limits):
+        if samples := read_samples(data, limits):
+            return _picture_from_samples(samples)
         image = _open(data, limits)
         if image.format == "PNG":  # decoding skips the checksums of the pixel data; verify() does not
             image.verify()
@@ -116,27 +96,36 @@ def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Pic
 def picture_from_pil(image: Image.Image, max_input_pixels: int | None = None) -> Picture:
     """Turn a Pillow image of any mode into a Picture.
 
-    EXIF orientation is applied and an embedded colour profile is converted to sRGB. The colour of fully
-    transparent pixels is kept. Of several frames, the first is used. 16-bit grey is divided by 65535. Of
-    16-bit colour Pillow keeps the high byte, which is within one level of the exact 8-bit value. Grey of mode
-    I or F is divided by the smallest of 1 (F only), 255 and 65535 that holds its largest value. Grey values
+    EXIF orientation is applied, and colours are converted to sRGB from an embedded profile or from what a PNG says of
+    its gamma and primaries. Of several frames, the first is used. The colour of fully transparent pixels is kept.
+
+    16-bit grey is divided by 65535. Of 16-bit colour other than TIFF's Pillow keeps the high byte, which is within one
+    level of the exact 8-bit value. Grey of mode I or F is divided by the smallest of 1 (F only), 255 and 65535 that
+    holds its largest value; so are TIFF samples of 32 bits, and those of 16 bits by 4095 if that holds them all. Values
     that are negative, larger or not finite raise ImageError, as do damaged pixels and more pixels than
     ``max_input_pixels``, or than the environment's limits if it is not given.
     """
     limits = _limits(max_input_pixels)
-    _check_size(image, limits)
+    limits.check(*image.size)
     notes = []
     with _refusing(limits):
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and image.fp:  # not decoded yet
+            image.fp.seek(0)
+            if samples := read_samples(image.fp.read(), limits):
+                return _picture_from_samples(samples)
         if getattr(image, "is_animated", False):
             notes.append("Only the first frame is used.")
             image.seek(0)
         # A wide grey image keeps its 16 bits as mode I;16. The list is emptied by load().
         if not _is_wide_grey(image) and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
             notes.append("16 bits per channel were reduced to 8.")
+        # Browsers turn a picture by its EXIF data alone, Pillow by these as well.
+        for name in ("xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+            image.info.pop(name, None)
         image.load()
-        image = _upright(image, notes)
+        orientation = _orientation(image, notes)
         rgb, alpha = _wide_grey(image, notes) if _is_wide_grey(image) else _colour(image, notes)
-    return Picture(rgb, alpha, tuple(notes))
+    return _picture(rgb, alpha, orientation, notes)
 
 
 def to_pil(picture: Picture) -> Image.Image:
@@ -222,7 +211,7 @@ def _refusing(limits: Limits) -> Iterator[None]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("not a readable PNG, JPEG, WebP, TIFF, BMP or GIF image") from error
+        raise ImageError(f"not a readable {READABLE} image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         over = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"  # Pillow refused before the size could be asked
         raise ImageError(f"{over}; the limit is {limits.input_pixels:,}") from error
@@ -257,35 +246,64 @@ def _check_parts(data: bytes) -> None:
 
 
 def _open(data: bytes, limits: Limits) -> Image.Image:
+    if not HEIF and data[4:8] == b"ftyp" and _is_heif(data):
+        raise ImageError("HEIC is not read here; save it as JPEG or PNG, or install pillow-heif")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_size(image, limits)
-    if image.format == "TIFF":  # libtiff decodes whole tiles, however small the image
-        tags = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
-        width, height = (int(image.tag_v2.get(tag, 0)) for tag in tags)
-        if width * height > limits.input_pixels:
-            raise ImageError(f"its tiles are {width}×{height} pixels; the limit is {limits.input_pixels:,}")
+    limits.check(*image.size)
+    if cicp := _cicp(image.format, data):
+        image.info["cicp"] = cicp
     return image
 
 
-def _check_size(image: Image.Image, limits: Limits) -> None:
-    width, height = image.size
-    pixels = width * height
-    if pixels > limits.input_pixels:
-        raise ImageError(f"{width}×{height} is {pixels:,} pixels; the limit is {limits.input_pixels:,}")
-    if OUTPUT_PER_INPUT * pixels > limits.output_pixels:
-        output = f"{OUTPUT_PER_INPUT * pixels:,} pixels after upscaling"
-        raise ImageError(f"{width}×{height} would be {output}; the limit is {limits.output_pixels:,}")
-    if pixels == 0:
-        raise ImageError(f"{width}×{height} has no pixels; at least 1×1 is needed")
+def _is_heif(data: bytes) -> bool:
+    """Whether the brands at the start of an ISO base media file say that it is HEIC."""
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), 4096)]
+    return any(brands[place : place + 4] in HEIF_BRANDS for place in range(0, len(brands), 4))
 
 
-def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
-    try:  # ImageOps.exif_transpose also writes the other tags back, and fails if one of them is broken
-        turn = TURNS.get(image.getexif().get(ORIENTATION_TAG))
+def _cicp(format: str | None, data: bytes) -> tuple[int, ...] | None:
+    """Primaries, transfer curve, matrix and range as H.273 numbers them, of a PNG, AVIF or HEIC that states them."""
+    if format == "PNG":
+        place = 8
+        while data[place + 4 : place + 8] not in (b"cICP", b"IDAT", b""):
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+        return tuple(data[place + 8 : place + 12]) if data[place : place + 8] == b"\0\0\0\4cICP" else None
+    if format in ("AVIF", "HEIF") and (place := data.find(b"colrnclx")) >= 0 and len(data) >= place + 15:
+        primaries, transfer = data[place + 9], data[place + 11]
+        return primaries, transfer, 0, 1  # the decoder makes it full-range RGB
+    return None
+
+
+def _orientation(image: Image.Image, notes: list[str]) -> int:
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # as hostile as pixels, but without it the pixels are still usable
         notes.append("Unreadable EXIF data was ignored; the picture may not be upright.")
-        return image
-    return image if turn is None else image.transpose(turn)
+        return 1
+
+
+def _picture(rgb: Tensor, alpha: Tensor | None, orientation: int, notes: list[str]) -> Picture:
+    """Upright, with three channels: of rgb CxHxW, where C may be 1 for grey, and alpha 1xHxW."""
+
+    def upright(planes: Tensor) -> Tensor:
+        planes = planes.transpose(-2, -1) if orientation in TRANSPOSED else planes
+        return planes.flip(FLIPS.get(orientation, [])).contiguous()
+
+    rgb = upright(rgb).expand(3, -1, -1).contiguous()
+    return Picture(rgb, None if alpha is None else upright(alpha), tuple(dict.fromkeys(notes)))
+
+
+def _picture_from_samples(samples: Samples) -> Picture:
+    notes = list(samples.notes)
+    rgb = torch.from_numpy(samples.values).permute(2, 0, 1) * 2 - 1  # CxHxW
+    if samples.mode == "CMYK" or samples.profile:  # converted by LittleCMS, in 8 bits
+        levels = np.rint(samples.values * 255).astype(np.uint8)
+        image = Image.fromarray(levels[..., 0] if samples.mode == "L" else levels, samples.mode)
+        if samples.bits > 8:
+            notes.append(f"{samples.bits} bits per channel were reduced to 8.")
+        rgb = _levels(from_profile(image, samples.profile, notes)) / 127.5 - 1
+    alpha = None if samples.alpha is None else torch.from_numpy(samples.alpha)[None]
+    return _picture(rgb, alpha, samples.orientation, notes)
 
 
 def _is_wide_grey(image: Image.Image) -> bool:
@@ -293,7 +311,7 @@ def _is_wide_grey(image: Image.Image) -> bool:
 
 
 def _wide_grey(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | None]:
-    """Grey of more than 8 bits, which Pillow would clip to 255, as 3xHxW in [-1, 1], and its alpha."""
+    """Grey of more than 8 bits, which Pillow would clip to 255, as 1xHxW in [-1, 1], and its alpha."""
     values = np.asarray(image).astype(np.float32)  # a 32-bit integer rounds, by less than any limit here
     if not np.isfinite(values).all():
         raise ImageError("the image has values that are not finite (NaN or infinity)")
@@ -305,18 +323,21 @@ def _wide_grey(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | N
         limits = (1, 255, 65535) if image.mode == "F" else (255, 65535)
         full = next(limit for limit in limits if high <= limit)
         notes.append(f"Grey values were taken as 0 to {full}.")
-    if image.info.get("icc_profile"):
+    grey = torch.from_numpy(values / full * 2 - 1)[None]
+    if coding := coding_of(image, notes):
+        grey = from_coding(grey, coding, notes)
+    elif image.info.get("icc_profile"):
         notes.append("The colour profile of an image with more than 8 bits was ignored.")
     alpha = None
     if "transparency" in image.info:  # a 16-bit grey PNG names the one value that is transparent
         alpha = torch.from_numpy((values != image.info["transparency"]).astype(np.float32))[None]
-    grey = torch.from_numpy(values / full * 2 - 1)
-    return grey.expand(3, -1, -1).contiguous(), alpha
+    return grey, alpha
 
 
 def _colour(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | None]:
-    """Any 8-bit mode as sRGB 3xHxW in [-1, 1], and its alpha 1xHxW in [0, 1]."""
-    alpha = None
+    """Any 8-bit mode as sRGB, 1xHxW for grey and else 3xHxW in [-1, 1], and its alpha 1xHxW in [0, 1]."""
+    coding, alpha = coding_of(image, notes), None
+    profile = None if coding else image.info.get("icc_profile")
     if image.has_transparency_data:
         if image.mode == "La":
             image = image.convert("LA")
@@ -327,25 +348,8 @@ def _colour(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | None
         image = image.convert("L")
     elif image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
-    rgb = _levels(_to_srgb(image, notes)) / 127.5 - 1
-    return rgb, alpha
-
-
-def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if profile:
-        try:
-            source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, TypeError):
-            notes.append("A colour profile that is broken or does not fit was ignored.")
-        else:
-            if image.mode != "RGB" or converted.tobytes() != image.tobytes():
-                notes.append("Colours were converted from the embedded profile to sRGB.")
-            return converted
-    elif image.mode == "CMYK":
-        notes.append("CMYK was converted to RGB without a colour profile.")
-    return image.convert("RGB")
+    rgb = _levels(from_profile(image, profile, notes)) / 127.5 - 1
+    return from_coding(rgb, coding, notes) if coding else rgb, alpha
 
 
 def _levels(image: Image.Image) -> Tensor:

@@ -82,6 +82,7 @@ class Bands:
     ) -> None:
         self.pipeline, self.picture, self.plan, self.seed = pipeline, picture, plan, seed
         self.color_fix = color_fix
+        self.rgb, self.grey = picture.visible_rgb(), picture.is_grey()
         self.batch_size = pipeline.fitting_batch(batch_size)
         self.device = pipeline._execution_device
         self.channels = pipeline.transformer.config.channels
@@ -116,7 +117,7 @@ class Bands:
     def _upscaled(self, first: int) -> Tensor:
         """Rows of the bicubic picture, filled up to the size of the grid: 3xRx8w."""
         last = min(first + LATENT_PIXELS * BAND, LATENT_PIXELS * self.grid.height)
-        rows = _bicubic_rows(self.picture.rgb.to(self.device), min(first, self.height - 1), min(last, self.height))
+        rows = _bicubic_rows(self.rgb.to(self.device), min(first, self.height - 1), min(last, self.height))
         beyond = (0, LATENT_PIXELS * self.grid.width - self.width, 0, last - first - rows.shape[1])
         return F.pad(rows, beyond, mode="replicate")
 
@@ -191,6 +192,8 @@ class Bands:
         if self.color_fix:
             decoded = wavelet_color_fix(decoded, wanted).clamp_(-1, 1)
         rgb = decoded[0, :, top - above : bottom - above]
+        if self.grey:
+            rgb = rgb.mean(0, keepdim=True).expand_as(rgb)
         alpha = self.picture.alpha
         if alpha is not None:
             alpha = _bicubic_rows(alpha, top, bottom).clamp(0, 1)

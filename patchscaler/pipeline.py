@@ -155,7 +155,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         clock = Stopwatch(device, "encode", "restore", "retrieve", "decode")
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
-        upscaled = bicubic(picture.rgb[None].to(device), SCALE)  # 1x3xHxW
+        upscaled = bicubic(picture.visible_rgb()[None].to(device), SCALE)  # 1x3xHxW
         height, width = upscaled.shape[-2:]
         grid = PatchGrid.covering(height, width, self.transformer.config.size)
         beyond = (0, LATENT_PIXELS * grid.width - width, 0, LATENT_PIXELS * grid.height - height)
@@ -302,6 +302,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 2. Take the colours and the transparency of the input.
         if color_fix:
             output = wavelet_color_fix(output[None], analysis.bicubic[None].to(output.device))[0].clamp_(-1, 1)
+        if analysis.picture.is_grey():
+            output = output.mean(0, keepdim=True).expand_as(output)
         require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:

@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms
 
-FORMATS = "PNG, JPEG, WebP, TIFF, BMP or GIF"
+FORMATS = "PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF"
+HEIC = FORMATS if find_spec("pillow_heif") else "save it as JPEG or PNG, or install pillow-heif"
 DAMAGED = "damaged"
 TOO_MANY = "the limit is 4,000,000"
 FIRST_FRAME = "Only the first frame is used."
@@ -73,6 +75,13 @@ def tiff(tags: dict[int, int], payload: bytes = b"") -> bytes:
     start = 8 + 2 + 12 * len(tags) + 4
     entries = (struct.pack("<HHII", tag, 4, 1, start if value == -1 else value) for tag, value in sorted(tags.items()))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + payload
+
+
+def overlapping() -> bytes:
+    """A TIFF of 5,000 tags that all lie over the same 64 kB: a reader that copies them needs 300 MB."""
+    entries = b"".join(struct.pack("<HHII", tag, 1, 60_000, 8) for tag in range(5000, 10_000))
+    directory = struct.pack("<H", 5000) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 60_016) + bytes(60_008) + directory
 
 
 def webp(width: int, height: int) -> bytes:
@@ -137,7 +146,7 @@ def _not_images() -> Iterator[Case]:
         "only_magic_gif.gif": b"GIF89a",
     }
     for name, data in files.items():
-        yield Case(name, data, FORMATS)
+        yield Case(name, data, HEIC if name == "photo.heic" else FORMATS)
     for format, name in {
         "EPS": "figure.eps",
         "PPM": "grey.ppm",
@@ -150,7 +159,7 @@ def _not_images() -> Iterator[Case]:
 
 
 def _damaged() -> Iterator[Case]:
-    for format in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"):
+    for format in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"):
         data = encoded(_photo(), format)
         yield Case(f"half_{format.lower()}.{format.lower()}", data[: len(data) // 2], "")
     data = encoded(_photo(), "PNG")
@@ -180,6 +189,9 @@ def _bombs() -> Iterator[Case]:
     yield Case("bomb_bmp.bmp", _resized_bmp(40000, 40000), TOO_MANY)
     gif, jpeg = encoded(_photo("P"), "GIF"), encoded(_photo(), "JPEG")
     yield Case("bomb_gif.gif", gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:], TOO_MANY)
+    avif = encoded(_photo(), "AVIF")
+    sides = avif.index(b"ispe") + 8
+    yield Case("bomb_avif.avif", avif[:sides] + struct.pack(">II", 12000, 12000) + avif[sides + 8 :], TOO_MANY)
     frame = jpeg.index(b"\xff\xc0") + 5
     yield Case("bomb_jpeg.jpg", jpeg[:frame] + struct.pack(">HH", 65500, 65500) + jpeg[frame + 4 :], TOO_MANY)
     text = b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1)
@@ -204,7 +216,7 @@ def _modes() -> Iterator[Case]:
     for mode, format in [
         ("1", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGB", "PNG"), ("I;16", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"),
         ("CMYK", "TIFF"), ("LAB", "TIFF"), ("I", "TIFF"), ("F", "TIFF"), ("I;16", "TIFF"),
-        ("1", "TIFF"), ("P", "BMP"), ("1", "BMP"), ("L", "GIF"), ("RGB", "WEBP"),
+        ("1", "TIFF"), ("P", "TIFF"), ("P", "BMP"), ("1", "BMP"), ("L", "GIF"), ("RGB", "WEBP"), ("RGB", "AVIF"),
     ]:  # fmt: skip
         if mode == "LAB":  # the only mode that RGB has no direct way to
             image = Image.frombytes("LAB", size, _photo().tobytes())
@@ -212,7 +224,9 @@ def _modes() -> Iterator[Case]:
             image = _photo("L").convert(mode) if mode in ("I", "F", "I;16") else _photo(mode)
         stem = f"{format}_{mode}".lower().replace(";", "")
         yield Case(f"{stem}.{format.lower()}", encoded(image, format), size=size)
-    for mode, format in [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("LA", "TIFF")]:
+    for mode, format in [
+        *[("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("LA", "TIFF"), ("RGBA", "AVIF")],
+    ]:
         image = _photo("L").convert(mode)
         image.putalpha(_photo("L"))
         name = f"alpha_{format}_{mode}.{format}".lower()
@@ -260,5 +274,9 @@ def _odd() -> Iterator[Case]:
     yield Case("long" * 50 + ".png", encoded(_photo(), "PNG"), size=size)
     yield Case("appended.jpg", encoded(_photo(), "JPEG") + b"\xff\xda" * 500, size=size)
     yield Case("progressive.jpg", encoded(_photo(), "JPEG", progressive=True), size=size)
+    tags = {256: 4, 257: 4, 258: 8, 259: 1, 262: 1, 273: -1, 279: 16}
+    for tag, value, words in ((258, 24, "24 bits"), (262, 3, ""), (259, 7, ""), (339, 5, "sample format 5")):
+        yield Case(f"kind_{tag}_{value}.tif", tiff(tags | {tag: value}, bytes(16)), words)
+    yield Case("overlapping_tags.tif", overlapping(), "its tags have")
     for compression in ("tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"):
         yield Case(f"tiff_{compression}.tif", encoded(_photo(), "TIFF", compression=compression), size=size)

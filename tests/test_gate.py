@@ -14,7 +14,8 @@ import pytest
 from corpus import cases, chunk, encoded, noise, png, with_comments, with_scans
 from PIL import Image
 
-from patchscaler.images import ImageError, LimitError, Limits, picture_from_pil, read_picture
+from patchscaler.images import ImageError, picture_from_pil, read_picture
+from patchscaler.limits import LimitError, Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of broken tags
 FUZZED = 20_000
@@ -81,12 +82,12 @@ def test_a_real_picture_over_the_limit_is_refused_before_it_is_decoded(read):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"hello", bytes(range(256)) * 40, b"%PDF-1.7\n", b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"]
+    [b"", b"hello", bytes(range(256)) * 40, b"%PDF-1.7\n", b"\0\0\0\x14ftypmif1\0\0\0\0mif1"]
     + [b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
     + [encoded(Image.new("RGB", (4, 4)), format) for format in ("PPM", "ICO", "TGA", "EPS", "JPEG2000")],
 )
 def test_other_files_are_refused(read, data):
-    with pytest.raises(ImageError, match="PNG, JPEG, WebP, TIFF, BMP or GIF"):
+    with pytest.raises(ImageError, match="PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF"):
         read(data)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import struct
 
@@ -38,7 +39,7 @@ def test_lossless_formats_are_read_exactly(read, format, options):
     np.testing.assert_allclose(levels(picture), pixels, atol=1e-4)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "GIF"])
+@pytest.mark.parametrize("format", ["JPEG", "GIF", "AVIF"])
 def test_lossy_formats_are_read(read, format):
     picture = read(encoded(Image.new("RGB", (9, 8), (200, 100, 50)), format))
     np.testing.assert_allclose(levels(picture), np.broadcast_to((200, 100, 50), (8, 9, 3)), atol=3)
@@ -80,6 +81,24 @@ def test_the_first_of_several_frames_is_used(read, format):
     picture = read(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
     np.testing.assert_allclose(levels(picture)[3, 3], (255, 0, 0), atol=3)
     assert "first frame" in picture.notes[0]
+
+
+def test_heic_is_read_with_the_extra_heif(read):
+    heif = pytest.importorskip("pillow_heif")
+    image = heif.from_pillow(Image.new("RGB", (64, 48), (200, 100, 50)))
+    buffer = io.BytesIO()
+    image.save(buffer, quality=95)
+    picture = read(buffer.getvalue())
+    np.testing.assert_allclose(levels(picture), np.broadcast_to((200, 100, 50), (48, 64, 3)), atol=4)
+    with pytest.raises(ImageError, match="64×48 is 3,072 pixels; the limit is 3,071"):
+        read(buffer.getvalue(), max_input_pixels=3071)
+
+
+@pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic", b"msf1\0\0\0\0hevc\0\0\0\0"])
+def test_heic_without_the_extra_says_what_to_do(read, monkeypatch, brands):
+    monkeypatch.setattr("patchscaler.images.HEIF", ())
+    with pytest.raises(ImageError, match="HEIC is not read here; save it as JPEG or PNG, or install pillow-heif"):
+        read(b"\0\0\0\x18ftyp" + brands + bytes(100))
 
 
 # More than 8 bits
@@ -163,7 +182,7 @@ def test_a_transparent_colour(read, mode, key):
 # Metadata
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_turned_upright(read, format, orientation):
     upright = np.zeros((16, 32, 3), dtype=np.uint8)
@@ -187,6 +206,24 @@ def test_every_exif_orientation_is_turned_upright(read, format, orientation):
     assert picture.rgb.shape == (3, 16, 32)
     corners = levels(picture)[[4, 4, 12], [4, 28, 4]]
     np.testing.assert_allclose(corners, [(255, 0, 0), (0, 255, 0), (0, 0, 0)], atol=30)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_an_orientation_that_only_xmp_states_is_not_applied(read, format):
+    image, options = Image.new("RGB", (32, 16)), {"xmp": XMP}
+    if format == "PNG":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        options = {"pnginfo": text}
+    if format == "TIFF":
+        options = {"tiffinfo": {700: XMP}, "compression": "jpeg"}
+    data = encoded(image, format, **options)
+    assert XMP in data
+    picture = read(data)
+    assert (picture.width, picture.height) == (32, 16)
 
 
 def test_outputs_carry_no_metadata_but_the_given_text(read, tmp_path):

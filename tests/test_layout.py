@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # Imports run downwards only. Parts on one floor may import each other, except the four at the top.
 FLOORS = [
-    {"version", "images", "color", "patches", "device", "figures", "cancellation", "tiles", "plan"},
+    {"version", "images", "limits", "srgb", "tiff_samples", "transparency", "color", "patches", "device", "figures"}
+    | {"cancellation", "tiles", "plan"},
     {"models"},
     {"sampling", "retrieval", "adapters"},
     {"pipeline", "results", "loading", "options", "files", "cluster", "several", "large"},

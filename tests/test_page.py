@@ -249,7 +249,7 @@ def test_a_file_that_is_no_image_is_refused_by_name(page, tmp_path):
     (tmp_path / "not.png").write_bytes(b"text")
     page.set_input_files("#input input[type=file]", tmp_path / "not.png")
     page.locator("#run").click()
-    expect(page.locator("#status")).to_contain_text("PNG, JPEG, WebP, TIFF, BMP or GIF")
+    expect(page.locator("#status")).to_contain_text("PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF")
 
 
 def test_several_images_of_which_one_is_bad(page, address, tmp_path):

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.evaluation.metrics import psnr_rgb
-from patchscaler.images import FORMATS, MAX_INPUT_PIXELS, ImageError, Picture, bicubic, read_picture
+from patchscaler.images import FORMATS, ImageError, Picture, bicubic, read_picture
+from patchscaler.limits import MAX_INPUT_PIXELS
 from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, split

@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
 
     def restored(self) -> Restored:
         """The same for refinement, which looks the priors up again: that takes a fiftieth of its time."""
-        upscaled = bicubic(self.picture.rgb[None], SCALE)[0]
+        upscaled = bicubic(self.picture.visible_rgb()[None], SCALE)[0]
         found = self.latents, self.grid, self.patch_confidence
         return Restored(self.picture, *found, None, upscaled, self.seconds)
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from gradio.context import LocalContext
 
 from patchscaler.cancellation import cancellable
-from patchscaler.images import limit_from_environment
+from patchscaler.limits import limit_from_environment
 
 log = logging.getLogger(__name__)
 
