@@ -26,7 +26,7 @@ from patchscaler.patches import PatchGrid
 PLAN = SamplingPlan(0.6, 0.4, start=(20, 30, 40), steps=(1, 2, 3))
 # 40x36 becomes 160x144: a grid of 2x2 patches. 8x11 is smaller than one patch.
 SIZES = {"rock": (40, 36), "dot": (8, 11)}
-METHODS = ["bicubic", "coarse", "final", "no prompt", "uniform"]
+METHODS = ["bicubic", "coarse", "final", "random priors", "no prompt", "uniform"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -111,6 +111,43 @@ def test_no_prompt_is_the_null_prompt(measured, tiny_pipeline, folders, monkeypa
     expected = psnr_y(output, read_picture(high).rgb)
     assert float(rows["rock", "no prompt"]["psnr_y"]) == pytest.approx(expected, abs=1e-4)
     assert abs(float(rows["rock", "final"]["psnr_y"]) - expected) > 1e-3
+
+
+def test_random_priors_are_others_than_the_retrieved(measured):
+    rows = {(row["image"], row["method"]): row for row in read_rows(measured[1])}
+    found = [float(rows["rock", method]["feature_distance"]) for method in ("final", "random priors", "no prompt")]
+    assert len(set(found)) == 3
+
+
+def test_patches_of_a_group_are_scored_alone():
+    grid = PatchGrid(28, 16)  # two patches, one above the other, rows 0 to 128 and 96 to 224
+    truth = components.to_8bit(texture(224, 128, seed=0))
+    final = truth.clone()
+    final[:, 128:] += 0.5  # beyond the first patch
+    rows = bench.empty_groups(("coarse", "final"))
+    scorer = scores.find_scorer(torch.device("cpu"), ("psnr_y",))
+    images = {"coarse": truth, "final": final}
+    bench.score_groups(rows, scorer, "name", images, truth, grid, torch.tensor([2, 0]))
+    assert rows["hard: coarse"] == rows["hard: final"] == rows["simple: coarse"]
+    expected = psnr_y(components.to_8bit(final[:, 96:]), truth[:, 96:])
+    assert rows["simple: final"] == [{"psnr_y": expected}] and expected < 30
+    assert rows["medium: coarse"] == rows["medium: final"] == []
+
+
+def test_groups_and_ratios_are_in_the_summary(measured):
+    summary = measured[0]
+    assert "| patches alone, mean of | feature distance ↓ | HaarPSI ↑ | MDSI ↓ | PSNR-Y ↑ | SSIM-Y ↑ |" in summary
+    for group in GROUPS:
+        assert f"| {group}: coarse |" in summary and f"| {group}: final |" in summary
+    rows = read_rows(measured[1])
+    for key, label in (("feature_distance", "feature distance"), ("haarpsi", "HaarPSI")):
+        plan, uniform = (sum(float(r[key]) for r in rows if r["method"] == m) for m in ("final", "uniform"))
+        assert f"- {label}, plan / uniform: {plan / uniform:.3f}\n" in summary
+
+
+def test_without_scipy_the_correlation_is_skipped(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # as good as not installed
+    assert bench._correlation(torch.arange(3), torch.arange(3)).startswith("- skipped: Spearman (import of scipy.stats")
 
 
 def test_what_cannot_be_measured_is_named(measured):
