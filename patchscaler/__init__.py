@@ -1,12 +1,11 @@
 """PatchScaler: x4 super-resolution of photographs that spends diffusion steps only where they are needed."""
 
-from patchscaler.checkpoints import CheckpointError, load_pipeline
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import ImageError, Picture, read_picture, to_pil, write_png
+from patchscaler.loading import CheckpointError, load_pipeline
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Progress, Result
-
-__version__ = "0.1.0"
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Progress, Result
+from patchscaler.version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +15,7 @@ __all__ = [
     "Progress",
     "Result",
     "SamplingPlan",
+    "__version__",
     "load_pipeline",
     "read_picture",
     "to_pil",

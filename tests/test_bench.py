@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscaler.__main__ import main
 from patchscaler.evaluation import bench, standins
-from patchscaler.grouping import GROUPS, PRESETS
+from patchscaler.plan import GROUPS, PRESETS
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchscaler.checkpoints import load_pipeline
 from patchscaler.evaluation import ceilings
 from patchscaler.evaluation.components import to_8bit
 from patchscaler.evaluation.scores import find_scorer
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
+from patchscaler.loading import load_pipeline
 from patchscaler.models import PatchDiT
 
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from visitor import click, last, run
 
-from patchscaler.grouping import PRESETS
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import PRESETS
 from patchscaler.ui import compare
 from patchscaler.ui.dials import dials_of
 from patchscaler.ui.views import SKIP

@@ -12,8 +12,8 @@ from PIL import Image
 
 from patchscaler import cluster
 from patchscaler.__main__ import main
-from patchscaler.grouping import SamplingPlan
 from patchscaler.options import UsageError
+from patchscaler.plan import SamplingPlan
 
 IMAGES = 40
 PLAN = SamplingPlan(0.9, 0.5, start=(20, 30, 40), steps=(1, 2, 2))
@@ -142,7 +142,7 @@ def test_what_would_lose_something_is_refused(tmp_path):
         cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), job)
     manifest = cluster.Manifest(str(tmp_path / "out"), job)
     manifest.record("somewhere/b.png", {"status": "done"})
-    with pytest.raises(UsageError, match="another plan, seed or weights"):
+    with pytest.raises(UsageError, match="another plan, seed, weights, colour fix or precision"):
         cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), cluster.Job(PLAN, 1, "w"))
     with pytest.raises(UsageError, match="bucket: "):
         cluster.run(["nosuchprotocol://bucket"], str(tmp_path / "out"), job)

@@ -11,8 +11,8 @@ from patchscaler import Picture, SamplingPlan, load_pipeline, read_picture, writ
 from patchscaler.color import wavelet_color_fix
 from patchscaler.evaluation.components import to_8bit
 from patchscaler.evaluation.scores import find_scorer
-from patchscaler.grouping import GROUPS
 from patchscaler.images import bicubic
+from patchscaler.plan import GROUPS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE_STEP = SamplingPlan(0.95, 0.75, start=(400, 700, 1000), steps=(1, 1, 1))
@@ -54,6 +54,18 @@ def test_the_same_seed_writes_the_same_file_twice(pipeline, cat, tmp_path):
 def test_the_patch_batch_changes_no_pixel_by_more_than_one_level(pipeline, cat):
     whole, *others = (levels(pipeline(cat, SamplingPlan.fast(), 0, batch).picture.rgb) for batch in (64, 7, 1))
     assert all((other - whole).abs().max() <= 1 for other in others)
+
+
+def test_the_final_image_tends_to_the_coarse_one_as_t_falls(pipeline, cat):
+    """Eq. 7 at small T is y0 and hardly any noise: what is done to the coarse image grows with T."""
+    analysis = pipeline.analyze(cat)
+    distances = []  # root mean square, in levels of 8 bits
+    for start, steps in ((1, 1), (50, 1), (400, 4)):
+        plan = SamplingPlan(0.95, 0.75, start=(start,) * 3, steps=(steps,) * 3)
+        *_, result = pipeline.refine(analysis, plan, color_fix=False)
+        distances.append(127.5 * (result.picture.rgb - analysis.coarse).square().mean().sqrt().item())
+    first, middle, last = distances
+    assert first < 1 and 1.5 * first < middle < 3 and 1.5 * middle < last, distances
 
 
 @pytest.mark.parametrize("plan", [SamplingPlan.paper(), SamplingPlan.uniform()], ids=["paper", "uniform"])

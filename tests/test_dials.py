@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patchscaler.grouping import PRESETS, SamplingPlan, assign
+from patchscaler.plan import PRESETS, SamplingPlan, assign
 from patchscaler.ui.budget import thresholds_within
 from patchscaler.ui.calibration import Calibration, Call
 from patchscaler.ui.dials import MAX_SEED, RANGES, dials_of, hold_order, in_range, plan_of, preset_of, seed_of

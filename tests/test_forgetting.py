@@ -14,7 +14,7 @@ from corpus import encoded, noise
 from PIL import Image
 from service import Service, file_data, serving
 
-from patchscaler.grouping import SamplingPlan
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui import studies, sweeping
 from patchscaler.ui.dials import dials_of
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from visitor import VISITOR, last, moved, run, settings
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui.dials import dials_of
 from patchscaler.ui.views import SKIP, RunView, Shown
 

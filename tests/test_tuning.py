@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from visitor import VISITOR, click, dial_view, last, moved, run, settings
 
-from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import read_picture
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui.dials import dials_of, plan_of
 from patchscaler.ui.studies import Study
 from patchscaler.ui.views import SKIP

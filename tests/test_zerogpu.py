@@ -18,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.patches import PatchGrid
-from patchscaler.records import Analysis, Partial, Progress, Result
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Analysis, Partial, Progress, Result
 from patchscaler.ui.calibration import Calibration, Call
 from patchscaler.ui.gpu import MOST_SECONDS, START_SECONDS, Baseline, Networks, Order
 
@@ -127,10 +127,10 @@ from spaces.zero import client, torch as emulation, wrappers
 wrappers.torch.init = lambda uuid: None  # there is no GPU, so the weights stay where they are
 wrappers.torch.move = lambda callback=None: None
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-from patchscaler.checkpoints import load_pipeline
-from patchscaler.grouping import SamplingPlan
+from patchscaler.loading import load_pipeline
+from patchscaler.plan import SamplingPlan
 from patchscaler.images import write_png
-from patchscaler.records import Result
+from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint
 from patchscaler.ui.gpu import Order
 from patchscaler.ui.handlers import Handlers

@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
-from patchscaler.devices import pick_device, pick_dtype
+from patchscaler.device import pick_device, pick_dtype
 from patchscaler.evaluation import standins
 from patchscaler.evaluation.components import read_image
 from patchscaler.evaluation.tables import table
-from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
 from patchscaler.images import Picture
+from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.options import UsageError
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
+from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
 
 DEFAULT_IMAGE = Path(__file__).parents[2] / "examples" / "1-astronaut.png"
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it

@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchscaler.checkpoints import load_pipeline
-from patchscaler.devices import pick_device
+from patchscaler.device import pick_device
 from patchscaler.evaluation.components import MAX_TRUTH_PIXELS, find_images, patch_errors, read_image, spearman, to_8bit
 from patchscaler.evaluation.metrics import seam_score
 from patchscaler.evaluation.reliability import write_reliability
 from patchscaler.evaluation.scores import METRICS, SHORT, Scorer, find_scorer
 from patchscaler.evaluation.sheets import contact_sheet
 from patchscaler.evaluation.tables import HEADINGS, differences_table, groups_table, mean_of, means_table
-from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
 from patchscaler.images import ImageError
+from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.patches import PatchGrid, split
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Analysis, Result
+from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
+from patchscaler.results import Analysis, Result
 
 UNIFORM = PRESETS["uniform"]
 BATCH = 64  # patches that are given random priors at once
@@ -284,7 +284,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     pairs, device = prepare(args)
     try:
-        pipeline = load_pipeline(args.weights, device)
+        pipeline = load_pipeline(args.weights, device, args.dtype)
         print(benchmark(pipeline, pairs, args.out, args.plan, args.seed, args.batch_size), end="")
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)

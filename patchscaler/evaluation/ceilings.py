@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.evaluation.benchmark import (
     Pair,
     describe_run,
@@ -35,11 +34,12 @@ from patchscaler.evaluation.components import read_image, to_8bit
 from patchscaler.evaluation.metrics import MESH_PERIODS, mesh
 from patchscaler.evaluation.scores import SHORT, find_scorer
 from patchscaler.evaluation.tables import means_table, table
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.patches import LATENT_PIXELS
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Analysis
+from patchscaler.plan import GROUPS, SamplingPlan, assign
+from patchscaler.results import Analysis
 
 FINAL = "final: GRM and Patch-DiT"
 NEAR = "every patch at T 50, N 1"
@@ -99,7 +99,7 @@ def _images(
     y_lr = _encode(pipeline, analysis.bicubic, analysis.latents.shape[-2:])  # C×h×w
 
     def refined(latents: Tensor, plan: SamplingPlan = plan, by_hand: dict[int, int] | None = None) -> Tensor:
-        *_, result = pipeline.refine(replace(analysis, latents=latents, coarse=None), plan, seed, by_hand=by_hand)
+        *_, result = pipeline.refine(replace(analysis, latents=latents), plan, seed, by_hand=by_hand)
         return result.picture.rgb
 
     def all_in(group: int) -> dict[int, int]:

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.evaluation.metrics import psnr_rgb
 from patchscaler.evaluation.tables import table
 from patchscaler.images import FORMATS, MAX_INPUT_PIXELS, ImageError, Picture, read_picture
+from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline

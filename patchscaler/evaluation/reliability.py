@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from patchscaler.grouping import SamplingPlan
+from patchscaler.plan import SamplingPlan
 
 BINS = 10
 

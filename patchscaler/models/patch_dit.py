@@ -9,7 +9,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_2d_sincos_pos_emb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_TIMESTEP = 1000  # of the diffusion
+TIMESTEPS = 1000  # of the noise schedule that the filter holds
 PromptKeys = list[tuple[Tensor, Tensor]]
 
 
@@ -54,8 +54,8 @@ class PatchDiT(ModelMixin, ConfigMixin):
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, 2 * channels * patch**2)  # what is added, and m
         self.null_prompt = nn.Parameter(torch.zeros(1, 1, prompt_width))
-        self.register_buffer("gain", torch.zeros(MAX_TIMESTEP, channels))  # g_t of each channel, for t = 1…1000
-        self.register_buffer("signal", torch.zeros(MAX_TIMESTEP))  # √ᾱ_t
+        self.register_buffer("gain", torch.zeros(TIMESTEPS, channels))  # g_t of each channel, for t = 1…1000
+        self.register_buffer("signal", torch.zeros(TIMESTEPS))  # √ᾱ_t
         self._zero_init()
 
     def _zero_init(self) -> None:
@@ -112,7 +112,8 @@ class PatchDiT(ModelMixin, ConfigMixin):
         x = self.final(modulate(x, shift, scale))  # N×L'×2c·p²
         side = size // patch
         x = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), patch)  # N×2c×V×V
-        added, trust = x.to(y0.dtype).chunk(2, dim=1)  # N×c×V×V each
+        # In one order of memory, or the sigmoid of a single patch would differ in its last bit from that of many.
+        added, trust = x.contiguous().to(y0.dtype).chunk(2, dim=1)  # N×c×V×V each
         gain, signal = self.gain[t - 1][..., None, None], self.signal[t - 1].view(-1, 1, 1, 1)  # N×c×1×1, N×1×1×1
         return y0 + 2 * trust.sigmoid() * gain * (x_t - signal * y0) + added
 

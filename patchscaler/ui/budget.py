@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from patchscaler.grouping import SamplingPlan
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui.dials import GAMMA_STEP
 from patchscaler.ui.views import ByHand
 

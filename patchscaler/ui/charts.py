@@ -8,8 +8,8 @@ from html import escape
 from torch import Tensor
 
 from patchscaler.figures import GROUP_COLORS
-from patchscaler.grouping import GROUPS, SamplingPlan
-from patchscaler.records import Result
+from patchscaler.plan import GROUPS, SamplingPlan
+from patchscaler.results import Result
 
 BINS = 50
 STAGE_COLORS = {

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import Picture, to_pil
 from patchscaler.patches import LATENT_PIXELS, Patch
+from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui import fragments
 from patchscaler.ui.studies import Study
 from patchscaler.ui.views import ByHand, Shown, save_preview

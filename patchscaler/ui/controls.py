@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from patchscaler.grouping import GROUPS, SamplingPlan
+from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.ui.dials import CUSTOM, RANGES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

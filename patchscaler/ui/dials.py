@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from patchscaler.grouping import PRESETS, SamplingPlan
+from patchscaler.plan import PRESETS, SamplingPlan
 
 CUSTOM = "custom"  # the preset's name when the dials match none
 GAMMA_STEP = 0.01

@@ -9,7 +9,7 @@ import gradio as gr
 import torch
 
 from patchscaler.images import ImageError
-from patchscaler.making import NotFiniteError
+from patchscaler.results import NotFiniteError
 from patchscaler.ui.jobs import JobError
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from html import escape
 from PIL import Image
 
 from patchscaler.figures import GROUP_COLORS
-from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.patches import PatchGrid
-from patchscaler.records import Progress, Result
+from patchscaler.plan import GROUPS, SamplingPlan
+from patchscaler.results import Progress, Result
 from patchscaler.ui import charts
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."

@@ -11,11 +11,11 @@ import spaces
 import torch
 from torch import Tensor
 
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Restored, Sampled
+from patchscaler.plan import GROUPS, SamplingPlan, assign
+from patchscaler.results import Restored, Sampled
 from patchscaler.ui.calibration import Calibration
 from patchscaler.ui.errors import explain
 from patchscaler.ui.views import ByHand, work

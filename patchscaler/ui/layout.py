@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from patchscaler.figures import GROUP_COLORS
-from patchscaler.grouping import GROUPS
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import GROUPS
 from patchscaler.ui import controls, panels, serving, sweeping
 from patchscaler.ui.api import Endpoints
 from patchscaler.ui.batch import batch_tab

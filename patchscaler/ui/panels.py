@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from patchscaler.grouping import GROUPS
+from patchscaler.plan import GROUPS
 from patchscaler.ui import compare, fragments
 
 INSPECT = "inspect"  # what a click does, besides the groups' names

@@ -12,12 +12,12 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from patchscaler.devices import most_at_once
-from patchscaler.grouping import SamplingPlan
+from patchscaler.device import most_at_once
 from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Analysis, Partial, Progress, Restored, Result, Sampled
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Analysis, Partial, Progress, Restored, Result, Sampled
 from patchscaler.ui import compare, fragments
 from patchscaler.ui.calibration import Calibration, Call
 from patchscaler.ui.gpu import Baseline, Networks, Order, zero_gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from patchscaler.grouping import SamplingPlan
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui import fragments
 from patchscaler.ui.dials import MAX_BATCH, in_range, is_batch, plan_of, seed_of
 from patchscaler.ui.errors import visible_error

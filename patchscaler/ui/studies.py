@@ -12,7 +12,7 @@ from threading import Lock
 from PIL import Image
 
 from patchscaler.figures import grey_preview
-from patchscaler.records import Analysis, Sampled
+from patchscaler.results import Analysis, Sampled
 from patchscaler.ui.errors import visible_error
 
 KEPT_PIXELS = 32_000_000  # of output, over all kept studies: about 2 GB

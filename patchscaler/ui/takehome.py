@@ -10,8 +10,8 @@ from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile
 
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import Picture, read_png_text, write_png
+from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui import fragments
 from patchscaler.ui.dials import dials_of, in_range, is_batch, plan_of, seed_of
 from patchscaler.ui.studies import Study

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from patchscaler.grouping import GROUPS, PRESETS, assign
+from patchscaler.plan import GROUPS, PRESETS, assign
 from patchscaler.ui import compare
 from patchscaler.ui.budget import thresholds_within
 from patchscaler.ui.dials import CUSTOM, dials_of, hold_order, in_range, plan_of, preset_of

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, to_pil, write_png
-from patchscaler.records import Analysis, Result, Sampled
+from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
+from patchscaler.results import Analysis, Result, Sampled
 from patchscaler.ui import charts, fragments
 from patchscaler.ui.calibration import Calibration
 from patchscaler.ui.studies import Study

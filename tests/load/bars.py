@@ -150,7 +150,7 @@ def main(parts: list[str]) -> None:
                 {"regroup": regroup, "coarse": coarse}[part](Path(folder))
                 continue
             if handlers is None:
-                from patchscaler.checkpoints import load_pipeline
+                from patchscaler.loading import load_pipeline
                 from patchscaler.ui.handlers import Handlers
 
                 handlers = Handlers(load_pipeline(WEIGHTS))

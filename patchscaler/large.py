@@ -1,13 +1,17 @@
 """Pictures of any size, from top to bottom: memory is that of a band, and the pixels are those of a whole run.
 
+They may be written as tiled TIFF while they are made.
+
 Each stage makes the rows that the next one asks for, and forgets those that nobody will ask for again.
 C channels, H W pixels of the upscaled picture, h w latents, N patches, R rows, V patch side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
@@ -16,21 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import patchscaler
-from patchscaler.batches import Patches
-from patchscaler.color import REACH, add_detail, wavelet_color_fix
-from patchscaler.devices import Stopwatch, advising
-from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
+from patchscaler.color import REACH, wavelet_color_fix
+from patchscaler.device import Stopwatch, out_of_memory_errors
 from patchscaler.images import Picture, bicubic, to_pil
-from patchscaler.making import all_finite, require_finite
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import GroupReport
+from patchscaler.plan import GROUPS, SamplingPlan, assign
+from patchscaler.results import STAGES, GroupReport, describe_run, require_finite
+from patchscaler.sampling import Patches, make_batches
 from patchscaler.tiles import Local
 
 BAND = 64  # cells, of 8 pixels, that a stage makes at once
 PATCHES = 256  # at least as many are sampled at once, to fill batches
 NOISE = 2**20  # values drawn at once
+TIFF_TILE = 256  # pixels along the side of a tile of a file
 MARGIN = 4  # rows of the input, more than bicubic interpolation looks away
 
 
@@ -61,8 +64,9 @@ class Rows:
 class Bands:
     """A picture upscaled x4 in bands of rows: iterate over it once, then ask for its `report`.
 
-    The pixels are those of ``pipeline(picture, plan, seed)``, but for the rounding of sums. Of the picture only the
-    input is held in memory; the noise of the whole latent lies in a temporary file of C/16 bytes for each pixel.
+    The pixels are those of the pipeline called with the same arguments, but for the rounding of sums. Of the picture
+    only the input is held in memory; the noise of the whole latent lies in a temporary file of C/16 bytes for each
+    pixel.
 
     Raises ValueError for an autoencoder that sees the whole picture at once.
     """
@@ -74,20 +78,22 @@ class Bands:
         plan: SamplingPlan,
         seed: int = 0,
         batch_size: int | None = None,
+        color_fix: bool = True,
     ) -> None:
         self.pipeline, self.picture, self.plan, self.seed = pipeline, picture, plan, seed
+        self.color_fix = color_fix
         self.batch_size = pipeline.fitting_batch(batch_size)
         self.device = pipeline._execution_device
         self.channels = pipeline.transformer.config.channels
         self.height, self.width = SCALE * picture.height, SCALE * picture.width
         self.grid = PatchGrid.covering(self.height, self.width, pipeline.transformer.config.size)
         self.counts, self.spent = [0] * len(GROUPS), [0.0] * len(GROUPS)
-        self.seconds = dict.fromkeys(("encode", "restore", "retrieve", "refine", "decode", "color"), 0.0)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[np.ndarray]:
         """Bands RxWx3 or RxWx4 of 8 bits. Raises OutOfMemory and, for NaN, RuntimeError."""
-        with advising(self.device), TemporaryFile() as noise:
+        with out_of_memory_errors(self.device), TemporaryFile() as noise:
             self._draw(noise)
             upscaled = Rows(LATENT_PIXELS * self.grid.height, self._upscaled)
             encoded = self._stage("encode", self.pipeline.encoding, upscaled, 3)
@@ -102,19 +108,10 @@ class Bands:
 
     def report(self) -> dict:
         """As that of a Result."""
-        groups = zip(GROUPS, self.counts, self.plan.start, self.plan.steps, self.spent, strict=True)
-        return {
-            "version": patchscaler.__version__,
-            "plan": asdict(self.plan),
-            "seed": self.seed,
-            "device": str(self.device),
-            "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
-            "groups": [
-                asdict(GroupReport(name, count, start, steps, count * steps, seconds))
-                for name, count, start, steps, seconds in groups
-            ],
-            "stages": self.seconds,
-        }
+        evaluations = [steps * count for steps, count in zip(self.plan.steps, self.counts, strict=True)]
+        groups = [*map(GroupReport, GROUPS, self.counts, self.plan.start, self.plan.steps, evaluations, self.spent)]
+        dtype = str(self.pipeline.transformer.dtype).removeprefix("torch.")
+        return describe_run(self.plan, self.seed, self.color_fix, str(self.device), dtype, groups, self.seconds)
 
     def _upscaled(self, first: int) -> Tensor:
         """Rows of the bicubic picture, filled up to the size of the grid: 3xRx8w."""
@@ -126,7 +123,7 @@ class Bands:
     def _stage(self, name: str, local: Local, source: Rows, channels: int) -> Rows:
         """What a network makes of the rows of another stage, with those around them that it sees.
 
-        It takes ``channels``; where the stage gives several times as many, it makes something of each part.
+        It takes ``channels``.
         """
         reach = local.reach(channels, self.device)
         if reach is None:
@@ -138,19 +135,15 @@ class Bands:
             above, below = max(0, first - reach), min(self.grid.height, last + reach)
             values = source.get(above * local.before, below * local.before)
             clock = Stopwatch(self.device)
-            parts = [self.pipeline.by_tiles(local, part[None])[0] for part in values.split(channels)]
-            rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-            require_finite(f"the result of the stage {name}", all_finite(rows))
+            rows = self.pipeline.by_tiles(local, values[None])[0]
+            require_finite(f"the result of the stage {name}", rows)
             self.seconds[name] += clock.lap()
             return rows[:, (first - above) * local.after : (last - above) * local.after]
 
         return Rows(self.grid.height * local.after, make)
 
     def _sampled(self, restored: Rows, noise: BinaryIO) -> Iterator[Tensor]:
-        """Refine some rows of patches at a time, and give those rows of the latent that no later patch covers.
-
-        With those of the coarse latent after them: 2CxRxw.
-        """
+        """Refine some rows of patches at a time, and give those rows CxRxw of the latent that no later patch covers."""
         columns = len({patch.left for patch in self.grid.patches})
         most = columns * -(-PATCHES // columns)
         total = weights = None  # of rows that the last patches covered and the next ones will
@@ -166,9 +159,7 @@ class Bands:
                 sums[:-1, :unfinished], sums[-1, :unfinished] = total, weights
             total, weights = sums[:-1], sums[-1]
             blend(patches, x0, total, weights, top)
-            refined = total[:, : end - top] / weights[: end - top]
-            coarse = window[:-1, : end - top]
-            yield torch.cat([refined, coarse])
+            yield total[:, : end - top] / weights[: end - top]
             total, weights = total[:, end - top :], weights[end - top :]
 
     def _sample(self, patches: tuple[Patch, ...], restored: Tensor, noise: Tensor) -> Tensor:
@@ -181,29 +172,25 @@ class Bands:
         clock = Stopwatch(self.device)
         y0, confidence = cut(restored).split([self.channels, 1], dim=1)  # NxCxVxV, Nx1xVxV
         assignment = assign(confidence.mean((1, 2, 3)).cpu(), self.plan)  # N
-        start, _ = times_and_steps(self.plan, assignment)  # N
-        noise = self.pipeline.widened(cut(noise).to(y0.device), y0, confidence, start)
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
         self.seconds["retrieve"] += clock.lap()
-        members = {group: (assignment == group).nonzero()[:, 0] for group in range(len(GROUPS))}
         x0 = torch.empty_like(y0)
-        task = Patches(y0, noise, prompt, x0)
-        busy = [0.0] * (1 + len(self.pipeline.copies))  # seconds of each device
-        for step in self.pipeline.sample(task, members, self.plan, self.batch_size):
-            for group, seconds in step.seconds.items():
-                self.spent[group] += seconds
-                busy[step.device] += seconds
-        self.counts = [before + len(members[group]) for group, before in enumerate(self.counts)]
-        self.seconds["refine"] += max(busy)
+        task = Patches(y0, cut(noise).to(y0.device), prompt, x0)
+        for group in range(len(GROUPS)):
+            indices = (assignment == group).nonzero()[:, 0]
+            for step in self.pipeline.sample(task, make_batches(group, indices, self.plan, self.batch_size)):
+                self.spent[group] += step.seconds
+            self.counts[group] += len(indices)
+        self.seconds["refine"] += clock.lap()
         return x0
 
     def _finished(self, top: int, bottom: int, pictures: Rows, reference: Rows) -> np.ndarray:
         above, below = max(0, top - REACH), min(self.height, bottom + REACH)
         decoded, wanted = (rows.get(above, below)[None, ..., : self.width] for rows in (pictures, reference))
         clock = Stopwatch(self.device)
-        refined, coarse = decoded.split(3, dim=1)
-        output = add_detail(coarse, refined).clamp_(-1, 1)
-        rgb = wavelet_color_fix(output, wanted)[0, :, top - above : bottom - above].clamp_(-1, 1)
+        if self.color_fix:
+            decoded = wavelet_color_fix(decoded, wanted).clamp_(-1, 1)
+        rgb = decoded[0, :, top - above : bottom - above]
         alpha = self.picture.alpha
         if alpha is not None:
             alpha = _bicubic_rows(alpha, top, bottom).clamp(0, 1)
@@ -233,3 +220,56 @@ def _bicubic_rows(image: Tensor, first: int, last: int) -> Tensor:
     top = max(0, first // SCALE - MARGIN)
     rows = bicubic(image[None, :, top : -(-last // SCALE) + MARGIN], SCALE)[0]
     return rows[:, first - SCALE * top : last - SCALE * top]
+
+
+def write_tiff(
+    bands: Iterable[np.ndarray], path: str | Path, shape: tuple[int, int, int], description: str = ""
+) -> Path:
+    """Write bands of rows RxWxS of 8 bits, from top to bottom, as one TIFF of HxWxS, and return its path.
+
+    S is 3 for RGB or 4 for RGBA. Tiles are compressed without loss; above 2 GB the file is a BigTIFF. It appears whole
+    or not at all: it is written beside its place and then renamed. Whatever ``bands`` raise ends the writing.
+    """
+    import tifffile  # here, because it is an extra
+
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with tifffile.TiffWriter(temporary, bigtiff=np.prod(shape, dtype=np.int64) > 2**31) as file:
+            file.write(
+                _tiles(bands, shape[1]),
+                shape=shape,
+                dtype=np.uint8,
+                tile=(TIFF_TILE, TIFF_TILE),
+                photometric="rgb",
+                extrasamples=["unassalpha"] if shape[2] == 4 else None,
+                compression="zlib",
+                predictor=True,
+                description=description,
+                metadata=None,
+                software="PatchScaler",
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _tiles(bands: Iterable[np.ndarray], width: int) -> Iterator[np.ndarray]:
+    """Tiles from left to right and from top to bottom. Those at the right and the bottom are filled up with zeros."""
+    waiting: list[np.ndarray] = []
+
+    def cut(rows: np.ndarray) -> Iterator[np.ndarray]:
+        for left in range(0, width, TIFF_TILE):
+            tile = rows[:, left : left + TIFF_TILE]
+            yield np.pad(tile, [(0, TIFF_TILE - tile.shape[0]), (0, TIFF_TILE - tile.shape[1]), (0, 0)])
+
+    for band in bands:
+        waiting.append(band)
+        while sum(map(len, waiting)) >= TIFF_TILE:
+            rows = np.concatenate(waiting)
+            waiting = [rows[TIFF_TILE:].copy()]
+            yield from cut(rows[:TIFF_TILE])
+    rows = np.concatenate(waiting)
+    if len(rows):
+        yield from cut(rows)
