@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # where the package is not installed
 
 from patchscaler import devices, pipeline, predictors  # noqa: E402
 from patchscaler.checkpoints import load_pipeline  # noqa: E402
-from patchscaler.evaluation.measure import tiled  # noqa: E402
+from patchscaler.evaluation.bench import tiled  # noqa: E402
 from patchscaler.grouping import SamplingPlan  # noqa: E402
 from patchscaler.records import Result  # noqa: E402
 
