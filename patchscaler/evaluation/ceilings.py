@@ -47,7 +47,7 @@ NEAR = "every patch at T 50, N 1"
 
 def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], plan: SamplingPlan, seed: int = 0) -> str:
     """Markdown tables of means over pairs of inputs and truths. ImageError for a pair that does not fit."""
-    scorer, short, haarpsi = (find_scorer(pipeline.device, keys) for keys in (None, SHORT, ("haarpsi",)))
+    scorer, haarpsi = (find_scorer(pipeline.device, keys) for keys in (SHORT, ("haarpsi",)))
     forced = {f"T {start}, N {steps}": group for group, (start, steps) in enumerate(zip(plan.start, plan.steps))}
     rows, patches = defaultdict(list), empty_groups(("coarse", *forced))
     near = []  # HaarPSI of the image at T 50 against the coarse one
@@ -60,7 +60,7 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], plan: Sampling
             rows[name].append(score(scorer, low.stem, image, truth))
         alone = {name: images[_forced(plan, group)] for name, group in forced.items()}
         groups = assign(analysis.patch_confidence, plan)
-        score_groups(patches, short, low.stem, {"coarse": analysis.coarse, **alone}, truth, analysis.grid, groups)
+        score_groups(patches, scorer, low.stem, {"coarse": analysis.coarse, **alone}, truth, analysis.grid, groups)
         near.append(score(haarpsi, low.stem, images[NEAR], to_8bit(analysis.coarse)).get("haarpsi"))
         truths.append(truth)
         for name, image in (("coarse", analysis.coarse), ("final", images[FINAL])):
