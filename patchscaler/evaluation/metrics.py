@@ -1,4 +1,4 @@
-"""Weight-free measures of a restored image against the true one, and of its patch seams.
+"""Weight-free measures of a restored image against the true one, of its patch seams and of meshes in it.
 
 Images are 3xHxW in [-1, 1]; results are Python floats. H W pixels. All sums run in double precision.
 """
@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MESH_PERIODS = (2, 4, 8)  # pixels: the strides of decoder and feature networks, which leave such meshes
+MESH_WINDOW = 64  # pixels along a side; a multiple of the periods, which then fall on whole frequencies
 
 
 def luma(image: Tensor) -> Tensor:
@@ -96,6 +99,25 @@ def seam_score(image: Tensor, rows: Sequence[int] = (), columns: Sequence[int] =
     return border / inside
 
 
+def mesh(images: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[int, float]:
+    """How much a mesh stands out in smooth places: 1 where no more than in the truths, 2 with twice the power.
+
+    Keys are the periods MESH_PERIODS in pixels. A value is the power at that period over the mean power of the
+    neighbouring frequencies, divided by the same of the truths. Luma is cut into windows of MESH_WINDOW pixels, of
+    which the tenth is taken whose truth is smoothest (by the mean absolute difference of neighbouring pixels).
+    ValueError if the sizes of a pair differ, or if no image holds a window.
+    """
+    if len(images) != len(truths):
+        raise ValueError(f"{len(images)} images for {len(truths)} truths")
+    pairs = [_pair(image, truth, crop=0) for image, truth in zip(images, truths)]
+    ours, true = (torch.cat([_windows(luma(pair[side])) for pair in pairs]) for side in (0, 1))  # MxSxS each
+    if not len(true):
+        raise ValueError(f"no image holds a window of {MESH_WINDOW}x{MESH_WINDOW}")
+    roughness = true.diff(dim=1).abs().mean((1, 2)) + true.diff(dim=2).abs().mean((1, 2))  # M
+    smooth = roughness.argsort()[: math.ceil(len(true) / 10)]
+    return {period: _peak(ours[smooth], period) / _peak(true[smooth], period) for period in MESH_PERIODS}
+
+
 def _pair(a: Tensor, b: Tensor, crop: int) -> tuple[Tensor, Tensor]:
     """Both images without `crop` pixels at each edge; ValueError if their sizes differ or nothing is left."""
     if a.shape != b.shape or a.ndim != 3 or a.shape[0] != 3:
@@ -110,6 +132,30 @@ def _pair(a: Tensor, b: Tensor, crop: int) -> tuple[Tensor, Tensor]:
 def _psnr(a: Tensor, b: Tensor) -> float:
     error = (a - b).square().mean().item()
     return 10 * math.log10(255**2 / error) if error > 0 else math.inf
+
+
+def _windows(y: Tensor) -> Tensor:
+    """The whole windows MxSxS of luma HxW, side by side."""
+    if min(y.shape) < MESH_WINDOW:
+        return y.new_empty(0, MESH_WINDOW, MESH_WINDOW)
+    return y.unfold(0, MESH_WINDOW, MESH_WINDOW).unfold(1, MESH_WINDOW, MESH_WINDOW).flatten(0, 1)
+
+
+def _peak(windows: Tensor, period: int) -> float:
+    """Power of MxSxS at a period over that of its neighbours: the mean over rows, columns and both diagonals."""
+    side, k = windows.shape[-1], windows.shape[-1] // period
+    line = torch.hann_window(side, dtype=torch.float64, device=windows.device, periodic=False)
+    window = torch.outer(line, line)
+    # The power of 8-bit rounding is added, as in the spectra: nothing below it is seen, and a flat image has some.
+    power = (torch.fft.fft2((windows - windows.mean((1, 2), keepdim=True)) * window).abs() ** 2).mean(0)
+    power = power / (window**2).sum() + 1 / 12
+    around = torch.ones(7, 7, dtype=torch.float64, device=windows.device)
+    around[2:5, 2:5] = 0  # as far as the window spreads the peak
+    ratios = []
+    for row, column in ((0, k), (k, 0), (k, k), (k, -k)):
+        near = power.roll((3 - row, 3 - column), (0, 1))[:7, :7]  # the frequency itself is in the middle
+        ratios.append((near[3, 3] / ((near * around).sum() / around.sum())).item())
+    return sum(ratios) / len(ratios)
 
 
 def _log_spectrum(y: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from patchscaler.evaluation.components import spearman
 from patchscaler.plan import SamplingPlan
 
 BINS = 10
@@ -40,35 +39,30 @@ def reliability_bins(confidence: Tensor, errors: Tensor) -> list[Bin]:
     return bins
 
 
-def write_reliability(confidence: Tensor, errors: Tensor, plan: SamplingPlan, out: Path) -> float:
+def write_reliability(confidence: Tensor, errors: Tensor, plan: SamplingPlan, out: Path) -> None:
     """Write `reliability.csv` and `reliability.png` into `out`.
 
     Args:
         confidence: N in [0, 1], of the patches of all images.
         errors: N, squared error of the coarse image in the pixels of each, in units of images in [-1, 1].
         plan: its gammas are drawn.
-
-    Returns:
-        Spearman's rank correlation of confidence and negative error: 1 if a surer patch is never a worse one.
     """
     bins = reliability_bins(confidence, errors)
     with open(out / "reliability.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Bin)])
         writer.writeheader()
         writer.writerows(asdict(each) for each in bins)
-    correlation = spearman(confidence, -errors)
-    _plot(confidence, errors, bins, plan, correlation, out / "reliability.png")
-    return correlation
+    _plot(confidence, errors, bins, plan, out / "reliability.png")
 
 
-def _plot(confidence: Tensor, errors: Tensor, bins: list[Bin], plan: SamplingPlan, correlation: float, path: Path):
+def _plot(confidence: Tensor, errors: Tensor, bins: list[Bin], plan: SamplingPlan, path: Path):
     from matplotlib.figure import Figure  # here, because `upscale` starts without it
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="patch confidence",
         ylabel="squared error of the coarse patch",
-        title=f"{len(confidence)} patches, Spearman with negative error {correlation:.3f}",
+        title=f"{len(confidence)} patches",
     )
     axes.scatter(confidence, errors, s=6, color="#94a3b8", alpha=0.5, linewidths=0, label="patches")
     means = [each.confidence for each in bins], [each.squared_error for each in bins]

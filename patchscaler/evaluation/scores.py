@@ -1,7 +1,8 @@
 """Which measures of an image there are, and which of them can be taken here.
 
-Those of `metrics.py` always can. HaarPSI, FSIM, VSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA
-and MUSIQ those of pyiqa, whose networks load their weights when they are made. The extra `eval` has both.
+Those of `metrics.py` always can. The feature distance needs the packages of EfficientNet-Lite2: see `features.py`.
+HaarPSI, FSIM, VSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA and MUSIQ those of pyiqa, whose
+networks load their weights when they are made. The extra `eval` has them all.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from patchscaler.evaluation.features import feature_distance, load_features
 from patchscaler.evaluation.metrics import psnr_y, spectrum_distance, ssim_y
 
 Score = Callable[[Tensor, Tensor], float]
@@ -36,19 +39,23 @@ class Metric:
     name: str = ""
 
 
+# In the order of every table: what eyes see comes first.
 METRICS = (
+    Metric("feature_distance", "feature distance", 3, False, package="efficientnet_lite_pytorch"),
+    Metric("haarpsi", "HaarPSI", 4, True, package="piq", name="haarpsi"),
+    Metric("mdsi", "MDSI", 4, False, package="piq", name="mdsi"),
     Metric("psnr_y", "PSNR-Y", 2, True),
     Metric("ssim_y", "SSIM-Y", 4, True),
-    Metric("haarpsi", "HaarPSI", 4, True, package="piq", name="haarpsi"),
     Metric("fsim", "FSIM", 4, True, package="piq", name="fsim"),
     Metric("vsi", "VSI", 4, True, package="piq", name="vsi"),
-    Metric("mdsi", "MDSI", 4, False, package="piq", name="mdsi"),
-    Metric("spectrum_distance", "spectrum distance", 3, False),
     Metric("lpips", "LPIPS", 4, False, package="pyiqa", name="lpips"),
     Metric("maniqa_koniq", "MANIQA-KonIQ", 4, True, needs_truth=False, package="pyiqa", name="maniqa"),
     Metric("clipiqa", "CLIPIQA", 4, True, needs_truth=False, package="pyiqa", name="clipiqa"),
     Metric("musiq", "MUSIQ", 2, True, needs_truth=False, package="pyiqa", name="musiq"),
+    Metric("spectrum_distance", "spectrum distance", 3, False),
 )
+# What single patches and many plans are measured by.
+SHORT = ("feature_distance", "haarpsi", "mdsi", "psnr_y", "ssim_y")
 _OURS: dict[str, Score] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "spectrum_distance": spectrum_distance}
 
 
@@ -93,6 +100,9 @@ def find_scorer(device: torch.device, keys: tuple[str, ...] | None = None) -> Sc
 
 
 def _load(metric: Metric, device: torch.device) -> Score:
+    if metric.key == "feature_distance":
+        load_features(device)
+        return partial(feature_distance, device=device)
     if metric.package == "piq":
         function = _piq(metric.name)
         return lambda image, truth: function(_unit(image), _unit(truth)).item()

@@ -19,27 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 TILE = 512  # pixels of output at once; larger outputs are made in tiles of this, TILE_STRIDE apart
 TILE_STRIDE = 448  # as ResShift's released code steps
-HALF_STRIDE = 256  # as StableSR's released code does, in every step: 64 latent cells, 32 apart
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """A denoiser and an autoencoder, each called as in the method that it stands for, on one tile of TILE pixels.
-
-    ``latent`` is CxhXw of what the denoiser works on; ``coded`` is what the decoder takes, which is larger where
-    the former is a lower bound.
-    """
+    """A denoiser and an autoencoder, for one tile of TILE pixels."""
 
     label: str
     build: Callable[[], tuple[nn.Module, nn.Module]]
     inputs: tuple[tuple[int, ...], ...]  # shapes of the denoiser's tensors, x_t first
-    coded: tuple[int, ...]
+    latent: tuple[int, ...]  # shape of what the decoder takes
     steps: tuple[int, ...]  # the numbers of steps that it is sold with
-
-    def step(self, denoiser: nn.Module, tensors: list[Tensor]) -> Tensor:
-        """One evaluation of the denoiser."""
-        x_t, *context = tensors
-        return denoiser(x_t, torch.tensor([500.0], device=x_t.device), *context).sample
 
 
 def _resshift() -> tuple[nn.Module, nn.Module]:
@@ -65,18 +55,15 @@ def _resshift() -> tuple[nn.Module, nn.Module]:
     return unet, vq_f4
 
 
-def stable_diffusion_unet() -> UNet2DConditionModel:
-    """The UNet of Stable Diffusion 2.1, 865.9M parameters."""
-    return UNet2DConditionModel(
+def _stable_diffusion() -> tuple[nn.Module, nn.Module]:
+    """The UNet of Stable Diffusion 2.1, 865.9M parameters, and its autoencoder."""
+    unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=(320, 640, 1280, 1280),
         attention_head_dim=(5, 10, 20, 20),
         cross_attention_dim=1024,
         use_linear_projection=True,
     )
-
-
-def _stable_diffusion() -> tuple[nn.Module, nn.Module]:
     kl_f8 = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
@@ -84,13 +71,11 @@ def _stable_diffusion() -> tuple[nn.Module, nn.Module]:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    return stable_diffusion_unet(), kl_f8
+    return unet, kl_f8
 
 
 STANDINS = {
-    # VQ-f4 makes 128x128 cells of 512 pixels. Rows are given for 64x64 too, to be on the safe side.
-    "resshift-64": StandIn("ResShift-sized, latent 64²", _resshift, ((1, 6, 64, 64),), (1, 3, 128, 128), (15, 4)),
-    "resshift-128": StandIn("ResShift-sized, latent 128²", _resshift, ((1, 6, 128, 128),), (1, 3, 128, 128), (15, 4)),
+    "resshift": StandIn("ResShift-sized", _resshift, ((1, 6, 128, 128),), (1, 3, 128, 128), (15, 4)),
     "sd": StandIn(
         "SD 2.1-sized (StableSR, DiffBIR, PASD; 1 step: OSEDiff)",
         _stable_diffusion,
@@ -101,21 +86,9 @@ STANDINS = {
 }
 
 
-def tiles(side: int, stride: int = TILE_STRIDE) -> int:
-    """Tiles that a square output of ``side`` pixels takes, ``stride`` pixels apart."""
-    return (1 + max(0, math.ceil((side - TILE) / stride))) ** 2
-
-
-def count_flops(standin: StandIn) -> dict[str, int]:
-    """Floating-point operations of encode, one step and decode of a tile; nothing is computed."""
-    counts = {}
-    with torch.device("meta"):
-        denoiser, vae = standin.build()
-        for name, call in _calls(standin, denoiser, vae, [torch.empty(shape) for shape in standin.inputs]).items():
-            with FlopCounterMode(display=False) as counter:
-                call()
-            counts[name] = counter.get_total_flops()
-    return counts
+def tiles(side: int) -> int:
+    """Tiles that a square output of ``side`` pixels takes."""
+    return (1 + max(0, math.ceil((side - TILE) / TILE_STRIDE))) ** 2
 
 
 def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -128,23 +101,29 @@ def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def ready(standin: StandIn, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """The stand-in's encode, step and decode of one tile as calls without arguments, its weights in memory."""
+def calls(kind: StandIn, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """Encode, step and decode of one tile as calls without arguments. On the meta device nothing is computed."""
     with torch.device("meta"):
-        modules = standin.build()
-    denoiser, vae = (materialise(module, device, dtype) for module in modules)
-    tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in standin.inputs]
-    return _calls(standin, denoiser, vae, tensors)
-
-
-def _calls(
-    standin: StandIn, denoiser: nn.Module, vae: nn.Module, tensors: list[Tensor]
-) -> dict[str, Callable[[], Tensor]]:
-    like = tensors[0]
-    image, latent = like.new_zeros(1, 3, TILE, TILE), like.new_zeros(standin.coded)
+        denoiser, vae = kind.build()
+    if device.type != "meta":
+        denoiser, vae = (materialise(module, device, dtype) for module in (denoiser, vae))
+    image, latent, x_t, *context = (
+        torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 3, TILE, TILE), kind.latent, *kind.inputs)
+    )
+    t = torch.tensor([500.0], device=device)
     options = {"force_not_quantize": True} if isinstance(vae, VQModel) else {}  # looking codes up is no work
     return {
         "encode": lambda: vae.encode(image),
-        "step": lambda: standin.step(denoiser, tensors),
+        "step": lambda: denoiser(x_t, t, *context).sample,
         "decode": lambda: vae.decode(latent, **options).sample,
     }
+
+
+def count_flops(kind: StandIn) -> dict[str, int]:
+    """Floating-point operations of encode, one step and decode of a tile."""
+    counts = {}
+    for name, call in calls(kind, torch.device("meta"), torch.float32).items():
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            call()
+        counts[name] = counter.get_total_flops()
+    return counts

@@ -30,7 +30,7 @@ from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
 
 PAPER, UNIFORM = SamplingPlan.paper(), SamplingPlan.uniform()
-KEYS = ("psnr_y", "haarpsi", "spectrum_distance")
+KEYS = ("feature_distance", "haarpsi", "mdsi", "psnr_y", "spectrum_distance")
 COLUMNS = ("image", "start", "steps", *KEYS, "evaluations", "seconds")
 
 # The paper first lets simple and medium patches start later, at 20 steps each, then takes steps from them at the
@@ -49,7 +49,17 @@ STARTS = tuple(
 )
 STEPS = tuple(
     replace(PAPER, steps=steps)
-    for steps in ((20, 20, 20), (16, 18, 20), (12, 16, 20), (8, 14, 20), (6, 10, 14), (4, 7, 10), (2, 4, 5), (1, 2, 2))
+    for steps in (
+        (20, 20, 20),
+        (16, 18, 20),
+        (12, 16, 20),
+        (8, 14, 20),
+        (6, 10, 14),
+        (4, 7, 10),
+        (4, 4, 4),
+        (2, 2, 2),
+        (1, 1, 1),
+    )
 )
 PLANS = tuple(dict.fromkeys(STARTS + STEPS))  # the one in both only once
 

@@ -18,15 +18,21 @@ HEADINGS = {
 }
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table of cells."""
+    first, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return [first, "|" + "---|" * len(head), *lines]
+
+
 def means_table(groups: Mapping[str, Rows], first: str = "mean of") -> list[str]:
     """A line for each group of rows: the mean of every column over those of its rows that have it."""
     columns = _columns(groups)
-    lines = _head([first, *(HEADINGS[column][0] for column in columns)])
+    lines = []
     for name, rows in groups.items():
         means = [mean_of(rows, column) for column in columns]
         cells = ["" if mean is None else f"{mean:.{HEADINGS[column][1]}f}" for column, mean in zip(columns, means)]
-        lines.append(_line([name, *cells]))
-    return lines
+        lines.append([name, *cells])
+    return table([first, *(HEADINGS[column][0] for column in columns)], lines)
 
 
 def differences_table(groups: Mapping[str, Rows], reference: str, others: Iterable[str]) -> list[str]:
@@ -35,22 +41,22 @@ def differences_table(groups: Mapping[str, Rows], reference: str, others: Iterab
     The groups are rows of the same images in the same order. With one image there is no error to give.
     """
     columns = [column for column in _columns(groups) if column not in ("evaluations", "seconds")]
-    lines = _head([f"minus {reference}", *(HEADINGS[column][0] for column in columns)])
+    lines = []
     for other in others:
         cells = []
         for column in columns:
             pairs = zip(groups[other], groups[reference])
             gaps = [mine[column] - its[column] for mine, its in pairs if column in mine and column in its]
             cells.append(_difference(gaps, HEADINGS[column][1]))
-        lines.append(_line([other, *cells]))
-    return lines
+        lines.append([other, *cells])
+    return table([f"minus {reference}", *(HEADINGS[column][0] for column in columns)], lines)
 
 
 def groups_table(counts: Mapping[str, int]) -> list[str]:
     """Patches of each difficulty, and their share."""
-    lines = _head(["group", "patches", "share"])
     total = sum(counts.values())
-    return lines + [_line([name, str(count), f"{count / total:.1%}"]) for name, count in counts.items()]
+    rows = [[name, str(count), f"{count / total:.1%}"] for name, count in counts.items()]
+    return table(["group", "patches", "share"], rows)
 
 
 def mean_of(rows: Rows, column: str) -> float | None:
@@ -73,11 +79,3 @@ def _difference(gaps: list[float], digits: int) -> str:
     # Not statistics.stdev, which fails on the infinite PSNR of equal images.
     error = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (count - 1) / count)
     return f"{mean:+.{digits}f} ± {error:.{digits}f}"
-
-
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), "|" + "---|" * len(cells)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
