@@ -3,7 +3,7 @@
 # make quick         the tests that take no more than seconds each
 # make lint          ruff alone
 # make train-smoke   every stage of training for two steps
-# make weights MINUTES=40 DATA=DIR OUT=DIR [DEVICE=cuda]
+# make weights MINUTES=40 DATA=DIR OUT=DIR [FROM=DIR] [DEVICE=cuda]
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,7 +32,7 @@ quick: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
-# All stages in order. On noise in two classes, enough images for the held-out twentieth to have some of each.
+# All stages in order. On noise in two classes, enough images for the parts held out and reserved to have some of each.
 train-smoke: $(VENV)/.dev
 	rm -rf $(SMOKE)
 	$(BIN)/python -c 'import numpy, pathlib, PIL.Image as P; \
@@ -44,9 +44,9 @@ train-smoke: $(VENV)/.dev
 
 weights: $(VENV)/.dev
 	@test -n "$(DATA)" && test -n "$(OUT)" || \
-		{ echo "usage: make weights MINUTES=40 DATA=DIR OUT=DIR [DEVICE=cuda]" >&2; exit 2; }
+		{ echo "usage: make weights MINUTES=40 DATA=DIR OUT=DIR [FROM=DIR] [DEVICE=cuda]" >&2; exit 2; }
 	$(BIN)/python -m patchscaler.training.weights --minutes $(MINUTES) --data $(DATA) --out $(OUT) \
-		$(if $(DEVICE),--device $(DEVICE))
+		$(if $(FROM),--from $(FROM)) $(if $(DEVICE),--device $(DEVICE))
 
 # Each stamp is touched only when its step went through, so a broken install is tried again
 # and a finished one costs nothing.

@@ -1,4 +1,4 @@
-"""Training: data, sample pools, resuming, farthest point sampling, and the stages from end to end."""
+"""Training: data, sample pools, resuming, what each loss is given, and the stages from end to end."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from PIL import Image
 from torch import nn
 
 from patchscaler.loading import load_pipeline
-from patchscaler.training import weights
+from patchscaler.models import GRM, CompactAutoencoder, GRMOutput, PatchDiT, TextureClassifier
+from patchscaler.models.autoencoder import decode_unclamped
+from patchscaler.training import weights as all_stages
 from patchscaler.training.build_memory import farthest_points
-from patchscaler.training.data import ImageBank, is_held_out
+from patchscaler.training.data import ImageBank, part_of
 from patchscaler.training.fit import fit, learning_rate, make_accelerator, parser, pool_size, step_generator
+from patchscaler.training.grm import calibrate, grow
 from patchscaler.training.optimizer import MuonAdamW
 from patchscaler.training.pairs import draw_pairs
-from patchscaler.training.patch_dit import ANY_TIME, draw_times
+from patchscaler.training.patch_dit import Place, decode_in_place, sampling_inputs
 from patchscaler.training.pool import Pool
+from patchscaler.training.start import component, take_weights
 from patchscaler.training.synthetic import draw_page
 
 
@@ -39,14 +43,25 @@ def images(tmp_path_factory):
 
 def options(out, **changes) -> argparse.Namespace:
     values = {"vae": None, "data": None, "out": out, "config": "compact", "minutes": 30.0, "steps": None, "batch": None}
-    return argparse.Namespace(**{**values, "seed": 0, "device": "cpu", "dry_run": False, **changes})
+    return argparse.Namespace(**{**values, "start": None, "seed": 0, "device": "cpu", "dry_run": False, **changes})
 
 
-def test_splits_are_disjoint_and_complete(images):
-    training, held_out = ImageBank(images), ImageBank(images, held_out=True)
-    assert len(training) + len(held_out) == 60
-    assert all(is_held_out(name) for name in held_out.names) and held_out.names
-    assert not any(is_held_out(name) for name in training.names)
+def test_parts_are_disjoint_and_complete(images):
+    parts = [ImageBank(images, part=part).names for part in ("training", "memory", "held-out")]
+    assert sorted(sum(parts, [])) == sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    assert [len(names) for names in parts] == [48, 7, 5]
+    with pytest.raises(ValueError, match="part 'test': expected one of training, memory, held-out"):
+        ImageBank(images, part="test")
+
+
+def test_a_name_alone_decides_the_part_on_every_machine():
+    # crc32: 3604693795, 507235411, 2376479100
+    assert [part_of(f"any/{name}.png") for name in ("brick_0", "brick_5", "woven_0019")] == [
+        "training", "memory", "held-out"
+    ]  # fmt: skip
+    parts = [part_of(f"{index}.jpg") for index in range(20_000)]
+    shares = [parts.count(part) / len(parts) for part in ("held-out", "memory", "training")]
+    assert shares == pytest.approx([0.05, 0.095, 0.855], abs=0.005)
 
 
 def test_shards_give_the_same_images_as_the_folder(images, tmp_path):
@@ -76,6 +91,15 @@ def test_crops_follow_their_generator(images):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(("zoom", "smaller"), [(1.0, 0), (1.5, 0.25), (2.0, 0.375)])
+def test_the_share_of_crops_from_smaller_copies(tmp_path, zoom, smaller):
+    ramp = np.tile(np.linspace(0, 255, 256, dtype=np.uint8)[None, :, None], (256, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    crops, _ = ImageBank(tmp_path).crops(2000, 64, step_generator(0, 0), zoom=zoom)
+    spans = (crops.amax((1, 2, 3)) - crops.amin((1, 2, 3))) * 127.5  # 63 levels at the image's own size
+    assert (spans > 70).float().mean() == pytest.approx(smaller, abs=0.03)
+
+
 def test_drawn_crops_replace_photographs_and_hold_ink_on_a_ground(images):
     bank = ImageBank(images)
     plain, _ = bank.crops(40, 32, step_generator(0, 0))
@@ -86,14 +110,6 @@ def test_drawn_crops_replace_photographs_and_hold_ink_on_a_ground(images):
     assert all(page.shape == (64, 64, 3) and page.dtype == np.uint8 for page in pages)
     assert sum(int(np.ptp(page, axis=(0, 1)).max()) > 60 for page in pages) >= 17  # a page may come out empty
     assert np.array_equal(draw_page(64, 3), pages[3])
-
-
-def test_times_stay_mostly_within_the_groups_start():
-    start = torch.tensor([400, 1000]).repeat_interleave(4000)
-    times = draw_times(start, 1000, step_generator(0, 0))
-    assert times.min() >= 1 and times.max() <= 1000
-    assert (times[:4000] > 400).float().mean() == pytest.approx(ANY_TIME * 0.6, abs=0.03)
-    assert times[4000:].float().mean() == pytest.approx(500, abs=20)
 
 
 def test_classes_come_from_the_names(images):
@@ -229,15 +245,204 @@ def test_farthest_points_stay_distinct_among_duplicates():
         farthest_points(torch.zeros(5, 2), 6)
 
 
-def test_all_stages_leave_a_pipeline_that_upscales(images, tmp_path):
-    arguments = ["--data", str(images), "--out", str(tmp_path), "--dry-run", "--device", "cpu"]
-    weights.run(parser(weights.__doc__).parse_args(arguments))
-    result = load_pipeline(tmp_path, device="cpu")(Image.new("RGB", (20, 12), "teal"))
+def test_the_average_keeps_memory_order_and_follows_buffers(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 4, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x).mean()
+
+    def loss(model, step, progress):
+        return {"loss": model(torch.ones(1, 2, 4, 4))}
+
+    args, model = options(tmp_path, steps=5), Counting()
+    average = fit("toy", model, loss, args, make_accelerator(args), batch=1, peak_rate=1e-2)
+    assert average.calls == 5 and not average.layer.weight.requires_grad
+    assert average.layer.weight.is_contiguous(memory_format=torch.channels_last)
+    behind = (average.layer.bias - model.layer.bias).abs().max()
+    assert 0 < behind < 0.02
+
+
+def test_logits_of_a_calibrated_grm_are_those_of_eta_over_the_error_to_a_power():
+    """Before: log(η₀ / e²), with η₀ the error's 65th percentile, as Eq. 1 wants them where C is small."""
+
+    class Known(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.judge = nn.Sequential(nn.Conv2d(1, 1, 1))
+            nn.init.ones_(self.judge[0].weight)
+            nn.init.zeros_(self.judge[0].bias)
+
+        def forward(self, latents):
+            return GRMOutput(latents=latents, confidence_logits=self.judge(middle - latents.square().log()))
+
+        def register_to_config(self, eta):
+            self.eta = eta
+
+    model, generator = Known(), step_generator(0, 0)
+    patches = torch.randn(24, 1, 2, 2, generator=generator).repeat_interleave(16, -1).repeat_interleave(16, -2)
+    errors = (1.5 * patches + 0.5 * torch.randn(24, 1, 32, 32, generator=generator)).exp()
+    middle = errors.quantile(0.65).log()
+    figures = calibrate(model, errors.sqrt(), torch.zeros_like(errors))
+    power = model.judge[0].weight.item()
+    logits = model(errors.sqrt()).confidence_logits
+    assert power != pytest.approx(1, abs=0.05) and model.eta != pytest.approx(middle.exp().item(), rel=0.05)
+    assert torch.allclose(logits, power * (model.eta / errors).log(), atol=1e-3)
+    assert figures["share of hard patches"] == pytest.approx(0.2, abs=0.02)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """No weight at zero, so that nothing is hidden."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model
+
+
+def test_a_deeper_grm_starts_as_the_one_it_grows_from():
+    small, latents = randomised(GRM(4, (8, 16), (1, 1, 2))), torch.randn(2, 4, 9, 7)
+    deep = GRM(4, (8, 16), (3, 2, 2))
+    grow(deep, small)
+    for before, after in zip(small(latents).to_tuple(), deep(latents).to_tuple(), strict=True):
+        assert torch.equal(before, after)
+    deep(latents).latents.sum().backward()
+    assert deep.before[2].conv2.weight.grad.abs().max() > 0  # what is new learns
+    with pytest.raises(ValueError, match=r"depths=\(3, 2, 2\) cannot grow to depths=\(3, 1, 2\)"):
+        grow(GRM(4, (8, 16), (3, 1, 2)), deep)
+    with pytest.raises(ValueError, match=r"GRM has widths=\(8, 16\)"):
+        grow(GRM(4, (16, 16), (1, 1, 2)), small)
+
+
+def test_weights_are_taken_from_the_same_configuration_alone():
+    start, model = randomised(TextureClassifier(4, ("brick", "grass"))), TextureClassifier(4, ("brick", "grass"))
+    take_weights(model, start)
+    assert all(torch.equal(value, start.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="has classes="):
+        take_weights(TextureClassifier(4, ("grass", "brick")), start)
+    with pytest.raises(ValueError, match="heads=2, the one to be trained has heads=4"):
+        take_weights(PatchDiT(4, width=32, depth=1, heads=4), PatchDiT(4, width=32, depth=1, heads=2))
+    with pytest.raises(ValueError, match="GRM cannot start from TextureClassifier"):
+        take_weights(GRM(4), start)
+
+
+def test_a_stage_builds_on_what_out_holds_and_else_on_the_folder_to_start_from(tmp_path):
+    (tmp_path / "out" / "vae").mkdir(parents=True)
+    args = options(tmp_path / "out", start=tmp_path / "old")
+    assert component(args, "vae") == tmp_path / "out" / "vae"
+    assert component(args, "grm") == tmp_path / "old" / "grm"
+    assert component(options(tmp_path / "out"), "grm") == tmp_path / "out" / "grm"
+
+
+@torch.no_grad()
+def test_a_patch_decoded_in_place_sees_its_surroundings():
+    vae = randomised(CompactAutoencoder(4, (8, 16), (1, 1), (1, 1)))
+    coarse, patches = torch.randn(2, 4, 20, 20), torch.randn(2, 4, 16, 16)
+    before, place = coarse.clone(), Place(1, 3, 16)
+    in_place = decode_in_place(vae, coarse, patches, place)
+    assert torch.equal(coarse, before)
+    merged = coarse.clone()
+    merged[:, :, 1:17, 3:19] = patches
+    assert torch.allclose(in_place, decode_unclamped(vae, merged)[:, :, 8:136, 24:152], atol=1e-5)
+    alone = decode_unclamped(vae, patches)
+    difference = (in_place - alone).abs().amax((0, 1))
+    assert difference[:8].max() > 1e-3 and difference[:, -8:].max() > 1e-3
+    assert difference[56:72, 56:72].max() < 1e-5  # further than these few convolutions reach
+
+
+def test_inputs_are_noised_from_truth_coarse_patches_and_own_predictions():
+    count, asked = 6000, {}
+    x0, y0 = torch.ones(count, 1, 1, 1), -torch.ones(count, 1, 1, 1)
+    weight = torch.ones((), requires_grad=True)
+
+    def predict(x_t, t, chosen):
+        asked.update(x_t=x_t, t=t, chosen=chosen)
+        return 5 * weight * torch.ones_like(x_t)
+
+    nearly_clean = torch.full((1000,), 1 - 1e-6)
+    x_t, t = sampling_inputs(predict, x0, y0, nearly_clean, step_generator(0, 0))
+    clean = x_t.flatten().round()
+    shares = [(clean == value).float().mean().item() for value in (1, -1, 5)]
+    assert shares == pytest.approx([0.35, 0.25, 0.4], abs=0.02) and not x_t.requires_grad
+    for value in (1, -1, 5):  # every time is as likely as any other, whatever x_t is noised from
+        times = t[clean == value].float()
+        assert times.min() >= 1 and times.max() <= 1000 and times.mean() == pytest.approx(500, abs=25)
+        assert times.std() == pytest.approx(1000 / 12**0.5, abs=15)
+
+    alphas = torch.linspace(0.99, 0.01, 1000)
+    x_t, t = sampling_inputs(predict, x0, y0, alphas, step_generator(0, 1))
+    own, start = asked["chosen"], asked["t"]
+    assert (start >= t[own]).all() and start.max() <= 1000 and (start > t[own]).float().mean() > 0.9
+    early, late = alphas[t[own] - 1].view(-1, 1, 1, 1), alphas[start - 1].view(-1, 1, 1, 1)
+    noise = (asked["x_t"] + late.sqrt()) / (1 - late).sqrt()  # out of Eq. 7
+    assert torch.allclose(x_t[own], 5 * early.sqrt() + (1 - early).sqrt() * noise, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """The folder that a dry run of all stages leaves, and the parts of the images that each stage drew from."""
+    out, drawn = tmp_path_factory.mktemp("trained"), {}
+
+    def watched(name, stage):
+        def run(args):
+            drawn[name] = set()
+            with pytest.MonkeyPatch.context() as patch:
+                crops = ImageBank.crops
+
+                def noted(bank, *args, **options):
+                    drawn[name] |= {part_of(each) for each in bank.names}
+                    return crops(bank, *args, **options)
+
+                patch.setattr(ImageBank, "crops", noted)
+                return stage(args)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (stage, share) in list(all_stages.STAGES.items()):
+            patch.setitem(all_stages.STAGES, name, (watched(name, stage), share))
+        dry_run(images, out)
+    return out, drawn
+
+
+def dry_run(images, out, *more):
+    arguments = ["--data", str(images), "--out", str(out), "--dry-run", "--device", "cpu", *more]
+    all_stages.run(parser(all_stages.__doc__).parse_args(arguments))
+
+
+def test_all_stages_leave_a_pipeline_that_upscales(images, trained):
+    out, _ = trained
+    result = load_pipeline(out, device="cpu")(Image.new("RGB", (20, 12), "teal"))
     assert result.picture.rgb.shape == (3, 48, 80)
-    assert "grm/config.json" in (tmp_path / "SHA256SUMS").read_text()
-    card = (tmp_path / "README.md").read_text()
-    assert f"{len(ImageBank(images))} training images" in card
-    assert "| patch_dit |" in card and "top-1 on held-out crops" in card
+    assert "grm/config.json" in (out / "SHA256SUMS").read_text()
+    card = (out / "README.md").read_text()
+    assert "| 48 training images; " in card and "Trained from scratch" in card
+    assert "top-1 on held-out crops" in card and "goes beyond the paper" in card
+    assert [line.split(" |")[0][2:] for line in card.splitlines() if line.split(" |")[0][2:] in all_stages.STAGES] == [
+        "autoencoder", "texture_classifier", "grm", "build_memory", "patch_dit"
+    ]  # fmt: skip
+
+
+def test_no_network_is_trained_on_the_images_behind_the_texture_memory(trained):
+    _, drawn = trained
+    assert drawn.pop("build_memory") == {"memory"}
+    assert len(drawn) == 4 and all(parts == {"training", "held-out"} for parts in drawn.values())
+
+
+def test_training_starts_from_the_weights_of_a_folder(images, trained, tmp_path):
+    start, _ = trained
+    dry_run(images, tmp_path, "--from", str(start), "--seed", "1")
+    old, new = (load_pipeline(folder, "cpu", torch.float32) for folder in (start, tmp_path))
+    for name in ("vae", "grm", "texture_classifier", "texture_encoder", "transformer"):
+        weights = dict(getattr(old, name).named_parameters())
+        for key, value in getattr(new, name).named_parameters():
+            if not key.startswith("judge.2"):  # calibrated anew
+                assert torch.allclose(value, weights[key], atol=2e-3), (name, key)
+    assert torch.equal(new.transformer.gain, old.transformer.gain)
+    assert f"Trained from the weights in `{start}`" in (tmp_path / "README.md").read_text()
 
 
 def test_the_paper_configuration_builds_steps_and_saves_on_a_diffusers_autoencoder(images, tmp_path):
@@ -246,6 +451,6 @@ def test_the_paper_configuration_builds_steps_and_saves_on_a_diffusers_autoencod
     vae.save_pretrained(tmp_path / "given")
     arguments = ["--data", str(images), "--out", str(tmp_path / "out"), "--dry-run", "--device", "cpu"]
     arguments += ["--config", "paper", "--vae", str(tmp_path / "given")]
-    weights.run(parser(weights.__doc__).parse_args(arguments))
+    all_stages.run(parser(all_stages.__doc__).parse_args(arguments))
     pipeline = load_pipeline(tmp_path / "out", device="cpu")
     assert type(pipeline.vae) is AutoencoderKL and pipeline.transformer.config.width == 768

@@ -40,8 +40,9 @@ class GRM(ModelMixin, ConfigMixin):
         channels: c.
         widths: channels at full and at half latent size.
         depths: residual blocks before, at and after half size.
-        eta: η of Eq. 1, the squared latent error up to which the confidence saturates at 1. It plays no part
-            in inference; it is kept here because it says what a confidence means.
+        eta: η, a squared latent error: where C is well below 1, it estimates (η / e²)ᵃ with the a that the
+            calibration of the training chooses; 1 in Eq. 1. It plays no part in inference; it is kept here because it
+            says what a confidence means.
     """
 
     @register_to_config
@@ -84,31 +85,8 @@ def squared_error(latents: Tensor, target: Tensor) -> Tensor:
     return (latents.float() - target.float()).square().mean(1, keepdim=True)
 
 
-def restoration_loss(
-    latents: Tensor, target: Tensor, decoded: Tensor, images: Tensor, latent_weight: float = 0.1, floor: float = 1e-3
-) -> Tensor:
-    """The restoring term of Eq. 1 as the mean over images of log ‖D(y_HR) − I_HR‖² + w log ‖y_HR − x_HR‖².
-
-    The norms are squared as in print. Where the truth is uncertain the mean of the latents does not decode to the
-    mean of the images, so the error of the decoded image leads; the latents' own keeps y_HR near to what the
-    decoder and Patch-DiT know. The logarithm, as in PSNR, gives every image the same say; without it a few hopeless
-    ones drown what can be restored.
-
-    Args:
-        latents: y_HR, B×c×h×w.
-        target: x_HR, B×c×h×w.
-        decoded: D(y_HR), B×3×H×W, from the frozen decoder.
-        images: I_HR, B×3×H×W in [-1, 1].
-        latent_weight: w.
-        floor: added to the squared pixel error, in units of images in [-1, 1]: 36 dB.
-    """
-    pixels = (decoded.float() - images).square().mean((1, 2, 3))  # B
-    cells = (latents.float() - target.float()).square().mean((1, 2, 3))  # B
-    return ((pixels + floor).log() + latent_weight * (cells + 1e-2).log()).mean()
-
-
 def confidence_loss(output: GRMOutput, target: Tensor, eta: float) -> Tensor:
-    """The judging term of Eq. 1: C e² − η log C, divided by η and averaged over the map.
+    """The confidence term of Eq. 1: C e² − η log C, divided by η and averaged over the map.
 
     The gradient of e² is stopped, so the confidence describes the restoration and does not trade it; the minimum
     over C is min(1, η / e²).

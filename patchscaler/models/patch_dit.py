@@ -171,18 +171,6 @@ class DiTBlock(nn.Module):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: layer_norm(x) (1 + scale) + shift for x N×L'×D, in one pass where all patches share the time (1×1×D)."""
     width = x.shape[-1:]
-    if len(scale) == 1:
-        return F.layer_norm(x, width, 1 + scale[0, 0], shift[0, 0])
+    if len(scale) == 1:  # under autocast x may be wider than what the products gave, which this one pass does not take
+        return F.layer_norm(x, width, (1 + scale[0, 0]).to(x.dtype), shift[0, 0].to(x.dtype))
     return F.layer_norm(x, width) * (1 + scale) + shift
-
-
-def denoising_loss(predicted: Tensor, target: Tensor, alphas: Tensor) -> Tensor:
-    """Squared error of x̂₀, weighted by the signal-to-noise ratio ᾱ/(1 − ᾱ) clamped to [0.05, 5].
-
-    Args:
-        predicted, target: x̂₀ and x₀, N×c×V×V.
-        alphas: ᾱ_t of each patch, N numbers in (0, 1).
-    """
-    weight = (alphas / (1 - alphas)).clamp(0.05, 5.0)
-    error = (predicted.float() - target.float()).square().mean((1, 2, 3))
-    return (weight * error).mean()

@@ -14,8 +14,9 @@ from torch import nn
 
 from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents, load_autoencoder
 from patchscaler.patches import LATENT_PIXELS
-from patchscaler.training.data import DRAWN, ImageBank
+from patchscaler.training.data import DRAWN, ImageBank, image_bank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, save_component, step_generator
+from patchscaler.training.start import start_pipeline, take_weights
 
 CONFIGS = {"compact": {"latent_channels": 32, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)}}
 # The paper freezes Stable Diffusion's autoencoder (c = 4).
@@ -25,22 +26,25 @@ FLOOR = 3e-4  # added to the squared error, for images in [-1, 1]: 41 dB
 CROP = 128
 
 
-def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
+def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, measure the latents' statistics, save to OUT/vae and return the held-out PSNR.
 
     An autoencoder that is given (`--vae`, and always for the configuration `paper`) is only copied there.
     """
     accelerator = make_accelerator(args)
     device = accelerator.device
-    given = args.vae or PRETRAINED.get(args.config)
-    if given:
+    if given := args.vae or PRETRAINED.get(args.config):
         if accelerator.is_main_process:
             save_component(load_autoencoder(given), args.out / "vae")
         return {}
     batch = 2 if args.dry_run else args.batch or (16 if device.type == "cpu" else 256)
-    bank = bank or ImageBank(args.data, device)
+    bank = image_bank(args.data, device)
     torch.manual_seed(args.seed)
-    model = CompactAutoencoder(**CONFIGS[args.config]).to(device)
+    model = CompactAutoencoder(**CONFIGS[args.config])
+    start = start_pipeline(args)
+    if start:
+        take_weights(model, start.vae)
+    model.to(device)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, torch.Tensor]:
         generator = step_generator(args.seed, step, accelerator.process_index)
@@ -52,11 +56,11 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
         error = (output.float() - images).square().mean((1, 2, 3))
         return {"loss": (error + FLOOR).log().mean(), "squared": error.detach().mean()}
 
-    average = fit("autoencoder", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
+    average = fit("autoencoder", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 1e-3)
     measure_statistics(average, bank, args.seed)
     if accelerator.is_main_process:
         save_component(average, args.out / "vae")
-    held_out = ImageBank(args.data, device, held_out=True)
+    held_out = image_bank(args.data, device, "held-out")
     images, _ = held_out.crops(4 if args.dry_run else 128, CROP, step_generator(args.seed, 0, 1))
     with torch.inference_mode(), bf16(device):
         error = decode_latents(average, encode_latents(average, images)) - images

@@ -1,6 +1,7 @@
 """Build the reference texture memory: python -m patchscaler.training.build_memory --data DIR --out DIR --minutes 2
 
-20,000 candidate patches, of which farthest point sampling on values and keys together keeps 2,000 (Section 3.3).
+20,000 candidate patches, of which farthest point sampling on values and keys together keeps 2,000 (Section 3.3). They
+are of images that are reserved for the memory: no network was trained on them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 from patchscaler.models.autoencoder import encode_latents, load_autoencoder
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_memory import TextureMemory
-from patchscaler.training.data import ImageBank
+from patchscaler.training.data import image_bank
 from patchscaler.training.fit import bf16, make_accelerator, parser, save_component, step_generator
+from patchscaler.training.start import component
 
 CROP = 128
 CANDIDATES = 20_000
@@ -27,12 +29,12 @@ QUANTILES = (0.15, 0.99)
 PROJECTED = 64
 
 
-def build(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
+def build(args: argparse.Namespace) -> dict[str, float]:
     """Draw candidates for at most half of the minutes, sample, save to OUT/texture_memory."""
     accelerator = make_accelerator(args)
-    bank = bank or ImageBank(args.data, accelerator.device)
-    vae = load_autoencoder(args.out / "vae").to(accelerator.device)
-    classifier = TextureClassifier.from_pretrained(args.out / "texture_classifier").to(accelerator.device).eval()
+    bank = image_bank(args.data, accelerator.device, "memory")
+    vae = load_autoencoder(component(args, "vae")).to(accelerator.device)
+    classifier = TextureClassifier.from_pretrained(component(args, "texture_classifier")).to(accelerator.device)
     wanted, kept = (64, 16) if args.dry_run else (CANDIDATES, KEPT)
     least = int(kept / (QUANTILES[1] - QUANTILES[0])) + 64
     deadline = time.perf_counter() + 30 * args.minutes

@@ -22,27 +22,32 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 DRAWN = 0.07  # share of text and line art where images are restored
 PAGES, GPU_PAGES = 64, 1024  # how many are drawn: a GPU takes a thousand times as many crops of them
 PAGE = 320  # their side
+PARTS = ("training", "memory", "held-out")
 HOLD_OUT = 20  # one image of twenty is kept for validation
+RESERVE = 10  # one of ten others is for the texture memory
 ZOOMS = (1.0, 1.3, 1.6, 2.0)  # an image shrunk so many times is sharper than most photographs are at full size
 
 
 class ImageBank:
-    """All images of a source, at every one of `ZOOMS`, as uint8 tensors 3×H×W on one device.
+    """The images of one part of a source, at every one of `ZOOMS`, as uint8 tensors 3×H×W on one device.
 
     Args:
         source: a folder with `*.tar` shards, or a folder of images (searched through its subfolders).
         device: where the images, and so the crops, live.
-        held_out: False for the training images, True for the one in twenty that is kept for validation. The
-            split follows a checksum of the image's name, so it is the same on every machine.
+        part: "training"; "memory" for those behind the texture memory, which no network is trained on (the paper
+            takes them from other data sets); "held-out" for validation. See `part_of`.
 
     Raises:
+        ValueError: there is no such part.
         FileNotFoundError: no image was found.
     """
 
-    def __init__(self, source: str | Path, device: torch.device | str = "cpu", held_out: bool = False):
-        entries = [(name, data) for name, data in _files(Path(source)) if is_held_out(name) == held_out]
+    def __init__(self, source: str | Path, device: torch.device | str = "cpu", part: str = "training"):
+        if part not in PARTS:
+            raise ValueError(f"part {part!r}: expected one of {', '.join(PARTS)}")
+        entries = [(name, data) for name, data in _files(Path(source)) if part_of(name) == part]
         if not entries:
-            raise FileNotFoundError(f"no {'held-out' if held_out else 'training'} images in {source}")
+            raise FileNotFoundError(f"no {part} images in {source}")
         with ThreadPoolExecutor() as pool:
             arrays = list(pool.map(lambda entry: _decode(entry[1]), entries))
         self.names = [name for name, _ in entries]
@@ -74,10 +79,10 @@ class ImageBank:
         """Draw random square crops: B×3×size×size in [-1, 1] and the B image indices.
 
         An image is as likely as its side is long, unless `among` (B image indices) says which image to crop: large
-        ones show more, but at full size they are often soft. Half of the crops are taken from a smaller copy, up to
-        `zoom` times, where it has room for one. Crops are flipped and turned at random. Images whose shorter side
-        is below `size` are used whole, reflected at their borders. A share `drawn` of the crops is replaced by text
-        and line art.
+        ones show more, but at full size they are often soft. One half of the crops is of the image itself, the other
+        of all sizes of `ZOOMS` up to `zoom` alike: with four of them 3/8 of the crops show a smaller copy, fewer where
+        that has no room for one. Crops are flipped and turned at random. Images whose shorter side is below `size` are
+        used whole, reflected at their borders. A share `drawn` of the crops is replaced by text and line art.
         """
         if among is None:
             among = torch.multinomial(self._photographs.weights, count, replacement=True, generator=generator)
@@ -131,9 +136,18 @@ def _pages(device: torch.device) -> _Store:
     return _Store([torch.tensor(page).permute(2, 0, 1).contiguous().to(device) for page in pages])
 
 
-def is_held_out(name: str) -> bool:
-    """Whether an image of this name belongs to the validation split."""
-    return zlib.crc32(Path(name).name.encode()) % HOLD_OUT == 0
+def part_of(name: str) -> str:
+    """Which of `PARTS` an image of this name is in: by a checksum of the file name, so the same on every machine."""
+    number = zlib.crc32(Path(name).name.encode())
+    if number % HOLD_OUT == 0:
+        return "held-out"
+    return "memory" if number // HOLD_OUT % RESERVE == 0 else "training"
+
+
+@cache
+def image_bank(source: Path, device: torch.device, part: str = "training") -> ImageBank:
+    """The `ImageBank` of a part, read once for all stages of training."""
+    return ImageBank(source, device, part)
 
 
 def _shrunk(image: Tensor, zoom: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all training scripts share: options, budget, learning rate, EMA, checkpoints, log."""
+"""What all training scripts share: options, budget, learning rate, moving average, checkpoints, log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from patchscaler.device import pick_dtype
 from patchscaler.training.optimizer import MuonAdamW
 
 WARMUP = 0.03  # part of the budget over which the learning rate rises
+DECAY = 0.998  # of the moving average of the weights
 CHECKPOINT_SECONDS = 120
 
 
@@ -29,6 +31,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description.splitlines()[0])
     options.add_argument("--data", type=Path, required=True, help="folder of tar shards or of images")
     options.add_argument("--out", type=Path, required=True, help="pipeline folder to write components into")
+    options.add_argument(
+        "--from", type=Path, dest="start", metavar="FOLDER",
+        help="pipeline folder to start from: its weights, and what OUT lacks of the stages before",
+    )  # fmt: skip
     options.add_argument("--config", choices=("compact", "paper"), default="compact")
     options.add_argument("--vae", help="take this diffusers autoencoder (folder or Hub id) and train none")
     options.add_argument("--minutes", type=float, default=30.0, help="time budget")
@@ -79,7 +85,6 @@ def fit(
     *,
     batch: int,
     peak_rate: float,
-    decay: float = 0.999,
 ) -> nn.Module:
     """Train `model` within the budget and return its exponential moving average.
 
@@ -90,13 +95,12 @@ def fit(
             its randomness must come from `step_generator`.
         batch: samples per step and process, for the progress bar.
         peak_rate: highest learning rate.
-        decay: of the moving average; lower at the start, when the weights still move fast.
     """
     set_seed(args.seed)
     folder = args.out / "training"
     model.to(memory_format=torch.channels_last)
     optimizer = MuonAdamW(model, peak_rate)
-    average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+    average = AveragedModel(model, accelerator.device, multi_avg_fn=_follow).eval().requires_grad_(False)
     model = accelerator.prepare(model)
     state = {"step": 0, "elapsed": 0.0}
     checkpoint = folder / f"{stage}.pt"
@@ -134,7 +138,7 @@ def fit(
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state["step"] += 1
-        _follow(average, accelerator.unwrap_model(model), min(decay, (1 + state["step"]) / (10 + state["step"])))
+        average.update_parameters(accelerator.unwrap_model(model))
         if log and state["step"] % 20 == 0:
             figures = {name: float(value.detach()) for name, value in values.items()}
             for name, value in {**figures, "rate": rate}.items():
@@ -151,15 +155,19 @@ def fit(
             saved_at = now
     bar.close()
     save()
-    return average
+    return average.module
 
 
 @torch.no_grad()
-def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    pairs = list(zip(average.parameters(), model.parameters(), strict=True))
-    torch._foreach_lerp_([a for a, _ in pairs], [m.detach() for _, m in pairs], 1 - decay)
-    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(current)
+def _follow(average: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+    """The moving average after so many steps: `DECAY`, less at the start, when the weights still move fast."""
+    done = int(steps)
+    torch._foreach_lerp_(average, current, 1 - min(DECAY, (1 + done) / (10 + done)))
+
+
+def weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    """What the `loss` of `fit` gives for a sum of weighted terms: the sum and, for the log, the terms themselves."""
+    return {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
 
 
 def save_component(model: nn.Module, folder: Path) -> None:

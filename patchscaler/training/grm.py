@@ -1,7 +1,9 @@
 """Train the global restoration module: python -m patchscaler.training.grm --data DIR --out DIR --minutes 40
 
-Loss: Eq. 1, its restoring term on the decoded image too. While training, η is the 65th percentile of the batch's
-squared errors; `calibrate` then sets it.
+Loss: Eq. 1, with its restoration term, ‖y_HR − x_HR‖² of the latents, at a small weight, since most of what latents
+hold cannot be known from y_LR. What leads goes beyond the paper: through the frozen decoder, L1 of the pixels and the
+feature distance of `perceptual`. While training, η is the 65th percentile of the batch's squared errors; `calibrate`
+then sets it.
 """
 
 from __future__ import annotations
@@ -15,20 +17,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchscaler.models.autoencoder import decode_unclamped, load_autoencoder
-from patchscaler.models.grm import GRM, confidence_loss, restoration_loss, squared_error
+from patchscaler.models.grm import GRM, confidence_loss, squared_error
 from patchscaler.plan import SamplingPlan, assign, times_and_steps
-from patchscaler.training.data import ImageBank
-from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
-from patchscaler.training.pairs import draw_pairs
+from patchscaler.training.data import image_bank
+from patchscaler.training.fit import (
+    bf16,
+    fit,
+    make_accelerator,
+    parser,
+    pool_size,
+    save_component,
+    step_generator,
+    weighted,
+)
+from patchscaler.training.pairs import CROP, clean_images, draw_pairs
+from patchscaler.training.perceptual import PictureLoss
 from patchscaler.training.pool import Pool
+from patchscaler.training.start import check_config, component, start_pipeline
 
 CONFIGS = {
-    "compact": {"widths": (128, 224), "depths": (2, 4, 3)},
+    "compact": {"widths": (128, 224), "depths": (4, 6, 8)},
     "paper": {"widths": (320, 512), "depths": (6, 8, 6)},
 }
-CROP = 160
+WEIGHTS = {"pixels": 2.0, "features": 0.5, "latents": 0.05, "confidence": 0.02}
 ETA_QUANTILE = 0.65
-JUDGING_WEIGHT = 0.2  # λ of Eq. 1
 VALIDATION_CROP = 256
 # What the paper's plan shall do with held-out patches: its evaluations over those of uniform sampling, and how many
 # patches it takes for hard.
@@ -36,15 +48,20 @@ EVALUATIONS = 0.6
 HARD = 0.2
 
 
-def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
+def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, save to OUT/grm and return its errors on held-out images."""
     accelerator = make_accelerator(args)
     device = accelerator.device
-    batch = 4 if args.dry_run else args.batch or (8 if device.type == "cpu" else 128)
-    bank = bank or ImageBank(args.data, device)
-    vae = load_autoencoder(args.out / "vae").to(device, memory_format=torch.channels_last)
+    batch = 4 if args.dry_run else args.batch or (16 if device.type == "cpu" else 128)
+    bank = image_bank(args.data, device)
+    vae = load_autoencoder(component(args, "vae")).to(device, memory_format=torch.channels_last)
+    pictures = PictureLoss().to(device)
     torch.manual_seed(args.seed)
-    model = GRM(vae.config.latent_channels, **CONFIGS[args.config]).to(device)
+    model = GRM(vae.config.latent_channels, **CONFIGS[args.config])
+    start = start_pipeline(args)
+    if start:
+        grow(model, start.grm)
+    model.to(device)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return draw_pairs(vae, bank, count, CROP, generator)
@@ -58,19 +75,21 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
-        target = rows["x_hr"].float()
+        target, images = rows["x_hr"].float(), clean_images(rows)
         with bf16(device):
             output = model(rows["y_lr"].float().contiguous(memory_format=torch.channels_last))
-        eta = squared_error(output.latents.detach(), target).quantile(ETA_QUANTILE)
-        images = rows["images"].float().div(127.5).sub(1)
-        with bf16(device):
             decoded = decode_unclamped(vae, output.latents.float())
-        restored = restoration_loss(output.latents, target, decoded, images)
-        judged = confidence_loss(output, target, eta)
-        return {"loss": restored + JUDGING_WEIGHT * judged, "restored": restored.detach(), "judged": judged.detach()}
+        error = squared_error(output.latents, target)
+        generator = step_generator(args.seed, step, accelerator.process_index, device)
+        terms = {
+            **pictures(decoded, images, step, generator),
+            "latents": error.mean(),
+            "confidence": confidence_loss(output, target, error.detach().quantile(ETA_QUANTILE)),
+        }
+        return weighted(terms, WEIGHTS)
 
-    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
-    held_out = ImageBank(args.data, device, held_out=True)
+    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 5e-4)
+    held_out = image_bank(args.data, device, "held-out")
     pairs = draw_pairs(vae, held_out, 4 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())
     if accelerator.is_main_process:
@@ -78,14 +97,34 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     return figures
 
 
+def grow(model: GRM, start: GRM) -> None:
+    """Give a new `model` the weights of `start`, which may be less deep: both then compute the same.
+
+    The blocks that `start` lacks come last in their stage and begin as the identity.
+
+    Raises:
+        ValueError: `start` is deeper, or differs in anything else.
+    """
+    check_config(model, start, growing=("depths",))
+    depths, wanted = start.config.depths, model.config.depths
+    if any(depth > most for depth, most in zip(depths, wanted, strict=True)):
+        raise ValueError(f"a GRM with depths={tuple(depths)} cannot grow to depths={tuple(wanted)}")
+    model.load_state_dict({**model.state_dict(), **start.state_dict()})
+    for stage, depth in zip((model.before, model.middle, model.after), depths, strict=True):
+        for block in stage[depth:]:
+            nn.init.zeros_(block.conv2.weight)
+            nn.init.zeros_(block.conv2.bias)
+
+
 @torch.inference_mode()
 def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
     """Scale and shift the logits of C by how full the groups shall be; measure errors on held-out pairs B×c×h×w.
 
-    Where it is not saturated C is η / e². A shift of its logits by b stands for η multiplied by eᵇ, and a scale a
-    for e² taken to the power of a, which spreads the patches over the groups. a and b are chosen so that the paper's
-    plan takes `HARD` of the patches for hard and needs `EVALUATIONS` of those of uniform sampling. They go into the
-    last layer, and η into the config.
+    As trained, C estimates η₀ / e² where that is well below 1, with η₀ the `ETA_QUANTILE` of e². Logits a times as
+    large and shifted by b make (η / e²)ᵃ of it, with η = η₀ exp(b / a): the power a spreads the patches over the
+    groups, and b moves all of them. a and b are chosen so that the paper's plan takes `HARD` of the patches for hard
+    and needs `EVALUATIONS` of those of uniform sampling. They go into the last layer, and η into the config. This
+    calibration is all that knows a sampling plan; the training itself does not.
     """
     outputs = [model(part) for part in y_lr.split(16)]
     logits = torch.cat([output.confidence_logits.float() for output in outputs])  # B×1×h×w

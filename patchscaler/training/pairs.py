@@ -14,6 +14,7 @@ from patchscaler.training.fit import bf16
 # Shares of the degradations: the strong one for what the internet holds, the mild one of the paper's test
 # pairs, and plain downscaling, so that a clean input is not over-smoothed.
 SHARES = {"real-esrgan": 0.25, "resshift": 0.6, "bicubic": 0.15}
+CROP = 160  # pixels: a patch of 128 and 32 around it
 
 
 @torch.inference_mode()
@@ -41,3 +42,24 @@ def draw_pairs(
         x_hr = encode_latents(vae, images)
     codes = ((images + 1) * 127.5).round().to(torch.uint8)
     return {"y_lr": y_lr.half(), "x_hr": x_hr.half(), "images": codes}
+
+
+@torch.inference_mode()
+def draw_restored(
+    vae: nn.Module,
+    grm: nn.Module,
+    bank: ImageBank,
+    count: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """`draw_pairs` of `CROP` with y_hr, what the GRM makes of y_lr, in its place."""
+    pairs = draw_pairs(vae, bank, count, CROP, generator)
+    y_lr = pairs.pop("y_lr").float().contiguous(memory_format=torch.channels_last)
+    with bf16(bank.device):
+        y_hr = grm(y_lr).latents
+    return {"y_hr": y_hr.half(), **pairs}
+
+
+def clean_images(rows: dict[str, Tensor]) -> Tensor:
+    """The images of drawn pairs as the networks see them: B×3×H×W in [-1, 1], channels_last."""
+    return rows["images"].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)

@@ -1,39 +1,62 @@
 """Train Patch-DiT and the texture encoder: python -m patchscaler.training.patch_dit --data DIR --out DIR --minutes 40
 
-x₀ prediction on patches of (y₀ from the GRM, x₀), with the priors that the memory gives for y₀; one prompt in
-ten is dropped. Most times are drawn below the T of the patch's group, since the paper's plan asks for no others. Both
-networks are trained together, everything else is frozen.
+x₀ prediction, as in the paper, on patches of (y₀ from the GRM, x₀), with the priors that the memory gives for y₀; one
+prompt in ten is dropped. Beyond the paper, which names neither, are
+
+- the loss: most of what a patch of latents holds cannot be known from y₀, and the squared error of latents alone leaves
+  grain. x̂₀ is put into the coarse latents around it and goes through the frozen decoder; L1 of the pixels and the
+  feature distance of `perceptual` lead, the squared error of the latents keeps a small weight;
+- the inputs, which are what sampling has (`sampling_inputs`): from noised truth alone a network learns to read a truth
+  that is not there.
+
+Times are drawn evenly from 1…1000 for every patch: no sampling plan enters the training. Both networks are trained
+together, everything else is frozen.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
-from patchscaler.models.autoencoder import load_autoencoder
+from patchscaler.models.autoencoder import decode_unclamped, load_autoencoder
 from patchscaler.models.grm import GRM
-from patchscaler.models.patch_dit import PatchDiT, denoising_loss
+from patchscaler.models.patch_dit import PatchDiT
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_encoder import TextureEncoder
 from patchscaler.models.texture_memory import TextureMemory
-from patchscaler.plan import SamplingPlan, assign, times_and_steps
+from patchscaler.patches import LATENT_PIXELS
 from patchscaler.retrieval import retrieve
-from patchscaler.sampling import alphas_cumprod
-from patchscaler.training.data import ImageBank
-from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
-from patchscaler.training.pairs import draw_pairs
+from patchscaler.sampling import alphas_cumprod, check_schedule
+from patchscaler.training.data import image_bank
+from patchscaler.training.fit import (
+    bf16,
+    fit,
+    make_accelerator,
+    parser,
+    pool_size,
+    save_component,
+    step_generator,
+    weighted,
+)
+from patchscaler.training.pairs import clean_images, draw_restored
+from patchscaler.training.perceptual import PictureLoss, feature_distance
 from patchscaler.training.pool import Pool
+from patchscaler.training.start import component, start_pipeline, take_weights
 
 CONFIGS = {
     "compact": {"dit": {"width": 192, "depth": 8, "heads": 3}, "encoder": {"top_k": 4}},
     "paper": {"dit": {"width": 768, "depth": 12, "heads": 12}, "encoder": {"top_k": 4}},
 }
-CROP = 256  # gives four patches that do not overlap
+WEIGHTS = {"pixels": 2.0, "features": 1.0, "latents": 0.02}
 DROPPED_PROMPTS = 0.1
-ANY_TIME = 0.3  # share of samples at any time: for plans other than the paper's
+FROM_TRUTH, FROM_COARSE = 0.35, 0.25  # shares of `sampling_inputs`; the rest is from own predictions
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t n×c×V×V, t n, chosen N booleans, n of them true) → x̂₀
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
@@ -60,68 +83,100 @@ class Prompted(nn.Module):
         return self.transformer(x_t, y0, t, torch.where(drop.view(-1, 1, 1), nothing, prompt))
 
 
-def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
-    """Train, save to OUT/transformer, OUT/texture_encoder and OUT/scheduler; return held-out losses."""
+def train(args: argparse.Namespace) -> dict[str, float]:
+    """Train, save to OUT/transformer, OUT/texture_encoder and OUT/scheduler; return distances on held-out crops."""
     accelerator = make_accelerator(args)
     device = accelerator.device
-    batch = 4 if args.dry_run else args.batch or (64 if device.type == "cpu" else 1024)
-    bank = bank or ImageBank(args.data, device)
-    vae = load_autoencoder(args.out / "vae").to(device, memory_format=torch.channels_last)
+    batch = 4 if args.dry_run else args.batch or (16 if device.type == "cpu" else 256)
+    bank = image_bank(args.data, device)
+    vae = load_autoencoder(component(args, "vae")).to(device, memory_format=torch.channels_last)
     grm, classifier, memory = (
-        kind.from_pretrained(args.out / name).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        kind.from_pretrained(component(args, name)).to(device, memory_format=torch.channels_last).requires_grad_(False)
         for kind, name in ((GRM, "grm"), (TextureClassifier, "texture_classifier"), (TextureMemory, "texture_memory"))
     )
+    pictures = PictureLoss().to(device)
     config = CONFIGS[args.config]
     channels = vae.config.latent_channels
     torch.manual_seed(args.seed)
     encoder = TextureEncoder(channels, **config["encoder"])
     transformer = PatchDiT(channels, prompt_width=encoder.config.width, **config["dit"])
+    start = start_pipeline(args)
+    if start:
+        take_weights(encoder, start.texture_encoder)
+        take_weights(transformer, start.transformer)
     model = Prompted(encoder, transformer).to(device)
     scheduler = make_scheduler()
+    if start:
+        check_schedule(transformer, scheduler)
     alphas = alphas_cumprod(scheduler).float().to(device)
 
-    def draw(count: int, generator: torch.Generator, bank: ImageBank = bank) -> dict[str, Tensor]:
-        return draw_patches(vae, grm, classifier, memory, bank, count, generator, encoder.config.top_k)
+    def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return draw_restored(vae, grm, bank, count, generator)
 
     on_cpu = device.type == "cpu"
-    size, passes = (8, 1) if args.dry_run else (pool_size(args, 8192), 24) if on_cpu else (8192, 12)
-    chunk = min(size, 32 if on_cpu else 1024)
+    size, passes = (8, 1) if args.dry_run else (pool_size(args, 2048), 8) if on_cpu else (8192, 8)
+    chunk = min(size, 32 if on_cpu else 512)
     pool = Pool(
         draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
     )
+    if not start:
+        first = pool.samples(0)
+        transformer.set_filter(alphas, (first["x_hr"].float() - first["y_hr"].float()).square().mean((0, 2, 3)))
 
-    first = pool.samples(0)
-    transformer.set_filter(alphas, (first["x0"].float() - first["y0"].float()).square().mean((0, 2, 3)))
+    def predict_with(model: nn.Module, y0: Tensor, drop: Tensor) -> Predict:
+        with torch.no_grad(), bf16(device):
+            priors = retrieve(classifier.features(y0), memory, min(encoder.config.top_k, memory.config.size))
 
-    def denoise(model: nn.Module, rows: dict[str, Tensor], t: Tensor, noise: Tensor, drop: Tensor) -> Tensor:
-        x0, y0, abar = rows["x0"].float(), rows["y0"].float(), alphas[t - 1]
-        signal = abar.view(-1, 1, 1, 1)
-        x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * noise  # Eq. 4
-        priors = memory.patches(rows["indices"])
-        with bf16(device):
-            predicted = model(x_t, y0, t, priors, rows["similarities"], drop)
-        return denoising_loss(predicted, x0, abar)
+        def predict(x_t: Tensor, t: Tensor, chosen: Tensor) -> Tensor:
+            given = (y0[chosen], t, priors.values[chosen], priors.similarities[chosen], drop[chosen])
+            with bf16(device):
+                return model(x_t, *given).float()
+
+        return predict
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
+        coarse, truth, images = rows["y_hr"].float(), rows["x_hr"].float(), clean_images(rows)
         generator = step_generator(args.seed, step, accelerator.process_index, device)
-        t = draw_times(rows["start"], len(alphas), generator)
+        place = Place.draw(coarse.shape[-1], transformer.config.size, generator)
+        x0, y0 = place.of(truth), place.of(coarse)
         drop = torch.rand(batch, generator=generator, device=device) < DROPPED_PROMPTS
-        noise = torch.randn(rows["x0"].shape, generator=generator, device=device)
-        return {"loss": denoise(model, rows, t, noise, drop)}
+        predict = predict_with(model, y0, drop)
+        x_t, t = sampling_inputs(predict, x0, y0, alphas, generator)
+        predicted = predict(x_t, t, torch.ones_like(drop))
+        with bf16(device):
+            decoded = decode_in_place(vae, coarse, predicted, place)
+        terms = {
+            **pictures(decoded, place.of(images, LATENT_PIXELS), step, generator),
+            "latents": (predicted - x0).square().mean(),
+        }
+        return weighted(terms, WEIGHTS)
 
-    average = fit("patch_dit", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
+    average = fit("patch_dit", model, loss, args, accelerator, batch=batch, peak_rate=1.5e-4 if start else 5e-4)
 
-    held_out = ImageBank(args.data, device, held_out=True)
     generator = step_generator(args.seed, 0, 1)
-    rows = draw(8 if args.dry_run else 256, generator, held_out)
-    noise = torch.randn(rows["x0"].shape, generator=generator).to(device)
-    nothing = torch.zeros(len(noise), dtype=torch.bool, device=device)
+    held_out = image_bank(args.data, device, "held-out")
+    rows = draw_restored(vae, grm, held_out, 4 if args.dry_run else 96, generator)
+    coarse, images = rows["y_hr"].float(), clean_images(rows)
+    place = Place(*[(coarse.shape[-1] - transformer.config.size) // 2] * 2, transformer.config.size)
+    y0 = place.of(coarse)
+    noise = torch.randn(y0.shape, generator=generator).to(device)
+    everything = torch.ones(len(y0), dtype=torch.bool, device=device)
     figures = {}
     with torch.inference_mode():
-        for t in (400, 700, 1000):
-            times = torch.full((len(noise),), t, device=device)
-            figures[f"Patch-DiT, weighted error at t = {t}"] = denoise(average, rows, times, noise, nothing).item()
+        predict = predict_with(average, y0, ~everything)
+
+        def distance(patches: Tensor) -> float:
+            with bf16(device):
+                ours = decode_in_place(vae, coarse, patches, place)
+                seen = [pictures.networks[0](each) for each in (ours, place.of(images, LATENT_PIXELS))]
+            return feature_distance(*seen).mean().item()
+
+        figures["feature distance of the training (Lite0), coarse patches"] = distance(y0)
+        for start_time in (250, 500, 1000):
+            times = torch.full((len(y0),), start_time, device=device)
+            predicted = predict(noised(y0, noise, times, alphas), times, everything)
+            figures[f"the same, Patch-DiT, one evaluation from T = {start_time}"] = distance(predicted)
     if accelerator.is_main_process:
         save_component(average.transformer, args.out / "transformer")
         save_component(average.encoder, args.out / "texture_encoder")
@@ -129,32 +184,62 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
     return figures
 
 
-@torch.inference_mode()
-def draw_patches(vae, grm, classifier, memory, bank: ImageBank, count: int, generator, top_k: int) -> dict[str, Tensor]:
-    """`count` patches (a multiple of 4): y0 and x0 N×c×16×16 fp16, T_i by the paper's plan, and the priors found."""
-    pairs = draw_pairs(vae, bank, count // 4, CROP, generator)
-    with bf16(bank.device):
-        restored = grm(pairs["y_lr"].float())
-    y0 = _quarters(restored.latents.float())
-    confidence = _quarters(restored.confidence).mean((1, 2, 3))
-    plan = SamplingPlan.paper()
-    start, _ = times_and_steps(plan, assign(confidence, plan))
-    x0 = _quarters(pairs["x_hr"].float())
-    priors = retrieve(classifier.features(y0), memory, min(top_k, memory.config.size))
-    found = {"indices": priors.indices, "similarities": priors.similarities}
-    return {"y0": y0.half(), "x0": x0.half(), "start": start, **found}
+@dataclass(frozen=True)
+class Place:
+    """Where a patch of V×V latents stands in larger ones, the same for a whole batch."""
+
+    top: int
+    left: int
+    size: int
+
+    @classmethod
+    def draw(cls, side: int, size: int, generator: torch.Generator) -> Place:
+        """Anywhere in latents side×side."""
+        return cls(*torch.randint(side - size + 1, (2,), generator=generator, device=generator.device).tolist(), size)
+
+    def of(self, values: Tensor, scale: int = 1) -> Tensor:
+        """The part of …×h×w, or of images `scale` times as large."""
+        top, left, size = self.top * scale, self.left * scale, self.size * scale
+        return values[..., top : top + size, left : left + size]
 
 
-def _quarters(latents: Tensor) -> Tensor:
-    """B×c×32×32 as patches 4B×c×16×16 that do not overlap."""
-    parts = latents.unflatten(2, (2, -1)).unflatten(4, (2, -1))  # B×c×2×16×2×16
-    return parts.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+def decode_in_place(vae: nn.Module, coarse: Tensor, patches: Tensor, place: Place) -> Tensor:
+    """Patches N×c×V×V decoded inside the coarse latents around them, N×c×h×w → N×3×8V×8V about [-1, 1].
+
+    Alone, their surroundings would be the decoder's zero padding, and Patch-DiT would learn to undo that: the decoder
+    reaches about 80 pixels.
+    """
+    latents = coarse.clone(memory_format=torch.channels_last)
+    place.of(latents).copy_(patches)
+    return place.of(decode_unclamped(vae, latents), LATENT_PIXELS)
 
 
-def draw_times(start: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Times to train at, N integers: evenly in 1…T_i of each patch (`start`, N), `ANY_TIME` of them in 1…`most`."""
-    anywhere, part = torch.rand(2, len(start), generator=generator, device=start.device)
-    return (part * torch.where(anywhere < ANY_TIME, most, start)).long() + 1
+def noised(clean: Tensor, noise: Tensor, t: Tensor, alphas: Tensor) -> Tensor:
+    """Eq. 4: √ᾱ_t x + √(1 − ᾱ_t) ε of patches N×c×V×V at times t, N integers; from y₀ it is the start of Eq. 7."""
+    signal = alphas[t - 1].view(-1, 1, 1, 1)
+    return signal.sqrt() * clean + (1 - signal).sqrt() * noise
+
+
+def sampling_inputs(
+    predict: Predict, x0: Tensor, y0: Tensor, alphas: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What the network meets in sampling: x_t N×c×V×V and t, N integers drawn evenly from 1…1000.
+
+    x_t is noised from x₀ in `FROM_TRUTH` of the patches; from y₀ in `FROM_COARSE`, the shortcut start of Eq. 7; in the
+    others from the network's own first prediction out of such a start at some T ≥ t, with the same noise and without a
+    gradient.
+    """
+    count, most = len(x0), len(alphas)
+    kind, early, late = torch.rand(3, count, generator=generator, device=x0.device)
+    t = (early * most).long() + 1
+    start = t + (late * (most + 1 - t)).long()
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    own = kind >= FROM_TRUTH + FROM_COARSE
+    clean = torch.where((kind < FROM_TRUTH).view(-1, 1, 1, 1), x0, y0)
+    if own.any():
+        with torch.no_grad():
+            clean[own] = predict(noised(y0, noise, start, alphas)[own], start[own], own)
+    return noised(clean, noise, t, alphas), t
 
 
 if __name__ == "__main__":

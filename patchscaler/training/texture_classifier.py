@@ -17,27 +17,32 @@ from torch.nn import functional as F
 from patchscaler.images import bicubic
 from patchscaler.models.autoencoder import encode_latents, load_autoencoder
 from patchscaler.models.texture_classifier import TextureClassifier
-from patchscaler.training.data import ImageBank
+from patchscaler.training.data import image_bank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
 from patchscaler.training.pool import Pool
+from patchscaler.training.start import component, start_pipeline, take_weights
 
 CONFIGS = {"compact": {"widths": (64, 128, 192)}, "paper": {"widths": (128, 256, 384)}}
 CROP = 128
 ZOOM = 1.5
 
 
-def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, float]:
+def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, save to OUT/texture_classifier and return its top-1 accuracy on crops of held-out images."""
     accelerator = make_accelerator(args)
     device = accelerator.device
     batch = 2 if args.dry_run else args.batch or 64
-    bank = bank or ImageBank(args.data, device)
+    bank = image_bank(args.data, device)
     classes = bank.classes()
     if len(classes) < 2:
         raise ValueError(f"{len(classes)} texture classes in {args.data}; name images texture/CLASS_NUMBER.png")
-    vae = load_autoencoder(args.out / "vae").to(device)
+    vae = load_autoencoder(component(args, "vae")).to(device)
     torch.manual_seed(args.seed)
-    model = TextureClassifier(vae.config.latent_channels, tuple(classes), **CONFIGS[args.config]).to(device)
+    model = TextureClassifier(vae.config.latent_channels, tuple(classes), **CONFIGS[args.config])
+    start = start_pipeline(args)
+    if start:
+        take_weights(model, start.texture_classifier)
+    model.to(device)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return labelled_latents(vae, bank, classes, count, generator)
@@ -60,8 +65,8 @@ def train(args: argparse.Namespace, bank: ImageBank | None = None) -> dict[str, 
             logits = model(latents.contiguous(memory_format=torch.channels_last))
         return {"loss": F.cross_entropy(logits.float(), targets)}
 
-    average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-3)
-    held_out = ImageBank(args.data, device, held_out=True)
+    average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 1e-3)
+    held_out = image_bank(args.data, device, "held-out")
     generator = step_generator(args.seed, 0, 1)
     rows = labelled_latents(vae, held_out, classes, 32 if args.dry_run else 1024, generator, augmented=False)
     with torch.inference_mode():

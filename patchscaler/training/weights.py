@@ -1,8 +1,9 @@
 """Train everything in order: python -m patchscaler.training.weights --data DIR --out DIR --minutes 40
 
-Autoencoder, texture classifier, GRM, texture memory, Patch-DiT: each gets its share of the minutes that are
-left. Run it again after an interruption: it goes on in the stage where it was cut off. OUT is then a pipeline
-folder with a model card, and OUT/training, which is not part of it, may be deleted.
+Autoencoder, texture classifier, GRM, texture memory, Patch-DiT: each gets its share of the minutes that are left. Run
+it again after an interruption: it goes on in the stage where it was cut off. With `--from` every stage starts from the
+weights of that pipeline folder. OUT is then a pipeline folder with a model card, and OUT/training, which is not part of
+it, may be deleted.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from patchscaler.loading import write_checksums
 from patchscaler.models import GRM, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory, load_autoencoder
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.training import autoencoder, build_memory, grm, patch_dit, texture_classifier
-from patchscaler.training.data import ImageBank
+from patchscaler.training.data import image_bank
 from patchscaler.training.fit import make_accelerator, parser
 from patchscaler.training.patch_dit import make_scheduler
 
-Stage = Callable[[argparse.Namespace, ImageBank], dict[str, float]]
+Stage = Callable[[argparse.Namespace], dict[str, float]]
 # name → (function, share of the minutes)
 STAGES: dict[str, tuple[Stage, float]] = {
-    "autoencoder": (autoencoder.train, 0.35),
+    "autoencoder": (autoencoder.train, 0.25),
     "texture_classifier": (texture_classifier.train, 0.03),
-    "grm": (grm.train, 0.31),
-    "build_memory": (build_memory.build, 0.03),
-    "patch_dit": (patch_dit.train, 0.28),
+    "grm": (grm.train, 0.33),
+    "build_memory": (build_memory.build, 0.02),
+    "patch_dit": (patch_dit.train, 0.37),
 }
 COMPONENTS = {
     "grm": GRM,
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the stages that have not ended yet, then write model_index.json and the model card."""
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
-    bank = ImageBank(args.data, make_accelerator(args).device)
+    images = len(image_bank(args.data, make_accelerator(args).device))
     records = {name: _read(args.out, name) for name in STAGES}
     # what finished and interrupted stages used counts, so that all runs together keep to the minutes
     started_minutes = {name: 0.0 if records[name] else _elapsed(args.out, name) for name in STAGES}
@@ -60,14 +61,14 @@ def run(args: argparse.Namespace) -> None:
         shares = [share for other, (_, share) in STAGES.items() if not records[other]]
         minutes = (left + started_minutes[name]) * STAGES[name][1] / sum(shares)
         started = time.perf_counter()
-        figures = stage(argparse.Namespace(**{**vars(args), "minutes": max(0.1, minutes)}), bank)
+        figures = stage(argparse.Namespace(**{**vars(args), "minutes": max(0.1, minutes)}))
         took = (time.perf_counter() - started) / 60 + started_minutes[name]
         records[name] = {"minutes": took, "figures": figures}
         path = _record(args.out, name)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(records[name], indent=2))
     assemble(args.out)
-    (args.out / "README.md").write_text(model_card(args, records, len(bank)))
+    (args.out / "README.md").write_text(model_card(args, records, images))
     print(f"{args.out} is a pipeline folder: python -m patchscaler upscale IMAGE -o DIR --weights {args.out}")
 
 
@@ -81,14 +82,19 @@ def assemble(out: Path) -> None:
 def model_card(args: argparse.Namespace, records: dict[str, dict], images: int) -> str:
     """The card beside the weights: data, time, hardware and what each stage measured on held-out images."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    origin = f"from the weights in `{args.start}`" if args.start else "from scratch"
     lines = [
         "---", "license: apache-2.0", "library_name: diffusers", "pipeline_tag: image-to-image",
         "tags: [super-resolution, patchscaler]", "---", "",
         f"# PatchScaler weights, configuration `{args.config}`", "",
-        "Trained from scratch by `python -m patchscaler.training.weights`.", "",
+        f"Trained {origin} by `python -m patchscaler.training.weights`.", "",
+        "Where the training goes beyond the paper, which names no loss for Patch-DiT but x₀ prediction: GRM and",
+        "Patch-DiT are trained through the frozen decoder on L1 of the pixels and on a feature distance in",
+        "EfficientNet-Lite0 and -Lite1 (Lite2, by which `evaluate` measures, is never trained against); Patch-DiT's",
+        "inputs are those of sampling, its own predictions among them.", "",
         "| | |", "|---|---|",
         f"| date | {date.today()} |",
-        f"| data | {images} training images; one image in twenty held out |",
+        f"| data | {images} training images; one in twenty held out, one in ten others for the texture memory |",
         f"| hardware | {device}, {platform.machine()} |",
         f"| seed | {args.seed} |", "",
         "| stage | minutes |", "|---|---|",
