@@ -2,8 +2,8 @@
 
 Environment: PATCHSCALER_WEIGHTS, a pipeline folder or Hub id to load in place of the repository's own weights;
 GRADIO_SERVER_PORT, 7860 unless set; GRADIO_TEMP_DIR, a folder for uploads and results, in which what is older than
-an hour is deleted; GRADIO_MCP_SERVER, True to offer the API as tools for language models; PATCHSCALER_AOT, 1 to compile
-Patch-DiT ahead of time on a ZeroGPU Space; the limits in SECURITY.md.
+an hour is deleted; GRADIO_MCP_SERVER, True to offer the API as tools for language models; the limits in
+SECURITY.md.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"pat
 import spaces  # noqa: F401, I001  before torch: on ZeroGPU it takes hold of CUDA first
 
 from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
-from patchscaler.ui.ahead import compile_ahead
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.layout import build_page, launch_settings
 
 jobs = Jobs()
 pipeline = load_pipeline(os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS))
-compile_ahead(pipeline)
 demo = build_page(pipeline, jobs, warm_up=True)
 
 if __name__ == "__main__":
