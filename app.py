@@ -21,7 +21,7 @@ import spaces  # noqa: F401, I001  before torch: on ZeroGPU it takes hold of CUD
 
 from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.layout import build_page, launch_settings
+from patchscaler.ui.page import build_page, launch_settings
 
 jobs = Jobs()
 pipeline = load_pipeline(os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS))

@@ -18,8 +18,8 @@ from patchscaler.models import (
     TextureMemory,
 )
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui.dials import dials_of
-from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.events import Handlers
+from patchscaler.ui.state import dials_of
 
 
 def make_tiny_pipeline(vae=None, channels: int = 4) -> PatchScalerPipeline:

@@ -16,10 +16,10 @@ from gradio_client.utils import apply_diff
 
 from patchscaler.grouping import SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui.dials import dials_of
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.layout import build_page, launch_settings
-from patchscaler.ui.views import RunView
+from patchscaler.ui.page import build_page, launch_settings
+from patchscaler.ui.run import RunView
+from patchscaler.ui.state import dials_of
 
 QUICK = SamplingPlan(0.9, 0.1, (1, 1, 1), (1, 1, 1))
 SLOW = SamplingPlan(0.9, 0.1, (1000, 1000, 1000), (50, 50, 50))

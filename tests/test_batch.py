@@ -15,9 +15,9 @@ from PIL import Image
 from visitor import VISITOR, last, run, settings
 
 from patchscaler.images import read_picture, read_png_text
-from patchscaler.ui import runs
+from patchscaler.ui import run as runs
 from patchscaler.ui.batch import Batch
-from patchscaler.ui.views import SKIP
+from patchscaler.ui.state import SKIP
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from visitor import click, last, run
 
 from patchscaler.grouping import PRESETS
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui import compare
-from patchscaler.ui.dials import dials_of
-from patchscaler.ui.views import SKIP
+from patchscaler.ui import closeup
+from patchscaler.ui.state import SKIP, dials_of
 
 
 def test_a_clicked_patch_tells_its_confidence_group_and_priors(handlers, image, dials):
@@ -48,20 +47,20 @@ def test_both_sides_of_the_zoom_show_the_same_place(handlers, image, dials):
     shown = last(run(handlers, image, dials), "shown")
     study = handlers.studies.get(image["path"])
     for zoom, side in (("100 %", (320, 256)), ("400 %", (480, 480))):
-        left, right = compare.zoomed(study, shown, ("Final", "Coarse"), zoom, (319, 0))
+        left, right = closeup.zoomed(study, shown, ("Final", "Coarse"), zoom, (319, 0))
         with Image.open(left) as a, Image.open(right) as b:
             assert a.size == b.size == side
-    corner = compare.side(study, shown, "Final", (200, 0, 320, 120))
-    assert corner.tobytes() == compare.side(study, shown, "Final").crop((200, 0, 320, 120)).tobytes()
-    assert compare.pair(study, shown, ("Final", "Uniform")) is None  # there is no baseline
+    corner = closeup.side(study, shown, "Final", (200, 0, 320, 120))
+    assert corner.tobytes() == closeup.side(study, shown, "Final").crop((200, 0, 320, 120)).tobytes()
+    assert closeup.pair(study, shown, ("Final", "Uniform")) is None  # there is no baseline
     with Image.open(handlers.compared(image, shown, "Bicubic input", "Final")[1]) as final:
         assert final.size == (320, 256)
 
 
 @pytest.mark.parametrize(("center", "first"), [(0, 0), (50, 40), (100, 80)])
 def test_a_window_stays_inside(center, first):
-    assert compare.window(center, 100, 20) == (first, first + 20)
-    assert compare.window(center, 7, 20) == (0, 7)
+    assert closeup.window(center, 100, 20) == (first, first + 20)
+    assert closeup.window(center, 7, 20) == (0, 7)
 
 
 def test_patch_borders_are_drawn_over_the_panels(handlers, image, dials):

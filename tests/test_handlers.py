@@ -16,8 +16,8 @@ from visitor import VISITOR, last, moved, run, settings
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui.dials import dials_of
-from patchscaler.ui.views import SKIP, RunView, Shown
+from patchscaler.ui.run import RunView
+from patchscaler.ui.state import SKIP, Shown, dials_of
 
 
 def test_a_run_shows_the_analysis_before_the_result(handlers, image, dials):

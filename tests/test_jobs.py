@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from patchscaler.images import read_picture
-from patchscaler.ui.errors import explain, visible_error
+from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.studies import Studies, Study
+from patchscaler.ui.state import Studies, Study
 
 
 def test_a_job_whose_reader_leaves_stops_at_its_next_item_and_never_two_run_at_once():

@@ -14,9 +14,7 @@ from visitor import VISITOR, click, dial_view, last, moved, run, settings
 from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import read_picture
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui.dials import dials_of, plan_of
-from patchscaler.ui.studies import Study
-from patchscaler.ui.views import SKIP
+from patchscaler.ui.state import SKIP, Study, dials_of, plan_of
 
 
 def test_a_moved_threshold_regroups_without_a_network(handlers, image, plan, dials, monkeypatch):

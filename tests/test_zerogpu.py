@@ -22,8 +22,7 @@ from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.patches import PatchGrid
 from patchscaler.records import Analysis, Partial, Progress, Result
-from patchscaler.ui.calibration import Calibration, Call
-from patchscaler.ui.gpu import MOST_SECONDS, START_SECONDS, Baseline, Networks, Order
+from patchscaler.ui.zerogpu import MOST_SECONDS, START_SECONDS, Baseline, Calibration, Call, Networks, Order
 
 ROOT = Path(__file__).parent.parent
 PLAN = SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3))
@@ -132,10 +131,10 @@ from patchscaler.grouping import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.records import Result
 from patchscaler.ui.analysis_file import fingerprint
-from patchscaler.ui.gpu import Order
-from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.zerogpu import Order
+from patchscaler.ui.events import Handlers
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.layout import build_page
+from patchscaler.ui.page import build_page
 
 weights, image, output = sys.argv[1:]
 # Module level, as in app.py: ZeroGPU's CUDA takes the weights before there is a device.

@@ -7,8 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from patchscaler.ui.handlers import Handlers
-from patchscaler.ui.views import SKIP, DialView, RunView
+from patchscaler.ui.events import Handlers
+from patchscaler.ui.run import DialView, RunView
+from patchscaler.ui.state import SKIP
 
 VISITOR = gr.Request(session_hash="visitor")
 

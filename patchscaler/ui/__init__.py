@@ -1,1 +1,7 @@
 """The page: controls, panels and the work behind them."""
+
+
+
+
+
+

@@ -4,6 +4,8 @@ Gradio makes the documentation of each, and a tool for MCP, from its signature a
 they stand, so annotations are not postponed here, and it takes one line for each argument and result.
 """
 
+
+
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from html import unescape
@@ -24,13 +26,12 @@ from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import SCALE
 from patchscaler.records import Result
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
-from patchscaler.ui.dials import plan_of, seed_of
-from patchscaler.ui.errors import explain, shortened
-from patchscaler.ui.gpu import Order
-from patchscaler.ui.handlers import Handlers
-from patchscaler.ui.serving import mcp_wanted
-from patchscaler.ui.studies import Study, whole_pictures
-from patchscaler.ui.views import ByHand, new_folder, save_final, stem
+from patchscaler.ui.events import Handlers
+from patchscaler.ui.export import new_folder, save_final, stem
+from patchscaler.ui.html import explain, shortened
+from patchscaler.ui.server import mcp_wanted
+from patchscaler.ui.state import ByHand, Study, plan_of, seed_of, whole_pictures
+from patchscaler.ui.zerogpu import Order
 
 PAPER = SamplingPlan.paper()
 START, STEPS = list(PAPER.start), list(PAPER.steps)

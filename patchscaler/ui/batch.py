@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from html import escape, unescape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import ZIP_STORED, ZipFile
 
 import gradio as gr
@@ -15,14 +15,17 @@ from PIL import Image
 from patchscaler.grouping import GROUPS
 from patchscaler.images import to_pil
 from patchscaler.records import Progress, Result
-from patchscaler.ui import fragments
-from patchscaler.ui.doorkeeper import MAX_FILES
-from patchscaler.ui.errors import explain, visible_error
-from patchscaler.ui.gpu import Order
-from patchscaler.ui.handlers import Handlers
+from patchscaler.ui import html
+from patchscaler.ui.export import new_folder, save_final, save_preview, stem
+from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Stops
-from patchscaler.ui.settings import Settings, checked_batch, checked_flag, checked_plan
-from patchscaler.ui.views import SKIP, new_folder, save_final, save_preview, stem
+from patchscaler.ui.server import MAX_FILES
+from patchscaler.ui.state import SKIP, Settings, checked_batch, checked_flag, checked_plan
+from patchscaler.ui.zerogpu import Order
+
+if TYPE_CHECKING:
+    from patchscaler.ui.events import Handlers
+
 
 PREVIEW_SIDE = 1024  # of the pictures in the gallery, in pixels
 NO_FILES = "Choose some images, then press Run all. All are upscaled with the settings of the page's first column."
@@ -58,7 +61,7 @@ def batch_tab() -> dict[str, Any]:
     with gr.Row():
         parts["run"] = gr.Button("Run all", variant="primary", min_width=100, scale=2, elem_id="run-all")
         parts["stop"] = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop-all")
-    parts["status"] = gr.HTML(fragments.status(NO_FILES), elem_id="batch-status")
+    parts["status"] = gr.HTML(html.status(NO_FILES), elem_id="batch-status")
     parts["outcomes"] = gr.HTML("", elem_id="outcomes")
     parts["gallery"] = gr.Gallery(
         label="Upscaled", interactive=False, columns=3, object_fit="contain", buttons=["fullscreen"], elem_id="gallery"
@@ -105,7 +108,7 @@ class Batch:
                     break
                 yield BatchView(_status(said, place + 1, len(sources)), _gallery(outcomes), _list(outcomes))
             yield BatchView(
-                fragments.status(_summary(outcomes, len(sources), stop.is_set())),
+                html.status(_summary(outcomes, len(sources), stop.is_set())),
                 _gallery(outcomes),
                 _list(outcomes),
                 _zip(outcomes),
@@ -132,7 +135,7 @@ class Batch:
 
 
 def _status(text: str, done: float, total: int) -> str:
-    return fragments.status(text, round(100 * done), 100 * total)
+    return html.status(text, round(100 * done), 100 * total)
 
 
 def _gallery(outcomes: list[Outcome]) -> list[tuple[str, str]]:

@@ -151,7 +151,7 @@ def main(parts: list[str]) -> None:
                 continue
             if handlers is None:
                 from patchscaler.checkpoints import load_pipeline
-                from patchscaler.ui.handlers import Handlers
+                from patchscaler.ui.events import Handlers
 
                 handlers = Handlers(load_pipeline(WEIGHTS))
                 for _ in handlers.warmed_up():

@@ -1,21 +1,55 @@
-"""What a visitor can keep: a ZIP of every stage, and a link that restores the settings."""
+"""What a visitor can keep: pictures, a ZIP of every stage, and a link that restores the settings."""
 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile
 
+from gradio.utils import get_upload_folder
+from PIL import Image
+
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import SamplingPlan, assign
-from patchscaler.images import Picture, read_png_text, write_png
-from patchscaler.ui import fragments
-from patchscaler.ui.dials import dials_of, in_range, is_batch, plan_of, seed_of
-from patchscaler.ui.studies import Study
-from patchscaler.ui.views import Shown, new_folder, stem
+from patchscaler.images import Picture, read_png_text, to_pil, write_png
+from patchscaler.records import Analysis, Result
+from patchscaler.ui import html
+from patchscaler.ui.state import Shown, Study, dials_of, in_range, is_batch, plan_of, seed_of
+
+
+def coarse_preview(analysis: Analysis) -> Path:
+    return save_preview(to_pil(Picture(analysis.coarse)), "coarse")
+
+
+def save_preview(image: Image.Image, name: str) -> Path:
+    """A JPEG: for looking at, and far quicker to make than a PNG."""
+    path = new_folder() / f"{name}.jpg"
+    image.convert("RGB").save(path, quality=92, subsampling=0)
+    return path
+
+
+def save_final(result: Result, source: str, name: str = "x4", color_fix: bool = True) -> Path:
+    """The lossless PNG, made once, with its plan and seed inside, and with what is not as usual."""
+    text = result.png_text() if color_fix else {**result.png_text(), "color_fix": "off"}
+    return write_png(result.picture, new_folder() / f"{stem(source)}_{name}.png", text)
+
+
+def stem(source: str) -> str:
+    """The image's name without anything that a file name should not have."""
+    return re.sub(r"[^\w.-]+", "_", Path(source).stem)[:80] or "image"
+
+
+def new_folder() -> Path:
+    """A folder that Gradio serves from, and empties after a while."""
+    folder = Path(get_upload_folder()) / secrets.token_hex(20)
+    folder.mkdir(parents=True)
+    return folder
+
 
 # Writes what `restored` reads: the settings, never the image.
 LINK = """(...values) => {
@@ -73,7 +107,7 @@ def made_with(source: str) -> MadeWith | None:
         by_hand = len(json.loads(text.get("by_hand", "{}")).keys())
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
-    settings = fragments.describe(plan, seed)
+    settings = html.describe(plan, seed)
     if not in_range(dials := dials_of(plan)):
         return MadeWith(f"PatchScaler made this image with {settings}, which is beyond these dials.")
     said = f"PatchScaler made this image, and its settings are restored: {settings}."

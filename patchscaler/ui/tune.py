@@ -3,21 +3,72 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import ceil, floor
 from typing import Any
 
 import gradio as gr
 import torch
+from torch import Tensor
 
-from patchscaler.grouping import GROUPS, PRESETS, assign
-from patchscaler.ui import compare
-from patchscaler.ui.budget import thresholds_within
-from patchscaler.ui.dials import CUSTOM, dials_of, hold_order, in_range, plan_of, preset_of
-from patchscaler.ui.panels import INSPECT
-from patchscaler.ui.runs import Runs
-from patchscaler.ui.settings import Settings, checked_choice
-from patchscaler.ui.studies import Study, whole_pictures
-from patchscaler.ui.views import SKIP, DialView, grouping, stale
+from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan, assign
+from patchscaler.ui import closeup
+from patchscaler.ui.run import DialView, Runs, grouping, stale
+from patchscaler.ui.state import (
+    CUSTOM,
+    GAMMA_STEP,
+    INSPECT,
+    SKIP,
+    ByHand,
+    Settings,
+    Study,
+    checked_choice,
+    dials_of,
+    hold_order,
+    in_range,
+    plan_of,
+    preset_of,
+    whole_pictures,
+)
+
+MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it
+
+
+def thresholds_within(
+    confidence: Tensor,
+    plan: SamplingPlan,
+    cost: Callable[[Tensor], Tensor | None],
+    budget: float,
+    by_hand: ByHand | None = None,
+) -> tuple[float, float] | None:
+    """γ₁ and γ₂ under which a run of all patches costs at most ``budget``.
+
+    Of the thresholds on the dials' grid with nearly the most network evaluations for it, those nearest to the
+    plan's. If no thresholds are cheap enough, the cheapest. ``confidence`` N; ``cost`` turns the patches in each
+    group, 3x..., into costs ...; None if it does.
+    """
+    by_hand = by_hand or {}
+    free = torch.ones(len(confidence), dtype=torch.bool)
+    free[list(by_hand)] = False
+    fixed = torch.tensor([list(by_hand.values()).count(group) for group in range(3)])
+    grid = [round(k * GAMMA_STEP, 2) for k in range(round(1 / GAMMA_STEP) + 1)]  # M
+    below = torch.tensor([int((confidence[free] <= gamma).sum()) for gamma in grid])  # M, patches up to γ
+    up1, up2 = below[:, None].expand(-1, len(grid)), below[None, :].expand(len(grid), -1)  # γ₁ in rows, γ₂ in columns
+    counts = torch.stack([int(free.sum()) - up1, up1 - up2, up2]) + fixed[:, None, None]  # 3xMxM
+    costs = cost(counts)
+    if costs is None:
+        return None
+    gammas = torch.tensor(grid, dtype=torch.float64)
+    ordered = gammas[:, None] > gammas[None, :]
+    fits = ordered & (costs <= budget)
+    if not fits.any():
+        fits = ordered & (costs == costs[ordered].min())
+    evaluations = (torch.tensor(plan.steps)[:, None, None] * counts).sum(0)
+    fits &= evaluations >= MOST * evaluations[fits].max()
+    distance = (gammas[:, None] - plan.gamma1).abs() + (gammas[None, :] - plan.gamma2).abs()
+    place = int(torch.where(fits, distance, torch.inf).argmin())
+    return grid[place // len(grid)], grid[place % len(grid)]
+
 
 MAX_STROKE = 1000  # points of a stroke that are looked at
 
@@ -65,7 +116,7 @@ class Tuning(Runs):
         study = self.studies.get(now.source)
         if study is None:
             return (SKIP,) * 6 + DialView(stale=SKIP).flat()
-        center = compare.clicked(study, event.index)
+        center = closeup.clicked(study, event.index)
         return self._picked(study, study.analysis.grid.nearest(*center).index, center, mode, now)
 
     def numbered(self, index: Any, mode: str, *settings: Any) -> tuple:
@@ -76,7 +127,7 @@ class Tuning(Runs):
         if study is None or not isinstance(index, (int, float)) or not 0 <= index < len(study.analysis.grid):
             return (SKIP,) * 6 + DialView(stale=SKIP).flat()
         patch = study.analysis.grid.patches[int(index)]
-        return self._picked(study, patch.index, compare.middle(patch), mode, now)
+        return self._picked(study, patch.index, closeup.middle(patch), mode, now)
 
     def brushed(self, stroke: str, mode: str, *settings: Any) -> tuple:
         """A stroke over the Qmap, as JSON [[x, y], ...] in shares of its width and height: patches under it change.
@@ -89,7 +140,7 @@ class Tuning(Runs):
         points = _points(stroke)
         if study is None or mode == INSPECT or not points:
             return SKIP, *DialView(stale=SKIP).flat()
-        by_hand = {**now.by_hand, **dict.fromkeys(compare.touched(study, points), GROUPS.index(mode))}
+        by_hand = {**now.by_hand, **dict.fromkeys(closeup.touched(study, points), GROUPS.index(mode))}
         if by_hand == now.by_hand:
             return SKIP, *DialView(stale=SKIP).flat()
         return by_hand, *self._regroup(now._replace(by_hand=by_hand)).flat()
@@ -102,7 +153,7 @@ class Tuning(Runs):
         if mode in GROUPS:
             by_hand = {**by_hand, index: GROUPS.index(mode)}
             view = self._regroup(now._replace(by_hand=by_hand))
-        facts, pictures = compare.patch_views(study, now.shown, index, now.plan, by_hand)
+        facts, pictures = closeup.patch_views(study, now.shown, index, now.plan, by_hand)
         return facts, pictures, (now.source, index), center, by_hand, index, *view.flat()
 
     # Time budget

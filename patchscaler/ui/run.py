@@ -6,23 +6,133 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import torch
 from PIL import Image
 
 from patchscaler.devices import most_at_once
-from patchscaler.grouping import SamplingPlan
+from patchscaler.figures import qmap_overlay
+from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.records import Analysis, Partial, Progress, Restored, Result, Sampled
-from patchscaler.ui import compare, fragments
-from patchscaler.ui.calibration import Calibration, Call
-from patchscaler.ui.gpu import Baseline, Networks, Order, zero_gpu
-from patchscaler.ui.studies import Studies, Study
-from patchscaler.ui.views import RunView, Shown, coarse_preview, grouping, save_final, save_preview, work
+from patchscaler.ui import closeup, html
+from patchscaler.ui.export import coarse_preview, save_final, save_preview
+from patchscaler.ui.state import SKIP, ByHand, Shown, Studies, Study
+from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, work, zero_gpu
+
+
+class RunView(NamedTuple):
+    """The outputs of a run, in the order in which the page lists them."""
+
+    coarse: Any = SKIP
+    qmap: Any = SKIP
+    priors: Any = SKIP
+    final: Any = SKIP
+    legend: Any = SKIP
+    cost: Any = SKIP
+    stale: Any = SKIP
+    histogram: Any = SKIP
+    timing: Any = SKIP
+    baseline: Any = SKIP
+    difference: Any = SKIP
+    facts: Any = SKIP
+    inspector: Any = SKIP
+    inspected: Any = SKIP
+    compare: Any = SKIP
+    zoom: Any = SKIP
+    status: Any = SKIP
+    shown: Any = SKIP
+    source: Any = SKIP  # the image whose pictures the panels show
+    by_hand: Any = SKIP
+    run: Any = SKIP
+    stop: Any = SKIP
+    note: Any = SKIP
+
+
+class DialView(NamedTuple):
+    """The outputs of a moved dial, in the order in which the page lists them."""
+
+    dials: Any = (SKIP,) * 8
+    preset: Any = SKIP
+    qmap: Any = SKIP
+    legend: Any = SKIP
+    cost: Any = SKIP
+    stale: Any = ""
+    histogram: Any = SKIP
+
+    def flat(self) -> tuple:
+        return (*self.dials, *self[1:])
+
+
+def emptied(image: dict | None) -> RunView:
+    """The page for another image, or for none, before its run."""
+    return RunView(
+        *(None,) * 4,
+        legend=html.legend(),
+        cost="",
+        stale="",
+        histogram="",
+        timing=html.NO_TIMING,
+        baseline="",
+        difference=gr.update(value=None, visible=False),
+        facts="",
+        inspector=html.NO_PATCH,
+        inspected="",
+        compare=None,
+        zoom=None,
+        status=html.status("Press Run." if image else html.NO_IMAGE),
+        shown=None,
+        source=(image or {}).get("path"),
+        by_hand={},
+        run=gr.update(interactive=image is not None),
+        note="",
+    )
+
+
+def grouping(
+    study: Study, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration, batch_size: int | None
+) -> dict[str, Any]:
+    """Overlay, legend, histogram and cost under `plan`, by their places in the views. No network runs."""
+    analysis = study.analysis
+    assignment = assign(analysis.patch_confidence, plan, by_hand)
+    counts = assignment.bincount(minlength=len(GROUPS)).tolist()
+    height, width = analysis.coarse.shape[-2:]
+    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=study.grey)
+    todo = work(study.sampled, plan, seed, assignment, batch_size or calibration.at_once)
+    expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
+    return {
+        "qmap": save_preview(overlay, "qmap"),
+        "legend": html.legend(counts),
+        "cost": html.cost(plan, counts, width, height, todo.anew, todo.evaluations, expected),
+        "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
+    }
+
+
+def stale(
+    analysis: Analysis,
+    shown: Shown | None,
+    source: str,
+    plan: SamplingPlan,
+    seed: Any,
+    by_hand: ByHand,
+    color_fix: bool,
+) -> str:
+    """What to say about a final picture that is unfinished, or not the one that these settings give."""
+    if shown is None or shown.source != source:
+        return ""
+    start, steps = times_and_steps(plan, assign(analysis.patch_confidence, plan, by_hand))
+    made = Sampled(start, shown.start, shown.steps, shown.seed)  # only asked which patches differ
+    changed = int(made.differs(start, steps, seed).sum())
+    if not shown.complete:
+        return html.unfinished(int((shown.start > 0).sum()), len(start))
+    if not changed and (shown.plan, shown.seed, shown.color_fix) == (plan, seed, color_fix):
+        return ""
+    return html.stale(shown.plan, shown.seed, changed, len(start), shown.color_fix != color_fix)
+
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
@@ -78,7 +188,7 @@ class Runs:
             picture = read_picture(order.source)
             height, width = SCALE * picture.height, SCALE * picture.width
             count = len(PatchGrid.covering(height, width, self.pipeline.transformer.config.size))
-            yield RunView(cost=fragments.unknown_cost(order.plan, count, width, height))
+            yield RunView(cost=html.unknown_cost(order.plan, count, width, height))
             expected = self.calibration.analysis_seconds(height * width)
             if zero_gpu() or expected is None or expected > LOOK_SECONDS:
                 return
@@ -112,9 +222,9 @@ class Runs:
             todo = work(None, run.plan, run.seed, run.assignment, at_once)
             # By rates, since either may have taken patches over.
             costs.append((todo.evaluations, self.calibration.seconds(todo.evaluations, 0, todo.calls)))
-        image = compare.difference(result.picture.rgb, uniform.picture.rgb)
+        image = closeup.difference(result.picture.rgb, uniform.picture.rgb)
         return {
-            "baseline": fragments.baseline(*zip(*costs)),
+            "baseline": html.baseline(*zip(*costs)),
             "difference": gr.update(value=save_preview(image, "difference"), visible=True),
         }
 
@@ -134,14 +244,14 @@ class Runs:
         reused = self.studies.get(order.source) is not None
         shown, result, done = None, None, ""
         if not reused:
-            yield RunView(status=fragments.status("Restoring the whole image…"))
+            yield RunView(status=html.status("Restoring the whole image…"))
         for event in self.events(order, picture):
             uniform = isinstance(event, Baseline)
             event = event.event if uniform else event
             if isinstance(event, Analysis):
                 # The overlay before any run is known: what a run costs is said when there is a Study to keep.
                 fresh = grouping(Study(event, None), plan, seed, by_hand, self.calibration, order.batch_size)
-                status = fragments.status("Drawing the texture priors…")
+                status = html.status("Drawing the texture priors…")
                 yield RunView(coarse=coarse_preview(event), **fresh, status=status)
             elif isinstance(event, Study):
                 again = {}
@@ -154,7 +264,7 @@ class Runs:
                 sampling = time.perf_counter()
             elif isinstance(event, Progress):
                 left = (time.perf_counter() - sampling) / event.done * (event.total - event.done)
-                status = fragments.status(fragments.step(event, left, uniform), event.done, event.total)
+                status = html.status(html.step(event, left, uniform), event.done, event.total)
                 yield RunView(status=status)
             elif isinstance(event, Partial):
                 path = save_preview(to_pil(event.picture), "partial")
@@ -164,12 +274,12 @@ class Runs:
                 yield RunView(
                     final=path,
                     shown=shown,
-                    stale=fragments.unfinished(int((sampled.start > 0).sum()), len(sampled.start)),
+                    stale=html.unfinished(int((sampled.start > 0).sum()), len(sampled.start)),
                 )
             elif uniform:
                 shown = shown._replace(uniform=save_final(event, order.source, "uniform", order.color_fix))
                 self._learn(order, event, time.perf_counter() - sampling, partial=False)
-                status = fragments.status(f"{done} The baseline is done too.")
+                status = html.status(f"{done} The baseline is done too.")
                 yield RunView(**self._baseline(order, result, event), shown=shown, status=status)
             else:
                 result = event
@@ -179,13 +289,13 @@ class Runs:
                 self._learn(order, result, now - sampling)
                 anew, count = int(result.rendered.sum()), len(result.rendered)
                 done = (
-                    f"Done in {now - began:.1f} s with {fragments.describe(plan, seed)}. "
+                    f"Done in {now - began:.1f} s with {html.describe(plan, seed)}. "
                     f"{anew} of {count} patches were rendered anew."
                 )
                 yield RunView(
                     final=path,
-                    timing=fragments.timing(result, reused),
-                    status=fragments.status(" ".join([done, *result.picture.notes])),
+                    timing=html.timing(result, reused),
+                    status=html.status(" ".join([done, *result.picture.notes])),
                     stale="",
                     shown=shown,
                     baseline="",

@@ -12,9 +12,9 @@ from torch import Tensor
 from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import Picture, to_pil
 from patchscaler.patches import LATENT_PIXELS, Patch
-from patchscaler.ui import fragments
-from patchscaler.ui.studies import Study
-from patchscaler.ui.views import ByHand, Shown, save_preview
+from patchscaler.ui import html
+from patchscaler.ui.export import save_preview
+from patchscaler.ui.state import ByHand, Shown, Study
 
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
 ZOOMS = ("100 %", "200 %", "400 %")
@@ -111,9 +111,9 @@ def patch_views(
         if (picture := side(study, shown, name, box)) is not None
     ]
     confidence = analysis.patch_confidence[index].item()
-    facts = fragments.patch(index, box, confidence, group, plan, index in by_hand)
-    closer = fragments.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
-    return facts + closer, facts + fragments.pictures(pictures)
+    facts = html.patch(index, box, confidence, group, plan, index in by_hand)
+    closer = html.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
+    return facts + closer, facts + html.pictures(pictures)
 
 
 def patch_coarse(study: Study, index: int) -> Image.Image:

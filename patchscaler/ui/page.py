@@ -1,0 +1,287 @@
+"""The page: what stands where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from patchscaler.figures import GROUP_COLORS
+from patchscaler.grouping import GROUPS, SamplingPlan
+from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.ui import closeup, html, server
+from patchscaler.ui.api import Endpoints
+from patchscaler.ui.batch import batch_tab
+from patchscaler.ui.events import WAITING, Handlers, wire
+from patchscaler.ui.jobs import Jobs
+from patchscaler.ui.state import CUSTOM, INSPECT, RANGES
+from patchscaler.ui.zerogpu import zero_gpu
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PRESET_NAMES = {"paper": "Paper", "fast": "Fast", "balanced": "Balanced", "uniform": "Uniform 20", CUSTOM: "Custom"}
+
+
+def sidebar() -> dict[str, Any]:
+    """All controls by name; `dials` lists gamma1 to the seed in the order of `dials.py`."""
+    with gr.Column(elem_id="controls", scale=0, min_width=300):
+        with gr.Column(elem_id="start", min_width=280):
+            controls = _start()
+        with gr.Column(elem_id="plan", min_width=280):
+            controls.update(_plan())
+    return controls
+
+
+def _start() -> dict[str, Any]:
+    image = gr.Image(
+        label="Input image",
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        height=170,
+        buttons=[],
+        elem_id="input",
+        alt_text="Input image",
+    )
+    note = gr.HTML("", elem_id="note")
+    examples = sorted(path for path in EXAMPLES.glob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
+    if examples:
+        paths = [str(path) for path in examples]
+        gr.Examples(paths, image, label="Examples", elem_id="examples", api_visibility="private")
+    with gr.Column(elem_id="go", min_width=0):
+        with gr.Row():
+            run = gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=False, elem_id="run")
+            stop = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")
+        cost = gr.HTML("", elem_id="cost")
+    return {"image": image, "note": note, "run": run, "stop": stop, "cost": cost}
+
+
+def _plan() -> dict[str, Any]:
+    plan = SamplingPlan.paper()
+    choices = [(label, name) for name, label in PRESET_NAMES.items()]
+    preset = gr.Dropdown(choices, value="paper", label="Preset", elem_id="preset")
+    gammas = [
+        _slider("γ₁ simple above confidence", RANGES[0], plan.gamma1, "gamma1"),
+        _slider("γ₂ hard up to confidence", RANGES[1], plan.gamma2, "gamma2"),
+    ]
+    starts, steps = [], []
+    for i, name in enumerate(GROUPS):
+        index = "₁₂₃"[i]
+        with gr.Column(elem_classes=["group", f"group-{name}"]):
+            gr.HTML(f"<h2>{name.capitalize()} patches</h2>")
+            with gr.Row():
+                starts.append(_slider(f"Start T{index}", RANGES[2 + i], plan.start[i], f"start{i + 1}"))
+                steps.append(_slider(f"Steps N{index}", RANGES[5 + i], plan.steps[i], f"steps{i + 1}"))
+    with gr.Row(elem_id="seed-row"):
+        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120, scale=3)
+        dice = gr.Button("⚄ New seed", elem_id="dice", min_width=100, scale=1, size="sm")
+    label = "Budget: seconds of a full run"
+    budget = gr.Slider(0, 60, 60, step=0.01, label=label, interactive=False, buttons=[], elem_id="budget")
+    uniform = gr.Checkbox(False, label="Uniform baseline too (T 1000, N 20)", elem_id="uniform")
+    info = "Colours of the input, structure of the coarse image. Off: the refined patches as they are decoded."
+    color_fix = gr.Checkbox(True, label="Colour fix", info=info, elem_id="color-fix")
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        label = "Patch batch: patches at once, 1 to 256. Empty: what suits the device"
+        batch = gr.Number(None, label=label, precision=0, elem_id="batch")
+    named = {"preset": preset, "budget": budget, "dice": dice, "uniform": uniform}
+    return {**named, "color_fix": color_fix, "batch": batch, "dials": [*gammas, *starts, *steps, seed]}
+
+
+def _slider(label: str, limits: tuple[float, float, float], value: float, elem_id: str) -> gr.Slider:
+    low, high, step = limits
+    return gr.Slider(low, high, value, step=step, label=label, elem_id=elem_id, buttons=[], min_width=120)
+
+
+PANELS = {"coarse": "Coarse HR", "qmap": "Qmap overlay", "priors": "Texture priors", "final": "Final output"}
+CAPTIONS = {
+    "coarse": "Restored without diffusion",
+    "priors": "Retrieved, with similarities",
+    "final": "Lossless PNG, plan and seed inside",
+}
+
+
+def results() -> dict[str, Any]:
+    """Status line, panels, close-ups, timing and inspector, by name; most are those of RunView and DialView."""
+    outputs: dict[str, Any] = {"status": gr.HTML(html.status(html.NO_IMAGE), elem_id="status")}
+    with gr.Row(elem_id="panels"):
+        for name, label in PANELS.items():
+            with gr.Column(elem_classes=["stage"], min_width=0):
+                outputs[name] = gr.Image(
+                    label=label,
+                    interactive=False,
+                    # A click on the Qmap picks a patch, and positions are wrong in fullscreen.
+                    buttons=[] if name == "qmap" else ["download", "fullscreen"],
+                    elem_id=name,
+                    alt_text=label,
+                )
+                if name == "qmap":
+                    outputs["legend"] = gr.HTML(html.legend(), elem_id="legend")
+                else:
+                    gr.HTML(f'<p class="quiet">{CAPTIONS[name]}</p>')
+    outputs["stale"] = gr.HTML("", elem_id="stale")
+    with gr.Row(elem_id="groups"):
+        outputs["histogram"] = gr.HTML("", elem_id="histogram")
+        outputs.update(_by_hand())
+    outputs["grid"] = gr.HTML("", elem_id="grid", padding=False)
+    outputs.update(_closeups())
+    outputs.update(_timing())
+    gr.HTML("<h2>Patch inspector</h2>")
+    outputs["inspector"] = gr.HTML(html.NO_PATCH, elem_id="inspector")
+    outputs["inspected"] = gr.HTML("", elem_id="inspected")
+    for name, empty in (("shown", None), ("source", None), ("by_hand", {}), ("center", None), ("patch", None)):
+        outputs[name] = gr.State(empty)
+    return outputs
+
+
+def _by_hand() -> dict[str, Any]:
+    """What a click or a stroke on the Qmap does."""
+    modes = [("Inspect", INSPECT), *((f"Make {name}", name) for name in GROUPS)]
+    with gr.Column(elem_id="hand", min_width=280):
+        mode = gr.Radio(
+            modes,
+            value=INSPECT,
+            label="Click a patch of the Qmap, or draw over several, to…",
+            elem_id="mode",
+        )
+        with gr.Row(elem_id="hand-row"):
+            number = gr.Number(None, label="Patch", precision=0, elem_id="number", min_width=100, minimum=0)
+            reset = gr.Button("Reset hand-set patches", size="sm", elem_id="reset", min_width=100)
+            seams = gr.Checkbox(False, label="Patch borders", elem_id="seams", min_width=120)
+        facts = gr.HTML("", elem_id="facts")
+        stroke = gr.Button("Stroke", visible="hidden", elem_id="stroke")  # pressed by page.js
+    return {"mode": mode, "number": number, "reset": reset, "seams": seams, "facts": facts, "stroke": stroke}
+
+
+def _closeups() -> dict[str, Any]:
+    """The before/after slider and its magnified crop."""
+    outputs = {}
+    gr.HTML("<h2>Before and after</h2>")
+    with gr.Row(elem_id="sides"):
+        outputs["left"] = gr.Dropdown(list(closeup.SIDES), value="Bicubic input", label="Left", elem_id="left")
+        outputs["right"] = gr.Dropdown(list(closeup.SIDES), value="Final", label="Right", elem_id="right")
+        outputs["factor"] = gr.Radio(list(closeup.ZOOMS), value="200 %", label="Zoom", elem_id="factor")
+    with gr.Row(elem_id="closeups"):
+        for name, label in (("compare", "Before and after"), ("zoom", "Zoom: click a panel above to move it")):
+            outputs[name] = gr.ImageSlider(
+                label=label, interactive=False, buttons=[], elem_id=name, height=420, max_height=420
+            )
+    return outputs
+
+
+def _timing() -> dict[str, Any]:
+    """Where the seconds went, what uniform sampling would cost more, and what to take home."""
+    gr.HTML("<h2>Time</h2>")
+    outputs: dict[str, Any] = {"timing": gr.HTML(html.NO_TIMING, elem_id="timing")}
+    outputs["baseline"] = gr.HTML("", elem_id="baseline")
+    outputs["difference"] = gr.Image(
+        label="Difference between final and uniform",
+        alt_text="Difference between final and uniform",
+        interactive=False,
+        visible=False,
+        buttons=["download"],
+        elem_id="difference",
+        height=320,
+    )
+    with gr.Row(elem_id="takehome"):
+        outputs["pack"] = gr.Button("Make a ZIP of all stages", size="sm", elem_id="pack", min_width=160, scale=0)
+        outputs["zip"] = gr.File(label="All stages and report.json", visible=False, interactive=False, elem_id="zip")
+    return outputs
+
+
+# A picture of patches in the groups' colours.
+LOGO = "".join(
+    f'<rect x="{9 * place}" y="{9 * row}" width="8" height="8" rx="1.5" fill="{GROUP_COLORS[group]}"/>'
+    for row, groups in enumerate(((0, 0, 1), (0, 1, 2), (1, 2, 2)))
+    for place, group in enumerate(groups)
+)
+HEADING = f"""
+<h1><svg viewBox="0 0 26 26" aria-hidden="true">{LOGO}</svg>PatchScaler</h1>
+<p>Upscales a photograph four times, and spends diffusion steps only on the patches that need them: a demo of the
+method of <cite>PatchScaler</cite> (Liu et al., ICCV 2025).</p>
+"""
+FOOTER = """
+<h2>What happens here</h2>
+<p>The image is enlarged with bicubic interpolation and restored once as a whole by the global restoration module
+(GRM), which also says for every place how sure it is. The restored image is cut into overlapping patches, which are
+grouped by their mean confidence: above γ₁ simple, up to γ₂ hard, medium between. Patch-DiT then refines each group by
+diffusion from time T in N steps, guided by textures that resemble the patch and were looked up in a reference memory.
+The final picture is the restored one with their fine detail. A patch's result depends on its content, its T and N and
+the seed, so a second run renders only the patches whose T, N or seed changed.</p>
+<p>The method is that of <cite><a href="https://arxiv.org/abs/2405.17158">PatchScaler: An Efficient Patch-Independent
+Diffusion Model for Image Super-Resolution</a></cite> (Liu et al., ICCV 2025). This is an independent implementation
+with weights of its own: small ones, trained from scratch for this demo on a few thousand images. They are not the
+paper's, do not reach its quality, and know nothing of faces or print in particular. Fine detail is made up: it is
+plausible, not evidence.</p>
+"""
+
+# Read by page.css.
+COLORS = "".join(f".group-{name} {{ --group-color: {color}; }}" for name, color in zip(GROUPS, GROUP_COLORS))
+# Nothing is fetched from font servers, so the page looks the same without a network.
+THEME = gr.themes.Base(
+    primary_hue="teal",
+    neutral_hue="zinc",
+    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+    font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "monospace"],
+).set(
+    body_background_fill="*neutral_50",
+    body_text_color_subdued="*neutral_600",
+    block_label_text_color="*neutral_600",
+    block_label_border_width="0px",
+    block_label_background_fill="transparent",
+    block_label_background_fill_dark="transparent",
+    block_radius="*radius_lg",
+    button_primary_background_fill="*primary_700",  # white on it is read by everybody
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
+    slider_color="*primary_600",
+    slider_color_dark="*primary_500",
+)
+
+
+def launch_settings(jobs: Jobs) -> dict[str, Any]:
+    """What `launch` is given with a page: its looks, and what keeps it safe."""
+    here = Path(__file__)
+    look = {
+        "theme": THEME,
+        "css": COLORS,
+        "css_paths": here.with_name("page.css"),
+        "js": here.with_name("page.js").read_text(encoding="utf-8"),
+        "footer_links": ["api"],
+    }
+    return {**server.launch_settings(jobs), **look}
+
+
+def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, warm_up: bool = False) -> gr.Blocks:
+    """The whole page over a loaded pipeline, ready for `launch(**launch_settings(jobs))`.
+
+    `warm_up` has the networks run once in the background, so that the first visitor waits no longer than others
+    and is told what a run costs; on ZeroGPU that would spend somebody's seconds, and is not done.
+    """
+    handlers = Handlers(pipeline, jobs)
+    if warm_up and not zero_gpu():
+        jobs.background(handlers.warmed_up)
+    delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
+    with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as page:
+        gr.HTML(HEADING, elem_id="heading")
+        with gr.Row(elem_id="columns"):
+            parts = sidebar()
+            with gr.Column(elem_id="results", min_width=280), gr.Tabs():
+                with gr.Tab("One image"):
+                    parts.update(results())
+                with gr.Tab("Several images", elem_id="batch-tab"):
+                    tab = batch_tab()
+        gr.HTML(FOOTER, elem_id="footer")
+        wire(handlers, parts, tab)
+        query = gr.Textbox(visible="hidden", show_label=False)
+        page.load(
+            handlers.linked,
+            query,
+            [parts["preset"], *parts["dials"], parts["color_fix"], parts["uniform"], parts["batch"]],
+            js="() => window.location.search",
+            queue=False,
+            preprocess=False,
+            api_visibility="private",
+        )
+        Endpoints(handlers).publish(page, WAITING)
+    return page.queue(max_size=WAITING, api_open=False, default_concurrency_limit=1)

@@ -1,0 +1,266 @@
+"""What a visitor has set, what the page shows, and what is kept of images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import gradio as gr
+from PIL import Image
+from torch import Tensor
+
+from patchscaler.figures import grey_preview
+from patchscaler.grouping import PRESETS, SamplingPlan
+from patchscaler.records import Analysis, Sampled
+from patchscaler.ui import html
+from patchscaler.ui.html import visible_error
+
+SKIP = gr.skip()
+
+
+ByHand = dict[int, int]  # patch -> group
+
+
+class Shown(NamedTuple):
+    """How the final picture on a visitor's page was made, and its file."""
+
+    source: str
+    plan: SamplingPlan
+    seed: int
+    color_fix: bool
+    start: Tensor  # LongTensor N, T of each patch; 0 where it is still the coarse one
+    steps: Tensor  # LongTensor N
+    final: Path
+    by_hand: ByHand
+    report: dict  # of the run, or only its plan and seed while that is not finished
+    uniform: Path | None = None
+
+    @property
+    def complete(self) -> bool:
+        return bool((self.start > 0).all())
+
+
+INSPECT = "inspect"  # what a click does, besides the groups' names
+CUSTOM = "custom"  # the preset's name when the dials match none
+GAMMA_STEP = 0.01
+# Lowest, highest and step of each dial but the seed. No N is above the lowest T, so that N <= T always holds.
+RANGES = (
+    (GAMMA_STEP, 1, GAMMA_STEP),
+    (0, 1 - GAMMA_STEP, GAMMA_STEP),
+    *[(50, 1000, 10)] * 3,
+    *[(1, 50, 1)] * 3,
+)
+MAX_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
+MAX_BATCH = 256  # patches at once
+
+
+def dials_of(plan: SamplingPlan) -> tuple[float, ...]:
+    """The eight dials that show `plan`; the seed is no part of it."""
+    return (plan.gamma1, plan.gamma2, *plan.start, *plan.steps)
+
+
+def plan_of(dials: Sequence[Any]) -> SamplingPlan:
+    """The plan that eight dials show. Raises ValueError as SamplingPlan does."""
+    gamma1, gamma2, *rest = (_whole(value) for value in dials)
+    return SamplingPlan(gamma1, gamma2, start=tuple(rest[:3]), steps=tuple(rest[3:]))
+
+
+def seed_of(value: Any) -> int:
+    """A whole number in 0..2^53-1. Raises ValueError for everything else, an emptied field too."""
+    value = _whole(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise ValueError(f"seed={value!r} is not a whole number from 0 to {MAX_SEED}")
+    return value
+
+
+def preset_of(plan: SamplingPlan) -> str:
+    return next((name for name, preset in PRESETS.items() if preset == plan), CUSTOM)
+
+
+def in_range(dials: Sequence[Any]) -> bool:
+    """Whether eight dials hold what sliders give: not so while a visitor empties a field or types 700 as 7."""
+    return all(
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and (step < 1 or value == int(value))
+        for value, (low, high, step) in zip(dials, RANGES)
+    )
+
+
+def is_batch(value: Any) -> bool:
+    """Whether a value of the patch batch's field is one, or None: what suits the device."""
+    return value is None or isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
+
+
+def hold_order(dials: Sequence[float], moved: int) -> list[float]:
+    """Eight dials with the neighbours of the one at `moved` pushed along: gamma1 > gamma2, T and N never falling.
+
+    The seed, at 8, pushes nothing.
+    """
+    held = list(dials)
+    if moved == 0:
+        held[1] = min(held[1], round(held[0] - GAMMA_STEP, 2))
+    elif moved == 1:
+        held[0] = max(held[0], round(held[1] + GAMMA_STEP, 2))
+    elif moved < 8:
+        first = 2 if moved < 5 else 5
+        for i in range(first, first + 3):
+            held[i] = (min if i < moved else max)(held[i], held[moved])
+    return held
+
+
+def _whole(value: Any) -> Any:
+    """Browsers make no difference between 8 and 8.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+KEPT_PIXELS = 32_000_000  # of output, over all kept studies: about 2 GB
+WAIT_SECONDS = 20
+_one_at_a_time = Lock()
+
+
+@dataclass(eq=False)
+class Study:
+    """An image's analysis, the sheet of its texture priors, and what later runs need not do again.
+
+    Refined patches depend on the image, (T, N) and the seed only, so whoever asks may take over anybody's.
+    """
+
+    analysis: Analysis
+    priors: Image.Image
+    sampled: Sampled | None = None  # of the latest run, finished or stopped
+    uniform: Sampled | None = None  # of the latest uniform baseline
+    prior_images: dict[int, list[Image.Image]] = field(default_factory=dict)  # of inspected patches
+
+    @cached_property
+    def grey(self) -> Image.Image:
+        """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
+        return grey_preview(self.analysis.coarse)
+
+
+class Studies:
+    """The latest studies by file, so that a changed plan or seed needs no second analysis.
+
+    Uploads and examples lie under names made from their content, so the file's path is the key.
+    """
+
+    def __init__(self, kept_pixels: int = KEPT_PIXELS) -> None:
+        self._kept_pixels = kept_pixels
+        self._studies: OrderedDict[str, Study] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, source: str | None) -> Study | None:
+        with self._lock:
+            if source in self._studies:
+                self._studies.move_to_end(source)
+            return self._studies.get(source)
+
+    def put(self, source: str, study: Study) -> None:
+        """Keep `study`, and drop the oldest others beyond the limit."""
+        with self._lock:
+            self._studies[source] = study
+            while len(self._studies) > 1 and sum(map(_pixels, self._studies.values())) > self._kept_pixels:
+                self._studies.popitem(last=False)
+
+
+def _pixels(study: Study) -> int:
+    return study.analysis.coarse[0].numel()
+
+
+@contextmanager
+def whole_pictures() -> Iterator[None]:
+    """For light events that hold whole pictures, which may take a GB or two: one works at a time, and the others wait.
+
+    gr.Error after WAIT_SECONDS, or those that wait would keep the dials' threads.
+    """
+    if not _one_at_a_time.acquire(timeout=WAIT_SECONDS):
+        raise visible_error("The server is busy", "Others look at large pictures closely. Try again in a moment.")
+    try:
+        yield
+    finally:
+        _one_at_a_time.release()
+
+
+WRONG = "These settings do not work"
+
+
+class Settings(NamedTuple):
+    """The image, what is on the page, and every control; values are as the browser sent them."""
+
+    image: dict | None  # Gradio's file data
+    shown: Shown | None
+    by_hand: ByHand
+    color_fix: bool
+    batch: Any
+    dials: tuple[Any, ...]  # eight
+    seed: Any
+
+    @classmethod
+    def of(cls, image: Any, shown: Any, by_hand: Any, color_fix: Any, batch: Any, *dials: Any) -> Settings:
+        """From the values in the order in which the page lists them."""
+        return cls(image, shown, by_hand, color_fix, batch, tuple(dials[:8]), dials[8])
+
+    @property
+    def source(self) -> str | None:
+        return (self.image or {}).get("path")
+
+    @property
+    def usable(self) -> bool:
+        """Whether the dials show a plan: not so while a visitor types, or before pushed neighbours have moved."""
+        try:
+            return in_range(self.dials) and plan_of(self.dials) is not None
+        except ValueError:
+            return False
+
+    @property
+    def plan(self) -> SamplingPlan:
+        return plan_of(self.dials)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The patch batch; None, for what suits the device, if its field is empty or while something else is in it."""
+        return checked_batch(self.batch) if is_batch(self.batch) else None
+
+
+def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
+    """The plan and the seed, or a gr.Error that says which value is wrong."""
+    try:
+        return plan_of(dials), seed_of(seed)
+    except ValueError as error:
+        raise visible_error(WRONG, str(error)) from error
+
+
+def checked_batch(value: Any) -> int | None:
+    """Patches at once, None for what suits the device, or a gr.Error."""
+    if not is_batch(value):
+        raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
+    return None if value is None else int(value)
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of the choices that the page offers, or a gr.Error that lists them."""
+    if not isinstance(value, str) or value not in choices:
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")
+    return value
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """What a checkbox gives, or a gr.Error."""
+    if not isinstance(value, bool):
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is neither true nor false")
+    return value
+
+
+def checked_source(image: dict | None) -> str:
+    """The image's path, or a gr.Error if there is none."""
+    source = (image or {}).get("path")
+    if not source:
+        raise visible_error("No image", html.NO_IMAGE)
+    return source
