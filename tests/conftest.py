@@ -18,7 +18,7 @@ from patchscaler.models import (
     TextureMemory,
 )
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui.events import Handlers
+from patchscaler.ui.run import Runner
 from patchscaler.ui.state import dials_of
 
 
@@ -129,9 +129,9 @@ def dials(plan):
 
 
 @pytest.fixture
-def handlers(tiny_pipeline, upload_folder):
-    """The page's handlers over random weights, with a folder of their own for results."""
-    return Handlers(tiny_pipeline)
+def runner(tiny_pipeline, upload_folder):
+    """The page's runs over random weights, with a folder of their own for results."""
+    return Runner(tiny_pipeline)
 
 
 @pytest.fixture

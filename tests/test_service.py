@@ -129,7 +129,7 @@ def test_a_sliders_value_is_checked_inside(service, image, value, place, name):
 
 
 def test_a_plan_out_of_order_is_named(service, image):
-    """Row 14. In the page the dials push each other: test_handlers.py."""
+    """Row 14. In the page the dials push each other: test_tuning.py."""
     for arguments, text in [
         ({"gamma1": 0.1, "gamma2": 0.9}, "gamma1=0.1 must be above gamma2=0.9"),
         ({"gamma1": 0.5, "gamma2": 0.5}, "gamma1=0.5 must be above gamma2=0.5"),
@@ -176,8 +176,7 @@ def test_a_choice_or_checkbox_that_the_page_does_not_offer_is_an_error(service, 
 
 @pytest.mark.parametrize("query", [5, [], {}, "?plan=" + "9" * 9000, "?plan=nan,1,1,1,1,1,1,1&seed=inf", "?%00=%ff"])
 def test_a_link_that_cannot_be_sets_nothing(service, query):
-    body = {"data": [query], "fn_index": service.functions["linked"]._id, "session_hash": "link"}
-    answer = service.post("run/predict", body)
+    answer = service.light("linked", "link", None, query=query)
     assert answer.status_code == 200 and all(part == {"__type__": "update"} for part in answer.json()["data"])
 
 

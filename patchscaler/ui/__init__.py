@@ -1,7 +1,1 @@
 """The page: controls, panels and the work behind them."""
-
-
-
-
-
-

@@ -26,11 +26,11 @@ from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import SCALE
 from patchscaler.records import Result
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
-from patchscaler.ui.events import Handlers
 from patchscaler.ui.export import new_folder, save_final, stem
 from patchscaler.ui.html import explain, shortened
+from patchscaler.ui.run import Runner
 from patchscaler.ui.server import mcp_wanted
-from patchscaler.ui.state import ByHand, Study, plan_of, seed_of, whole_pictures
+from patchscaler.ui.state import ByHand, Known, plan_of, seed_of, whole_pictures
 from patchscaler.ui.zerogpu import Order
 
 PAPER = SamplingPlan.paper()
@@ -44,9 +44,9 @@ MOST_CONFIDENCES = 50_000  # a square picture of 4 million pixels has some seven
 class Endpoints:
     """What a client can call. Work for the networks waits its turn in the same thread as the page's runs."""
 
-    def __init__(self, handlers: Handlers) -> None:
-        self._handlers = handlers
-        self._weights = fingerprint(handlers.pipeline)
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._weights = fingerprint(runner.pipeline)
 
     def publish(self, page: gr.Blocks, waiting: int) -> None:
         """Add the endpoints to a page that is being built; `waiting` runs may wait together with the page's."""
@@ -117,7 +117,7 @@ class Endpoints:
     @whole_pictures()
     def _regroup(self, path: str, plan: SamplingPlan, by_hand: ByHand) -> tuple[dict, dict]:
         try:
-            loaded = read_analysis(path, self._handlers.pipeline, self._weights)
+            loaded = read_analysis(path, self._runner.pipeline, self._weights)
         except AnalysisFileError as error:
             raise _plain(error) from error
         assignment = _assign(loaded.patch_confidence, plan, by_hand)
@@ -188,15 +188,15 @@ class Endpoints:
     # Jobs: they yield None where they can be stopped, and last what to return.
 
     def _analyze(self, source: str) -> Iterator[Any]:
-        for event in self._handlers.events(Order(source, PAPER, 0, {}, live=False, refine=False)):
-            if isinstance(event, Study):
-                study = event
+        for event in self._runner.events(Order(source, PAPER, 0, {}, live=False, refine=False)):
+            if isinstance(event, Known):
+                known = event
             yield None
-        analysis, name = study.analysis, _name(source)
+        analysis, name = known.analysis, _name(source)
         assignment = assign(analysis.patch_confidence, PAPER)
         coarse = write_png(Picture(analysis.coarse), new_folder() / f"{name}_coarse.png")
-        file = write_analysis(analysis, study.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
-        overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=study.grey)
+        file = write_analysis(analysis, known.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
+        overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=known.grey)
         height, width = analysis.coarse.shape[-2:]
         report = {
             "version": patchscaler.__version__,
@@ -211,18 +211,18 @@ class Endpoints:
         yield _handed(coarse), _drawn(overlay, name), _handed(file), report
 
     def _refine(self, order: Order) -> Iterator[Any]:
-        loaded = read_analysis(order.source, self._handlers.pipeline, self._weights)
+        loaded = read_analysis(order.source, self._runner.pipeline, self._weights)
         _assign(loaded.patch_confidence, order.plan, order.by_hand)
-        for event in self._handlers.networks.run(order, loaded.restored()):
+        for event in self._runner.networks.run(order, loaded.restored()):
             yield _result(event, order) if isinstance(event, Result) else None
 
     def _upscale(self, order: Order) -> Iterator[Any]:
-        for event in self._handlers.events(order):
+        for event in self._runner.events(order):
             yield _result(event, order) if isinstance(event, Result) else None
 
     async def _last(self, job: Callable[[], Iterator[Any]]) -> Any:
         try:
-            async for item in self._handlers.jobs.stream(job):
+            async for item in self._runner.jobs.stream(job):
                 last = item
             return last
         except Exception as error:

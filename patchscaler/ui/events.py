@@ -1,197 +1,36 @@
-"""Which event of the page calls what."""
+"""What calls what: every event of the page, in one place.
+
+A handler is given the Settings, after these the values of the components named in `own`, and gives what to show by the
+names of components, of which any in `outputs` may be left out.
+"""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from html import unescape
+from inspect import isasyncgenfunction
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
-from patchscaler.images import Picture, to_pil
-from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui import closeup, export, html
-from patchscaler.ui.batch import Batch, BatchView
-from patchscaler.ui.html import explain, visible_error
-from patchscaler.ui.jobs import Jobs, Stops
-from patchscaler.ui.run import DialView, RunView, emptied
-from patchscaler.ui.state import (
-    SKIP,
-    Settings,
-    Shown,
-    checked_batch,
-    checked_choice,
-    checked_flag,
-    checked_plan,
-    checked_source,
-    plan_of,
-    preset_of,
-    whole_pictures,
-)
-from patchscaler.ui.tune import Tuning
-from patchscaler.ui.zerogpu import Order
-
-
-class Handlers(Tuning):
-    """The events of one page over one pipeline.
-
-    The page's `preprocess` is off: values arrive as the browser sent them, an image as Gradio's file data, since
-    Gradio's own decoding loses alpha and 16-bit grey and answers bad files with an error that says nothing.
-    """
-
-    def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None) -> None:
-        super().__init__(pipeline)
-        self.jobs = jobs or Jobs()
-        self._runs, self._looks = Stops(), Stops()
-
-    async def run(self, request: gr.Request, uniform: bool, *settings: Any) -> AsyncIterator[RunView]:
-        """Analyze if the image is new, then refine. Yields what to show as soon as it is there.
-
-        A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
-        """
-        now = Settings.of(*settings)
-        source, (plan, seed) = checked_source(now.image), checked_plan(now.dials, now.seed)
-        color_fix, uniform = checked_flag("color_fix", now.color_fix), checked_flag("uniform", uniform)
-        order = Order(source, plan, seed, now.by_hand, color_fix, checked_batch(now.batch), uniform)
-        with self._runs.of(request.session_hash) as stop:
-            waiting = html.status("Waiting for the pipeline…")
-            yield RunView(status=waiting, source=source, stop=gr.update(interactive=True))
-            done, shown = False, None
-            try:
-                async for view in self.jobs.stream(lambda: self._views(order), stop):
-                    if view.shown is not SKIP:
-                        shown = view.shown
-                        done = shown.complete
-                    yield view
-                if not done or shown.uniform is None and uniform:
-                    yield RunView(status=html.status(_stopped(shown)))
-            except Exception as error:
-                visible = explain(error)
-                yield RunView(status=_failed(visible))
-                raise visible from error
-
-    async def look(self, request: gr.Request, *settings: Any) -> AsyncIterator[RunView]:
-        """Analyze an image as it comes in, so that its groups and what a run costs are known before the run."""
-        now = Settings.of(*settings)
-        yield RunView(source=now.source)
-        if now.source is None or not now.usable:
-            return
-        order = Order(now.source, now.plan, now.seed, now.by_hand, now.color_fix, now.batch_size)
-        with self._looks.of(request.session_hash) as stop:
-            try:
-                async for view in self.jobs.stream(lambda: self.looked(order), stop):
-                    # A run that waits, or goes on already, has the status line.
-                    yield view._replace(status=SKIP) if request.session_hash in self._runs else view
-                if request.session_hash not in self._runs and not stop.is_set():
-                    yield RunView(status=html.status("Press Run."))
-            except Exception as error:
-                visible = explain(error)
-                yield RunView(status=_failed(visible))
-                raise visible from error
-
-    def stop(self, request: gr.Request) -> None:
-        """Have the visitor's run stop at its next step."""
-        self._runs.stop(request.session_hash)
-
-    def new_image(self, request: gr.Request, image: dict | None) -> tuple:
-        """Stop the run and empty the page when another image comes in, or none.
-
-        Gives a RunView, and preset, dials, seed and colour fix: an image that the page once made restores its own.
-        """
-        for stops in (self._runs, self._looks):
-            stops.stop(request.session_hash)
-        source = (image or {}).get("path")
-        found = export.made_with(source) if source else None
-        if found is None:
-            return *emptied(image), *(SKIP,) * 11
-        view = emptied(image)._replace(note=f"<p>{found.said}</p>")
-        if found.dials is None:
-            return *view, *(SKIP,) * 11
-        return *view, preset_of(plan_of(found.dials)), *found.dials, found.seed, found.color_fix
-
-    def settle(self, image: dict | None, source: str | None) -> RunView:
-        """After a run: empty the page again if the run's last pictures came in behind another image."""
-        return RunView() if source == (image or {}).get("path") else emptied(image)
-
-    def refresh(self, request: gr.Request, *settings: Any) -> tuple:
-        """After a run: the same for what moved while it went on; and nothing is left to stop but a later run."""
-        return *self.regrouped(*settings), gr.update(interactive=request.session_hash in self._runs)
-
-    async def inspected(self, patch: tuple[str, int] | None) -> str:
-        """The priors of a clicked patch. Their decoding waits for its turn behind the runs."""
-        study = self.studies.get(patch[0]) if patch else None
-        if study is None:
-            return ""
-        index, priors = patch[1], study.analysis.priors
-        if index not in study.prior_images:
-            async for images in self.jobs.stream(lambda: self.networks.run(priors.values[index])):
-                study.prior_images[index] = [to_pil(Picture(values)) for values in images]
-        coarse = closeup.patch_coarse(study, index)
-        return html.priors(coarse, study.prior_images[index], priors.similarities[index].tolist())
-
-    @whole_pictures()
-    def compared(self, image: dict | None, shown: Shown | None, left: str, right: str) -> Any:
-        """Two whole pictures for the slider."""
-        sides = checked_choice("left", left, closeup.SIDES), checked_choice("right", right, closeup.SIDES)
-        study = self.studies.get((image or {}).get("path"))
-        return closeup.pair(study, shown, sides) if study else None
-
-    @whole_pictures()
-    def zoomed(self, image: dict | None, shown: Shown | None, left: str, right: str, zoom: str, center: Any) -> Any:
-        """The same crop of both."""
-        sides = checked_choice("left", left, closeup.SIDES), checked_choice("right", right, closeup.SIDES)
-        zoom = checked_choice("zoom", zoom, closeup.ZOOMS)
-        study = self.studies.get((image or {}).get("path"))
-        return closeup.zoomed(study, shown, sides, zoom, center) if study else None
-
-    @staticmethod
-    def centered(event: gr.SelectData) -> Any:
-        """The place of a click on a panel that shows the picture in its full size."""
-        return event.index
-
-    @staticmethod
-    def new_seed() -> int:
-        return secrets.randbelow(2**31)
-
-    @whole_pictures()
-    def packed(self, image: dict | None, shown: Shown | None) -> Any:
-        """The ZIP of all stages of the final picture."""
-        study = self.studies.get((image or {}).get("path"))
-        if study is None or shown is None or not shown.final.is_file():
-            raise visible_error("Nothing to pack", "Run first: there is no final picture, or it is too old.")
-        return gr.update(value=str(export.stages_zip(study, shown)), visible=True)
-
-    @staticmethod
-    def linked(query: Any) -> tuple:
-        """Preset, dials, seed, colour fix, baseline and patch batch from the page's address."""
-        link = export.restored(query if isinstance(query, str) else "")
-        return (SKIP,) * 13 if link is None else (preset_of(plan_of(link.dials)), *link.dials, *link[1:])
-
-    def seams(self, image: dict | None, on: bool) -> str:
-        """The borders of all patches, over every panel that shows the whole picture."""
-        study = self.studies.get((image or {}).get("path"))
-        if study is None or not on:
-            return ""
-        height, width = study.analysis.coarse.shape[-2:]
-        return html.seams(study.analysis.grid, width, height)
-
-
-def _failed(error: gr.Error) -> str:
-    return html.status(f"{error.title}: {unescape(error.message)}")
-
-
-def _stopped(shown: Shown | None) -> str:
-    if shown is None:
-        return "Stopped before any group was finished. Press Run to start again."
-    if shown.complete:
-        return "Stopped. The picture is finished, the uniform baseline is not."
-    refined = int((shown.start > 0).sum())
-    return f"Stopped: {refined} of {len(shown.start)} patches are refined. Press Run to render the others."
-
+from patchscaler.ui import export
+from patchscaler.ui.batch import Batch
+from patchscaler.ui.closeup import Closeups
+from patchscaler.ui.run import Runner
+from patchscaler.ui.state import DIALS, Settings, View
+from patchscaler.ui.tune import Tuner
 
 WAITING = 16  # runs that may wait their turn: `Jobs` lets one work at a time
+SETTINGS = ("state", "input", "color-fix", "batch", *DIALS)  # in the order of `Settings.of`
+GROUPS = ("qmap", "legend", "cost", "stale", "histogram")
+TUNED = (*DIALS, "preset", *GROUPS)
+PICTURES = ("coarse", "priors", "final", "timing", "baseline", "difference", "compare", "zoom")
+PATCH = ("facts", "inspector", "inspected")
+RUN = (*PICTURES, *GROUPS, *PATCH, "status", "run", "stop", "note")
+BATCH = ("batch-status", "outcomes", "gallery", "batch-zip", "stop-all")
+LINK = (*DIALS, "color-fix", "uniform", "batch")
+
 # Answered beside the queue, so that a full one never freezes the dials, and the last value of a drag counts.
 LIVE: dict[str, Any] = {
     "queue": False,
@@ -209,75 +48,103 @@ QUEUED: dict[str, Any] = {
 }
 
 
-def wire(handlers: Handlers, page: dict[str, Any], tab: dict[str, Any]) -> None:
-    """`page` has the controls and the outputs, and `tab` the parts of the tab for several images, by name."""
-    image, shown, dials = page["image"], page["shown"], page["dials"]
-    settings = [image, shown, page["by_hand"], page["color_fix"], page["batch"], *dials]
-    run_outputs = [page[name] for name in RunView._fields]
-    dial_outputs = [*dials[:8], *(page[name] for name in DialView._fields[1:])]
-    sides = [image, shown, page["left"], page["right"]]
-    zoomed = [*sides, page["factor"], page["center"]]
+def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
+    """Connect the components of `page`, by name, with what they call."""
+    tuner = Tuner(runner.cache, runner.calibration)
+    closeups = Closeups(runner.cache, runner.networks.prior_images)
+    batch = Batch(runner)
 
-    # Runs.
-    running = page["run"].click(handlers.run, [page["uniform"], *settings], run_outputs, **QUEUED)
-    restored = [page["preset"], *dials, page["color_fix"]]
-    emptied = image.change(handlers.new_image, image, [*run_outputs, *restored], **LIVE)
-    looking = emptied.then(handlers.look, settings, run_outputs, **QUEUED)
-    page["stop"].click(handlers.stop, None, None, **LIVE)
-    ended = []  # events that follow each, when the page is up to date again
-    for event, refresh, outputs in (
-        (running, handlers.refresh, [*dial_outputs, page["stop"]]),
-        (looking, handlers.regrouped, dial_outputs),  # a run may go on already, so this leaves Stop alone
-    ):
-        settled = event.then(handlers.settle, [image, page["source"]], run_outputs, **LIVE)
-        ended.append(settled.then(refresh, settings, outputs, **LIVE).then)
+    def on(
+        event: Callable,
+        handler: Callable,
+        outputs: Sequence[str] = (),
+        own: Sequence[str] = (),
+        how: dict[str, Any] = LIVE,
+        js: str | None = None,
+        at: bool = False,
+    ) -> Dependency:
+        """`js` gives the inputs in place of the browser; `at`: the handler is given the place of a click first."""
+        call = _called(handler, page, len(own), at)
+        inputs = [page[name] for name in (*own, *SETTINGS)]
+        return event(call, inputs, [page[name] for name in outputs], js=js, **how)
+
+    # Runs, and what follows when they are over and the page is up to date again.
+    running = on(page["run"].click, runner.run, RUN, own=["uniform"], how=QUEUED)
+    on(page["stop"].click, runner.stop)
+    emptied = on(page["input"].change, runner.new_image, (*RUN, *DIALS, "preset", "color-fix"))
+    looking = on(emptied.then, runner.look, RUN, how=QUEUED)
+    for event, settle in ((running, runner.ended), (looking, runner.settle)):
+        settled = on(event.then, settle, RUN)
+        regrouped = on(settled.then, tuner.regrouped, TUNED)
+        on(regrouped.then, tuner.budget_known, ["budget"])
+        on(regrouped.then, closeups.compared, ["compare"], own=["left", "right"])
+        on(regrouped.then, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
+        on(regrouped.then, closeups.seams, ["grid"], own=["seams"])
 
     # Dials.
-    for place, dial in enumerate(dials):
-        dial.input(partial(handlers.dial_moved, place), settings, dial_outputs, **LIVE)
-    page["preset"].input(handlers.preset_chosen, [page["preset"], *settings], dial_outputs, **LIVE)
-    page["color_fix"].input(handlers.regrouped, settings, dial_outputs, **LIVE)
-    page["batch"].input(handlers.regrouped, settings, dial_outputs, **LIVE)
-    rolled = page["dice"].click(handlers.new_seed, None, dials[8], **LIVE)
-    rolled.then(handlers.regrouped, settings, dial_outputs, **LIVE)
-    for event in ended:
-        event(handlers.budget_known, settings, page["budget"], **LIVE)
-    page["budget"].input(handlers.budget_set, [page["budget"], *settings], dial_outputs, **LIVE)
+    for place, name in enumerate(DIALS):
+        on(page[name].input, partial(tuner.dial_moved, moved=place), TUNED)
+    on(page["preset"].input, tuner.preset_chosen, TUNED, own=["preset"])
+    on(page["color-fix"].input, tuner.regrouped, TUNED)
+    on(page["batch"].input, tuner.regrouped, TUNED)
+    on(page["dice"].click, tuner.new_seed, TUNED)
+    on(page["budget"].input, tuner.budget_set, TUNED, own=["budget"])
 
     # Patches by hand, and one patch closely.
-    names = ("facts", "inspector", "patch", "center", "by_hand", "number")
-    picked_outputs = [*(page[name] for name in names), *dial_outputs]
-    for event, handler, first in (
-        (page["qmap"].select, handlers.clicked, []),
-        (page["number"].input, handlers.numbered, [page["number"]]),
+    picking = ("facts", "inspector", "number", *TUNED)
+    for picked in (
+        on(page["qmap"].select, tuner.clicked, picking, own=["mode"], at=True),
+        on(page["number"].input, tuner.numbered, picking, own=["number", "mode"]),
     ):
-        picked = event(handler, [*first, page["mode"], *settings], picked_outputs, **LIVE)
-        picked.then(handlers.inspected, page["patch"], page["inspected"], **LIVE)
-        picked.then(handlers.zoomed, zoomed, page["zoom"], **LIVE)
-    stroke = [page["stroke"], page["mode"], *settings]
-    drawn = "(_, ...others) => [window.patchscalerStroke, ...others]"
-    page["stroke"].click(handlers.brushed, stroke, [page["by_hand"], *dial_outputs], js=drawn, **LIVE)
-    page["reset"].click(handlers.reset_by_hand, settings, [page["by_hand"], *dial_outputs], **LIVE)
+        on(picked.then, closeups.inspected, ["inspected"])
+        on(picked.then, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
+    stroke = "(_, ...others) => [window.patchscalerStroke, ...others]"
+    on(page["stroke"].click, tuner.brushed, TUNED, own=["stroke", "mode"], js=stroke)
+    on(page["reset"].click, tuner.reset_by_hand, TUNED)
 
     # Looking closely.
-    for event in (*ended, page["left"].input, page["right"].input):
-        event(handlers.compared, sides, page["compare"], **LIVE)
-        event(handlers.zoomed, zoomed, page["zoom"], **LIVE)
-    page["factor"].input(handlers.zoomed, zoomed, page["zoom"], **LIVE)
+    for side in ("left", "right"):
+        on(page[side].input, closeups.compared, ["compare"], own=["left", "right"])
+        on(page[side].input, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
+    on(page["factor"].input, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
     for panel in ("coarse", "final"):
-        moved = page[panel].select(handlers.centered, None, page["center"], **LIVE)
-        moved.then(handlers.zoomed, zoomed, page["zoom"], **LIVE)
-    for event in (*ended, page["seams"].input):
-        event(handlers.seams, [image, page["seams"]], page["grid"], **LIVE)
+        moved = on(page[panel].select, closeups.centered, at=True)
+        on(moved.then, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
+    on(page["seams"].input, closeups.seams, ["grid"], own=["seams"])
 
-    # What to take home.
-    page["pack"].click(handlers.packed, [image, shown], page["zip"], **LIVE)
-    linked = [*dials, page["color_fix"], page["uniform"], page["batch"]]
-    for component in linked:
-        component.change(None, linked, None, js=export.LINK, **LIVE)
+    # Export, and links that restore the settings.
+    on(page["pack"].click, partial(export.packed, runner.cache), ["zip"])
+    for name in LINK:
+        page[name].change(None, [page[name] for name in LINK], None, js=export.LINK, **LIVE)
+    query = "(_, ...others) => [window.location.search, ...others]"
+    on(blocks.load, export.linked, (*LINK, "preset"), own=["query"], js=query)
 
     # Several images.
-    batch = Batch(handlers)
-    batch_outputs = [tab[name] for name in BatchView._fields]
-    tab["run"].click(batch.run_all, [tab["files"], *settings], batch_outputs, **QUEUED)
-    tab["stop"].click(batch.stop_all, None, None, **LIVE)
+    on(page["run-all"].click, batch.run_all, BATCH, own=["files"], how=QUEUED)
+    on(page["stop-all"].click, batch.stop_all)
+
+
+def _called(handler: Callable, page: dict[str, Any], own: int, at: bool) -> Callable:
+    """`handler` as Gradio calls it: with the request, `own` values and the settings, and giving values by component."""
+
+    def settings(request: gr.Request, values: Sequence[Any]) -> Settings:
+        return Settings.of(request.session_hash, *values[own:])
+
+    def by_component(view: View | None) -> Any:
+        if view is None:  # of a handler without outputs
+            return None
+        return {page[name]: value for name, value in view.items()} or gr.skip()
+
+    async def stream(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        async for view in handler(settings(request, values), *values[:own]):
+            yield by_component(view)
+
+    def select(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
+        return by_component(handler(settings(request, values), event.index, *values[:own]))
+
+    def call(request: gr.Request, *values: Any) -> Any:
+        return by_component(handler(settings(request, values), *values[:own]))
+
+    wrapped = stream if isasyncgenfunction(handler) else select if at else call
+    wrapped.__name__ = getattr(handler, "__name__", None) or handler.func.__name__
+    return wrapped

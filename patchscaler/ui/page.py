@@ -10,29 +10,27 @@ import gradio as gr
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.ui import closeup, html, server
+from patchscaler.ui import closeup, events, html, server
 from patchscaler.ui.api import Endpoints
-from patchscaler.ui.batch import batch_tab
-from patchscaler.ui.events import WAITING, Handlers, wire
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.state import CUSTOM, INSPECT, RANGES
+from patchscaler.ui.run import Runner
+from patchscaler.ui.state import CUSTOM, INSPECT, RANGES, PageState
 from patchscaler.ui.zerogpu import zero_gpu
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRESET_NAMES = {"paper": "Paper", "fast": "Fast", "balanced": "Balanced", "uniform": "Uniform 20", CUSTOM: "Custom"}
 
 
-def sidebar() -> dict[str, Any]:
-    """All controls by name; `dials` lists gamma1 to the seed in the order of `dials.py`."""
+def _sidebar() -> None:
+    """All controls: the image, what a run is to do, and the buttons that start and stop it."""
     with gr.Column(elem_id="controls", scale=0, min_width=300):
         with gr.Column(elem_id="start", min_width=280):
-            controls = _start()
+            _start()
         with gr.Column(elem_id="plan", min_width=280):
-            controls.update(_plan())
-    return controls
+            _plan()
 
 
-def _start() -> dict[str, Any]:
+def _start() -> None:
     image = gr.Image(
         label="Input image",
         type="filepath",
@@ -43,53 +41,49 @@ def _start() -> dict[str, Any]:
         elem_id="input",
         alt_text="Input image",
     )
-    note = gr.HTML("", elem_id="note")
-    examples = sorted(path for path in EXAMPLES.glob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
-    if examples:
-        paths = [str(path) for path in examples]
-        gr.Examples(paths, image, label="Examples", elem_id="examples", api_visibility="private")
+    gr.HTML("", elem_id="note")
+    if examples := [str(path) for path in example_files()]:
+        gr.Examples(examples, image, label="Examples", elem_id="examples", api_visibility="private")
     with gr.Column(elem_id="go", min_width=0):
         with gr.Row():
-            run = gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=False, elem_id="run")
-            stop = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")
-        cost = gr.HTML("", elem_id="cost")
-    return {"image": image, "note": note, "run": run, "stop": stop, "cost": cost}
+            gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=False, elem_id="run")
+            gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")
+        gr.HTML("", elem_id="cost")
 
 
-def _plan() -> dict[str, Any]:
+def _plan() -> None:
     plan = SamplingPlan.paper()
     choices = [(label, name) for name, label in PRESET_NAMES.items()]
-    preset = gr.Dropdown(choices, value="paper", label="Preset", elem_id="preset")
-    gammas = [
-        _slider("γ₁ simple above confidence", RANGES[0], plan.gamma1, "gamma1"),
-        _slider("γ₂ hard up to confidence", RANGES[1], plan.gamma2, "gamma2"),
-    ]
-    starts, steps = [], []
+    gr.Dropdown(choices, value="paper", label="Preset", elem_id="preset")
+    _slider("γ₁ simple above confidence", RANGES[0], plan.gamma1, "gamma1")
+    _slider("γ₂ hard up to confidence", RANGES[1], plan.gamma2, "gamma2")
     for i, name in enumerate(GROUPS):
         index = "₁₂₃"[i]
         with gr.Column(elem_classes=["group", f"group-{name}"]):
             gr.HTML(f"<h2>{name.capitalize()} patches</h2>")
             with gr.Row():
-                starts.append(_slider(f"Start T{index}", RANGES[2 + i], plan.start[i], f"start{i + 1}"))
-                steps.append(_slider(f"Steps N{index}", RANGES[5 + i], plan.steps[i], f"steps{i + 1}"))
+                _slider(f"Start T{index}", RANGES[2 + i], plan.start[i], f"start{i + 1}")
+                _slider(f"Steps N{index}", RANGES[5 + i], plan.steps[i], f"steps{i + 1}")
     with gr.Row(elem_id="seed-row"):
-        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120, scale=3)
-        dice = gr.Button("⚄ New seed", elem_id="dice", min_width=100, scale=1, size="sm")
+        gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120, scale=3)
+        gr.Button("⚄ New seed", elem_id="dice", min_width=100, scale=1, size="sm")
     label = "Budget: seconds of a full run"
-    budget = gr.Slider(0, 60, 60, step=0.01, label=label, interactive=False, buttons=[], elem_id="budget")
-    uniform = gr.Checkbox(False, label="Uniform baseline too (T 1000, N 20)", elem_id="uniform")
+    gr.Slider(0, 60, 60, step=0.01, label=label, interactive=False, buttons=[], elem_id="budget")
+    gr.Checkbox(False, label="Uniform baseline too (T 1000, N 20)", elem_id="uniform")
     info = "Colours of the input, structure of the coarse image. Off: the refined patches as they are decoded."
-    color_fix = gr.Checkbox(True, label="Colour fix", info=info, elem_id="color-fix")
+    gr.Checkbox(True, label="Colour fix", info=info, elem_id="color-fix")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         label = "Patch batch: patches at once, 1 to 256. Empty: what suits the device"
-        batch = gr.Number(None, label=label, precision=0, elem_id="batch")
-    named = {"preset": preset, "budget": budget, "dice": dice, "uniform": uniform}
-    return {**named, "color_fix": color_fix, "batch": batch, "dials": [*gammas, *starts, *steps, seed]}
+        gr.Number(None, label=label, precision=0, elem_id="batch")
 
 
-def _slider(label: str, limits: tuple[float, float, float], value: float, elem_id: str) -> gr.Slider:
+def _slider(label: str, limits: tuple[float, float, float], value: float, elem_id: str) -> None:
     low, high, step = limits
-    return gr.Slider(low, high, value, step=step, label=label, elem_id=elem_id, buttons=[], min_width=120)
+    gr.Slider(low, high, value, step=step, label=label, elem_id=elem_id, buttons=[], min_width=120)
+
+
+def example_files() -> list[Path]:
+    return sorted(path for path in EXAMPLES.glob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
 
 
 PANELS = {"coarse": "Coarse HR", "qmap": "Qmap overlay", "priors": "Texture priors", "final": "Final output"}
@@ -100,13 +94,13 @@ CAPTIONS = {
 }
 
 
-def results() -> dict[str, Any]:
-    """Status line, panels, close-ups, timing and inspector, by name; most are those of RunView and DialView."""
-    outputs: dict[str, Any] = {"status": gr.HTML(html.status(html.NO_IMAGE), elem_id="status")}
+def _results() -> None:
+    """For one image: what the method made of it, and how."""
+    gr.HTML(html.status(html.NO_IMAGE), elem_id="status")
     with gr.Row(elem_id="panels"):
         for name, label in PANELS.items():
             with gr.Column(elem_classes=["stage"], min_width=0):
-                outputs[name] = gr.Image(
+                gr.Image(
                     label=label,
                     interactive=False,
                     # A click on the Qmap picks a patch, and positions are wrong in fullscreen.
@@ -115,65 +109,53 @@ def results() -> dict[str, Any]:
                     alt_text=label,
                 )
                 if name == "qmap":
-                    outputs["legend"] = gr.HTML(html.legend(), elem_id="legend")
+                    gr.HTML(html.legend(), elem_id="legend")
                 else:
                     gr.HTML(f'<p class="quiet">{CAPTIONS[name]}</p>')
-    outputs["stale"] = gr.HTML("", elem_id="stale")
+    gr.HTML("", elem_id="stale")
     with gr.Row(elem_id="groups"):
-        outputs["histogram"] = gr.HTML("", elem_id="histogram")
-        outputs.update(_by_hand())
-    outputs["grid"] = gr.HTML("", elem_id="grid", padding=False)
-    outputs.update(_closeups())
-    outputs.update(_timing())
+        gr.HTML("", elem_id="histogram")
+        _by_hand()
+    gr.HTML("", elem_id="grid", padding=False)
+    _closeups()
+    _timing()
     gr.HTML("<h2>Patch inspector</h2>")
-    outputs["inspector"] = gr.HTML(html.NO_PATCH, elem_id="inspector")
-    outputs["inspected"] = gr.HTML("", elem_id="inspected")
-    for name, empty in (("shown", None), ("source", None), ("by_hand", {}), ("center", None), ("patch", None)):
-        outputs[name] = gr.State(empty)
-    return outputs
+    gr.HTML(html.NO_PATCH, elem_id="inspector")
+    gr.HTML("", elem_id="inspected")
 
 
-def _by_hand() -> dict[str, Any]:
+def _by_hand() -> None:
     """What a click or a stroke on the Qmap does."""
     modes = [("Inspect", INSPECT), *((f"Make {name}", name) for name in GROUPS)]
     with gr.Column(elem_id="hand", min_width=280):
-        mode = gr.Radio(
-            modes,
-            value=INSPECT,
-            label="Click a patch of the Qmap, or draw over several, to…",
-            elem_id="mode",
-        )
+        label = "Click a patch of the Qmap, or draw over several, to…"
+        gr.Radio(modes, value=INSPECT, label=label, elem_id="mode")
         with gr.Row(elem_id="hand-row"):
-            number = gr.Number(None, label="Patch", precision=0, elem_id="number", min_width=100, minimum=0)
-            reset = gr.Button("Reset hand-set patches", size="sm", elem_id="reset", min_width=100)
-            seams = gr.Checkbox(False, label="Patch borders", elem_id="seams", min_width=120)
-        facts = gr.HTML("", elem_id="facts")
-        stroke = gr.Button("Stroke", visible="hidden", elem_id="stroke")  # pressed by page.js
-    return {"mode": mode, "number": number, "reset": reset, "seams": seams, "facts": facts, "stroke": stroke}
+            gr.Number(None, label="Patch", precision=0, elem_id="number", min_width=100, minimum=0)
+            gr.Button("Reset hand-set patches", size="sm", elem_id="reset", min_width=100)
+            gr.Checkbox(False, label="Patch borders", elem_id="seams", min_width=120)
+        gr.HTML("", elem_id="facts")
+        gr.Button("Stroke", visible="hidden", elem_id="stroke")  # pressed by page.js
 
 
-def _closeups() -> dict[str, Any]:
+def _closeups() -> None:
     """The before/after slider and its magnified crop."""
-    outputs = {}
     gr.HTML("<h2>Before and after</h2>")
     with gr.Row(elem_id="sides"):
-        outputs["left"] = gr.Dropdown(list(closeup.SIDES), value="Bicubic input", label="Left", elem_id="left")
-        outputs["right"] = gr.Dropdown(list(closeup.SIDES), value="Final", label="Right", elem_id="right")
-        outputs["factor"] = gr.Radio(list(closeup.ZOOMS), value="200 %", label="Zoom", elem_id="factor")
+        gr.Dropdown(list(closeup.SIDES), value="Bicubic input", label="Left", elem_id="left")
+        gr.Dropdown(list(closeup.SIDES), value="Final", label="Right", elem_id="right")
+        gr.Radio(list(closeup.ZOOMS), value="200 %", label="Zoom", elem_id="factor")
     with gr.Row(elem_id="closeups"):
         for name, label in (("compare", "Before and after"), ("zoom", "Zoom: click a panel above to move it")):
-            outputs[name] = gr.ImageSlider(
-                label=label, interactive=False, buttons=[], elem_id=name, height=420, max_height=420
-            )
-    return outputs
+            gr.ImageSlider(label=label, interactive=False, buttons=[], elem_id=name, height=420, max_height=420)
 
 
-def _timing() -> dict[str, Any]:
-    """Where the seconds went, what uniform sampling would cost more, and what to take home."""
+def _timing() -> None:
+    """Where the seconds went, what uniform sampling would cost more, and the export."""
     gr.HTML("<h2>Time</h2>")
-    outputs: dict[str, Any] = {"timing": gr.HTML(html.NO_TIMING, elem_id="timing")}
-    outputs["baseline"] = gr.HTML("", elem_id="baseline")
-    outputs["difference"] = gr.Image(
+    gr.HTML(html.NO_TIMING, elem_id="timing")
+    gr.HTML("", elem_id="baseline")
+    gr.Image(
         label="Difference between final and uniform",
         alt_text="Difference between final and uniform",
         interactive=False,
@@ -182,12 +164,27 @@ def _timing() -> dict[str, Any]:
         elem_id="difference",
         height=320,
     )
-    with gr.Row(elem_id="takehome"):
-        outputs["pack"] = gr.Button("Make a ZIP of all stages", size="sm", elem_id="pack", min_width=160, scale=0)
-        outputs["zip"] = gr.File(label="All stages and report.json", visible=False, interactive=False, elem_id="zip")
-    return outputs
+    with gr.Row(elem_id="export"):
+        gr.Button("Make a ZIP of all stages", size="sm", elem_id="pack", min_width=160, scale=0)
+        gr.File(label="All stages and report.json", visible=False, interactive=False, elem_id="zip")
 
 
+def _batch() -> None:
+    """For several images."""
+    label = f"Images, up to {server.MAX_FILES}"
+    gr.File(label=label, file_count="multiple", file_types=["image"], elem_id="files", height=180)
+    with gr.Row():
+        gr.Button("Run all", variant="primary", min_width=100, scale=2, elem_id="run-all")
+        gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop-all")
+    gr.HTML(html.status(NO_FILES), elem_id="batch-status")
+    gr.HTML("", elem_id="outcomes")
+    gr.Gallery(
+        label="Upscaled", interactive=False, columns=3, object_fit="contain", buttons=["fullscreen"], elem_id="gallery"
+    )
+    gr.File(label="All as lossless PNGs, and report.json", interactive=False, elem_id="batch-zip")
+
+
+NO_FILES = "Choose some images, then press Run all. All are upscaled with the settings of the page's first column."
 # A picture of patches in the groups' colours.
 LOGO = "".join(
     f'<rect x="{9 * place}" y="{9 * row}" width="8" height="8" rx="1.5" fill="{GROUP_COLORS[group]}"/>'
@@ -258,30 +255,22 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, warm_up: bool = False)
     `warm_up` has the networks run once in the background, so that the first visitor waits no longer than others
     and is told what a run costs; on ZeroGPU that would spend somebody's seconds, and is not done.
     """
-    handlers = Handlers(pipeline, jobs)
+    runner = Runner(pipeline, jobs)
     if warm_up and not zero_gpu():
-        jobs.background(handlers.warmed_up)
+        jobs.background(runner.warmed_up)
     delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
-    with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as page:
+    with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as blocks:
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(elem_id="columns"):
-            parts = sidebar()
+            _sidebar()
             with gr.Column(elem_id="results", min_width=280), gr.Tabs():
                 with gr.Tab("One image"):
-                    parts.update(results())
+                    _results()
                 with gr.Tab("Several images", elem_id="batch-tab"):
-                    tab = batch_tab()
+                    _batch()
         gr.HTML(FOOTER, elem_id="footer")
-        wire(handlers, parts, tab)
-        query = gr.Textbox(visible="hidden", show_label=False)
-        page.load(
-            handlers.linked,
-            query,
-            [parts["preset"], *parts["dials"], parts["color_fix"], parts["uniform"], parts["batch"]],
-            js="() => window.location.search",
-            queue=False,
-            preprocess=False,
-            api_visibility="private",
-        )
-        Endpoints(handlers).publish(page, WAITING)
-    return page.queue(max_size=WAITING, api_open=False, default_concurrency_limit=1)
+        gr.Textbox(visible="hidden", show_label=False, elem_id="query")
+        components = {block.elem_id: block for block in blocks.blocks.values() if block.elem_id}
+        events.connect(blocks, {**components, "state": gr.State(PageState())}, runner)
+        Endpoints(runner).publish(blocks, events.WAITING)
+    return blocks.queue(max_size=events.WAITING, api_open=False, default_concurrency_limit=1)

@@ -1,198 +1,181 @@
-"""What a run does, and what the page shows of it as it goes on."""
+"""Run, Stop and a new image: what the networks do for a visitor, and what the page shows of it as it goes on."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass, replace
+from html import unescape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image
 
 from patchscaler.devices import most_at_once
-from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
+from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.records import Analysis, Partial, Progress, Restored, Result, Sampled
-from patchscaler.ui import closeup, html
-from patchscaler.ui.export import coarse_preview, save_final, save_preview
-from patchscaler.ui.state import SKIP, ByHand, Shown, Studies, Study
-from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, work, zero_gpu
-
-
-class RunView(NamedTuple):
-    """The outputs of a run, in the order in which the page lists them."""
-
-    coarse: Any = SKIP
-    qmap: Any = SKIP
-    priors: Any = SKIP
-    final: Any = SKIP
-    legend: Any = SKIP
-    cost: Any = SKIP
-    stale: Any = SKIP
-    histogram: Any = SKIP
-    timing: Any = SKIP
-    baseline: Any = SKIP
-    difference: Any = SKIP
-    facts: Any = SKIP
-    inspector: Any = SKIP
-    inspected: Any = SKIP
-    compare: Any = SKIP
-    zoom: Any = SKIP
-    status: Any = SKIP
-    shown: Any = SKIP
-    source: Any = SKIP  # the image whose pictures the panels show
-    by_hand: Any = SKIP
-    run: Any = SKIP
-    stop: Any = SKIP
-    note: Any = SKIP
-
-
-class DialView(NamedTuple):
-    """The outputs of a moved dial, in the order in which the page lists them."""
-
-    dials: Any = (SKIP,) * 8
-    preset: Any = SKIP
-    qmap: Any = SKIP
-    legend: Any = SKIP
-    cost: Any = SKIP
-    stale: Any = ""
-    histogram: Any = SKIP
-
-    def flat(self) -> tuple:
-        return (*self.dials, *self[1:])
-
-
-def emptied(image: dict | None) -> RunView:
-    """The page for another image, or for none, before its run."""
-    return RunView(
-        *(None,) * 4,
-        legend=html.legend(),
-        cost="",
-        stale="",
-        histogram="",
-        timing=html.NO_TIMING,
-        baseline="",
-        difference=gr.update(value=None, visible=False),
-        facts="",
-        inspector=html.NO_PATCH,
-        inspected="",
-        compare=None,
-        zoom=None,
-        status=html.status("Press Run." if image else html.NO_IMAGE),
-        shown=None,
-        source=(image or {}).get("path"),
-        by_hand={},
-        run=gr.update(interactive=image is not None),
-        note="",
-    )
-
-
-def grouping(
-    study: Study, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration, batch_size: int | None
-) -> dict[str, Any]:
-    """Overlay, legend, histogram and cost under `plan`, by their places in the views. No network runs."""
-    analysis = study.analysis
-    assignment = assign(analysis.patch_confidence, plan, by_hand)
-    counts = assignment.bincount(minlength=len(GROUPS)).tolist()
-    height, width = analysis.coarse.shape[-2:]
-    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=study.grey)
-    todo = work(study.sampled, plan, seed, assignment, batch_size or calibration.at_once)
-    expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
-    return {
-        "qmap": save_preview(overlay, "qmap"),
-        "legend": html.legend(counts),
-        "cost": html.cost(plan, counts, width, height, todo.anew, todo.evaluations, expected),
-        "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
-    }
-
-
-def stale(
-    analysis: Analysis,
-    shown: Shown | None,
-    source: str,
-    plan: SamplingPlan,
-    seed: Any,
-    by_hand: ByHand,
-    color_fix: bool,
-) -> str:
-    """What to say about a final picture that is unfinished, or not the one that these settings give."""
-    if shown is None or shown.source != source:
-        return ""
-    start, steps = times_and_steps(plan, assign(analysis.patch_confidence, plan, by_hand))
-    made = Sampled(start, shown.start, shown.steps, shown.seed)  # only asked which patches differ
-    changed = int(made.differs(start, steps, seed).sum())
-    if not shown.complete:
-        return html.unfinished(int((shown.start > 0).sum()), len(start))
-    if not changed and (shown.plan, shown.seed, shown.color_fix) == (plan, seed, color_fix):
-        return ""
-    return html.stale(shown.plan, shown.seed, changed, len(start), shown.color_fix != color_fix)
-
+from patchscaler.ui import closeup, export, html
+from patchscaler.ui.html import explain
+from patchscaler.ui.jobs import Jobs, Stops
+from patchscaler.ui.state import (
+    DIALS,
+    Known,
+    SessionCache,
+    Settings,
+    Shown,
+    View,
+    checked_batch,
+    checked_flag,
+    checked_plan,
+    checked_source,
+    plan_of,
+    preset_of,
+)
+from patchscaler.ui.tune import grouped
+from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, PriorsSheet, work, zero_gpu
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
 
-class Runs:
-    """Generators for the one thread that works: nothing here is called on the event loop."""
+@dataclass(frozen=True)
+class Update:
+    """What a run gives the page; `shown` goes with a new final picture."""
 
-    def __init__(self, pipeline: PatchScalerPipeline) -> None:
+    view: View
+    shown: Shown | None = None
+
+
+class Runner:
+    """Runs for the page and the API over one pipeline, and what they share: the session cache and the calibration."""
+
+    def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None) -> None:
         self.pipeline = pipeline
-        self.studies = Studies()
+        self.jobs = jobs or Jobs()
+        self.cache = SessionCache()
         self.calibration = Calibration(most_at_once(pipeline._execution_device))
         self.networks = Networks(pipeline, self.calibration)
+        self._runs, self._looks = Stops(), Stops()
+
+    # Events of the page
+
+    async def run(self, now: Settings, uniform: Any) -> AsyncIterator[View]:
+        """Analyze if the image is new, then refine. Yields what to show as soon as it is there.
+
+        A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
+        """
+        source, (plan, seed) = checked_source(now.image), checked_plan(now.dials, now.seed)
+        color_fix, uniform = checked_flag("color_fix", now.color_fix), checked_flag("uniform", uniform)
+        order = Order(source, plan, seed, now.page.by_hand, color_fix, checked_batch(now.batch), uniform)
+        with self._runs.of(now.session) as stop:
+            now.page.source = source
+            yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
+            shown = None
+            try:
+                async for update in self.jobs.stream(lambda: self._updates(order), stop):
+                    if update.shown:
+                        shown = update.shown
+                        if now.page.source == source:
+                            now.page.shown = shown
+                    yield update.view
+                if shown is None or not shown.complete or shown.uniform is None and uniform:
+                    yield {"status": html.status(_stopped(shown))}
+            except Exception as error:
+                visible = explain(error)
+                yield {"status": _failed(visible)}
+                raise visible from error
+
+    async def look(self, now: Settings) -> AsyncIterator[View]:
+        """Analyze an image as it comes in, so that its groups and what a run costs are known before the run."""
+        now.page.source = now.source
+        if now.source is None or not now.usable:
+            return
+        order = Order(now.source, now.plan, now.seed, now.page.by_hand, now.color_fix, now.batch_size)
+        with self._looks.of(now.session) as stop:
+            try:
+                async for update in self.jobs.stream(lambda: self._looked(order), stop):
+                    # A run that waits, or goes on already, has the status line.
+                    running = now.session in self._runs
+                    yield {name: value for name, value in update.view.items() if name != "status" or not running}
+                if now.session not in self._runs and not stop.is_set():
+                    yield {"status": html.status("Press Run.")}
+            except Exception as error:
+                visible = explain(error)
+                yield {"status": _failed(visible)}
+                raise visible from error
+
+    def stop(self, now: Settings) -> None:
+        """Have the visitor's run stop at its next step."""
+        self._runs.stop(now.session)
+
+    def new_image(self, now: Settings) -> View:
+        """Stop the run and empty the page when another image comes in, or none.
+
+        An image that was made here restores its own settings.
+        """
+        for stops in (self._runs, self._looks):
+            stops.stop(now.session)
+        now.page.empty(now.source)
+        made = export.made_with(now.source) if now.source else None
+        view = _emptied(now.image)
+        if made is None:
+            return view
+        view["note"] = f"<p>{made.said}</p>"
+        if made.dials is not None:
+            view |= dict(zip(DIALS, (*made.dials, made.seed)))
+            view |= {"preset": preset_of(plan_of(made.dials)), "color-fix": made.color_fix}
+        return view
+
+    def settle(self, now: Settings) -> View:
+        """After a run or a look: empty the page again if its last pictures came in behind another image."""
+        if now.page.source == now.source:
+            return {}
+        now.page.empty(now.source)
+        return _emptied(now.image)
+
+    def ended(self, now: Settings) -> View:
+        """After a run: the same, and nothing is left to stop but a later run."""
+        return {**self.settle(now), "stop": gr.update(interactive=now.session in self._runs)}
+
+    # Jobs: generators for the thread that works. Nothing here is called on the event loop.
 
     def events(
         self, order: Order, picture: Picture | None = None
-    ) -> Iterator[Analysis | Study | Progress | Partial | Result | Baseline]:
-        """Analysis if it is a new one, Study, Progress of each step, Partial pictures, Result; then the baseline's.
+    ) -> Iterator[Analysis | Known | Progress | Partial | Result | Baseline]:
+        """Analysis if it is a new one, Known, Progress of each step, Partial pictures, Result; then the baseline's.
 
         `picture` is the order's, where it is decoded already.
         """
-        study = self.studies.get(order.source)
-        earlier = (study.sampled, study.uniform) if study and order.live else ()
-        if study:
-            yield study
+        known = self.cache.get(order.source)
+        earlier = (known.sampled, known.uniform) if known and order.live else ()
+        start = picture
+        if known:
+            yield known
             if not order.refine:
                 return
-        known = picture
-        if study:  # to ZeroGPU only what is needed is sent
-            known = study.analysis.restored() if zero_gpu() else study.analysis
-        for event in self.fresh_events(order, known, *earlier):
-            if isinstance(event, Analysis):
-                analysis = event
-            elif isinstance(event, Image.Image):
-                event = study = Study(analysis, event)
-                self.studies.put(order.source, study)
-            elif isinstance(event, (Partial, Result)):
-                study.sampled = event.sampled
-            elif isinstance(event, Baseline) and isinstance(event.event, Result):
-                study.uniform = event.event.sampled
+            start = known.analysis.restored() if zero_gpu() else known.analysis  # there only what is needed is sent
+        for event in self.fresh_events(order, start, *earlier):
+            match event:
+                case Analysis():
+                    analysis = event
+                case PriorsSheet():
+                    event = known = Known(analysis, event.image)
+                    self.cache.put(order.source, known)
+                case Partial() | Result():
+                    known.sampled = event.sampled
+                case Baseline(Result() as uniform):
+                    known.uniform = uniform.sampled
             yield event
 
     def fresh_events(
-        self, order: Order, known: Picture | Restored | None = None, *earlier: Sampled | None
+        self, order: Order, start: Picture | Restored | None = None, *earlier: Sampled | None
     ) -> Iterator[Any]:
-        """The same, with the sheet of priors in place of the Study: nothing is kept, and only what is given reused."""
+        """The same, with the PriorsSheet in place of Known: nothing is kept, and only what is given reused."""
         # A picture is decoded here: a bad one is refused before any device is asked for.
-        return self.networks.run(order, read_picture(order.source) if known is None else known, *earlier)
-
-    def looked(self, order: Order) -> Iterator[RunView]:
-        """What can be said of an image before any run. Its groups too, unless that takes long."""
-        picture = None
-        if self.studies.get(order.source) is None:
-            picture = read_picture(order.source)
-            height, width = SCALE * picture.height, SCALE * picture.width
-            count = len(PatchGrid.covering(height, width, self.pipeline.transformer.config.size))
-            yield RunView(cost=html.unknown_cost(order.plan, count, width, height))
-            expected = self.calibration.analysis_seconds(height * width)
-            if zero_gpu() or expected is None or expected > LOOK_SECONDS:
-                return
-        yield from self._views(replace(order, refine=False), picture)
+        return self.networks.run(order, read_picture(order.source) if start is None else start, *earlier)
 
     def warmed_up(self) -> Iterator[None]:
         """Run everything on noise, and again to learn what it takes: a process is slow at what it does first."""
@@ -204,18 +187,97 @@ class Runs:
         for known in (False, True):
             began = time.perf_counter()
             for event in self.networks.here(order, picture):
-                if isinstance(event, Image.Image):
-                    analysed = time.perf_counter()
-                elif isinstance(event, (Partial, Result)):
-                    save_preview(to_pil(event.picture), "noise")
-                    result = event
+                match event:
+                    case PriorsSheet():
+                        analysed = time.perf_counter()
+                    case Partial() | Result():
+                        export.save_preview(to_pil(event.picture), "noise")
+                        result = event
                 yield None
             if known:
                 self.calibration.learn_analysis(SCALE**2 * picture.rgb[0].numel(), analysed - began)
                 self._learn(order, result, time.perf_counter() - analysed)
 
-    def _baseline(self, order: Order, result: Result, uniform: Result) -> dict[str, Any]:
-        """What uniform sampling costs more and looks other: views of both."""
+    def _looked(self, order: Order) -> Iterator[Update]:
+        """What can be said of an image before any run. Its groups too, unless that takes long."""
+        picture = None
+        if self.cache.get(order.source) is None:
+            picture = read_picture(order.source)
+            height, width = SCALE * picture.height, SCALE * picture.width
+            count = len(PatchGrid.covering(height, width, self.pipeline.transformer.config.size))
+            yield Update({"cost": html.unknown_cost(order.plan, count, width, height)})
+            expected = self.calibration.analysis_seconds(height * width)
+            if zero_gpu() or expected is None or expected > LOOK_SECONDS:
+                return
+        yield from self._updates(replace(order, refine=False), picture)
+
+    def _updates(self, order: Order, picture: Picture | None = None) -> Iterator[Update]:
+        began = time.perf_counter()
+        plan, seed = order.plan, order.seed
+        reused = self.cache.get(order.source) is not None
+        shown, result, done = None, None, ""
+
+        def groups(known: Known) -> View:
+            return grouped(known, plan, seed, order.by_hand, self.calibration, order.batch_size)
+
+        if not reused:
+            yield Update({"status": html.status("Restoring the whole image…")})
+        for event in self.events(order, picture):
+            match event:
+                case Analysis():
+                    # The overlay before any run is known: what a run costs is said when there is a result to keep.
+                    coarse = export.coarse_preview(event)
+                    status = html.status("Drawing the texture priors…")
+                    yield Update({"coarse": coarse, **groups(Known(event, None)), "status": status})
+                case Known():
+                    again = {}
+                    if reused:
+                        again = {"coarse": export.coarse_preview(event.analysis), **groups(event)}
+                    else:
+                        pixels = event.analysis.coarse[0].numel()
+                        self.calibration.learn_analysis(pixels, time.perf_counter() - began)
+                    yield Update({**again, "priors": export.save_preview(event.priors, "priors")})
+                    sampling = time.perf_counter()
+                case Progress() | Baseline(Progress()):
+                    uniform = isinstance(event, Baseline)
+                    step = event.event if uniform else event
+                    left = (time.perf_counter() - sampling) / step.done * (step.total - step.done)
+                    yield Update({"status": html.status(html.step(step, left, uniform), step.done, step.total)})
+                case Partial():
+                    path = export.save_preview(to_pil(event.picture), "partial")
+                    shown = _shown(order, event.sampled, path, {"plan": asdict(plan), "seed": seed})
+                    refined, count = int((shown.start > 0).sum()), len(shown.start)
+                    yield Update({"final": path, "stale": html.unfinished(refined, count)}, shown)
+                case Result():
+                    result = event
+                    path = export.save_final(result, order.source, color_fix=order.color_fix)
+                    shown = _shown(order, result.sampled, path, result.report())
+                    now = time.perf_counter()
+                    self._learn(order, result, now - sampling)
+                    anew, count = int(result.rendered.sum()), len(result.rendered)
+                    done = (
+                        f"Done in {now - began:.1f} s with {html.describe(plan, seed)}. "
+                        f"{anew} of {count} patches were rendered anew."
+                    )
+                    view = {
+                        "final": path,
+                        "timing": html.timing(result, reused),
+                        "status": html.status(" ".join([done, *result.picture.notes])),
+                        "stale": "",
+                        "baseline": "",
+                        "difference": gr.update(value=None, visible=False),
+                    }
+                    yield Update(view, shown)
+                    sampling = time.perf_counter()  # of the baseline
+                case Baseline(Result() as uniform):
+                    path = export.save_final(uniform, order.source, "uniform", order.color_fix)
+                    self._learn(order, uniform, time.perf_counter() - sampling, partial=False)
+                    status = html.status(f"{done} The baseline is done too.")
+                    view = {**self._baseline(order, result, uniform), "status": status}
+                    yield Update(view, replace(shown, uniform=path))
+
+    def _baseline(self, order: Order, result: Result, uniform: Result) -> View:
+        """What uniform sampling costs more and how it looks different."""
         costs = []
         for run in (result, uniform):
             at_once = order.batch_size or self.calibration.at_once
@@ -225,7 +287,7 @@ class Runs:
         image = closeup.difference(result.picture.rgb, uniform.picture.rgb)
         return {
             "baseline": html.baseline(*zip(*costs)),
-            "difference": gr.update(value=save_preview(image, "difference"), visible=True),
+            "difference": gr.update(value=export.save_preview(image, "difference"), visible=True),
         }
 
     def _learn(self, order: Order, result: Result, seconds: float, partial: bool = True) -> None:
@@ -238,72 +300,34 @@ class Runs:
         pictures = max(1, sum(group.calls > 0 for group in groups)) if partial else 1
         self.calibration.learn(groups, result.picture.rgb[0].numel(), rest, pictures)
 
-    def _views(self, order: Order, picture: Picture | None = None) -> Iterator[RunView]:
-        began = time.perf_counter()
-        plan, seed, by_hand = order.plan, order.seed, order.by_hand
-        reused = self.studies.get(order.source) is not None
-        shown, result, done = None, None, ""
-        if not reused:
-            yield RunView(status=html.status("Restoring the whole image…"))
-        for event in self.events(order, picture):
-            uniform = isinstance(event, Baseline)
-            event = event.event if uniform else event
-            if isinstance(event, Analysis):
-                # The overlay before any run is known: what a run costs is said when there is a Study to keep.
-                fresh = grouping(Study(event, None), plan, seed, by_hand, self.calibration, order.batch_size)
-                status = html.status("Drawing the texture priors…")
-                yield RunView(coarse=coarse_preview(event), **fresh, status=status)
-            elif isinstance(event, Study):
-                again = {}
-                if reused:
-                    again = grouping(event, plan, seed, by_hand, self.calibration, order.batch_size)
-                    again["coarse"] = coarse_preview(event.analysis)
-                else:
-                    self.calibration.learn_analysis(event.analysis.coarse[0].numel(), time.perf_counter() - began)
-                yield RunView(**again, priors=save_preview(event.priors, "priors"))
-                sampling = time.perf_counter()
-            elif isinstance(event, Progress):
-                left = (time.perf_counter() - sampling) / event.done * (event.total - event.done)
-                status = html.status(html.step(event, left, uniform), event.done, event.total)
-                yield RunView(status=status)
-            elif isinstance(event, Partial):
-                path = save_preview(to_pil(event.picture), "partial")
-                sampled = event.sampled
-                report = {"plan": asdict(plan), "seed": seed}
-                shown = _shown(order, sampled, path, report)
-                yield RunView(
-                    final=path,
-                    shown=shown,
-                    stale=html.unfinished(int((sampled.start > 0).sum()), len(sampled.start)),
-                )
-            elif uniform:
-                shown = shown._replace(uniform=save_final(event, order.source, "uniform", order.color_fix))
-                self._learn(order, event, time.perf_counter() - sampling, partial=False)
-                status = html.status(f"{done} The baseline is done too.")
-                yield RunView(**self._baseline(order, result, event), shown=shown, status=status)
-            else:
-                result = event
-                path = save_final(result, order.source, color_fix=order.color_fix)
-                shown = _shown(order, result.sampled, path, result.report())
-                now = time.perf_counter()
-                self._learn(order, result, now - sampling)
-                anew, count = int(result.rendered.sum()), len(result.rendered)
-                done = (
-                    f"Done in {now - began:.1f} s with {html.describe(plan, seed)}. "
-                    f"{anew} of {count} patches were rendered anew."
-                )
-                yield RunView(
-                    final=path,
-                    timing=html.timing(result, reused),
-                    status=html.status(" ".join([done, *result.picture.notes])),
-                    stale="",
-                    shown=shown,
-                    baseline="",
-                    difference=gr.update(value=None, visible=False),
-                )
-                sampling = time.perf_counter()  # of the baseline
-
 
 def _shown(order: Order, sampled: Sampled, final: Path, report: dict) -> Shown:
     made = (sampled.start, sampled.steps, final, order.by_hand, report)
     return Shown(order.source, order.plan, order.seed, order.color_fix, *made)
+
+
+def _emptied(image: dict | None) -> View:
+    """The page for another image, or for none, before its run."""
+    return {
+        **dict.fromkeys(("coarse", "qmap", "priors", "final", "compare", "zoom")),
+        **dict.fromkeys(("cost", "stale", "histogram", "baseline", "facts", "inspected", "note"), ""),
+        "legend": html.legend(),
+        "timing": html.NO_TIMING,
+        "difference": gr.update(value=None, visible=False),
+        "inspector": html.NO_PATCH,
+        "status": html.status("Press Run." if image else html.NO_IMAGE),
+        "run": gr.update(interactive=image is not None),
+    }
+
+
+def _failed(error: gr.Error) -> str:
+    return html.status(f"{error.title}: {unescape(error.message)}")
+
+
+def _stopped(shown: Shown | None) -> str:
+    if shown is None:
+        return "Stopped before any group was finished. Press Run to start again."
+    if shown.complete:
+        return "Stopped. The picture is finished, the uniform baseline is not."
+    refined = int((shown.start > 0).sum())
+    return f"Stopped: {refined} of {len(shown.start)} patches are refined. Press Run to render the others."

@@ -137,8 +137,6 @@ def upload_folder() -> Path:
     return folder
 
 
-log = logging.getLogger(__name__)
-
 MAX_JSON = 1_000_000  # bytes; a page with a thousand patches set by hand sends some 10 kB
 MAX_FILES = 16  # in one upload
 KEPT_FREE = 500_000_000  # bytes of disk that uploads and results must leave

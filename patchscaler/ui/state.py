@@ -1,4 +1,4 @@
-"""What a visitor has set, what the page shows, and what is kept of images."""
+"""What a visitor has set, what the visitor's page holds, and what the server keeps of images: the session cache."""
 
 from __future__ import annotations
 
@@ -9,25 +9,44 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
-import gradio as gr
 from PIL import Image
 from torch import Tensor
 
 from patchscaler.figures import grey_preview
 from patchscaler.grouping import PRESETS, SamplingPlan
 from patchscaler.records import Analysis, Sampled
-from patchscaler.ui import html
-from patchscaler.ui.html import visible_error
-
-SKIP = gr.skip()
-
+from patchscaler.ui.html import NO_IMAGE, visible_error
 
 ByHand = dict[int, int]  # patch -> group
+View = dict[str, Any]  # what the page is to show, by the names of its components
+
+INSPECT = "inspect"  # what a click on the Qmap does, besides the groups' names
+CUSTOM = "custom"  # the preset's name when the dials match none
+WRONG = "These settings do not work"
+
+# The dials: nine numbers that together are a sampling plan and a seed, everywhere in this order.
+DIALS = ("gamma1", "gamma2", "start1", "start2", "start3", "steps1", "steps2", "steps3", "seed")
+GAMMA_STEP = 0.01
+# Lowest, highest and step of each dial but the seed. No N is above the lowest T, so that N <= T always holds.
+RANGES = (
+    (GAMMA_STEP, 1, GAMMA_STEP),
+    (0, 1 - GAMMA_STEP, GAMMA_STEP),
+    *[(50, 1000, 10)] * 3,
+    *[(1, 50, 1)] * 3,
+)
+MAX_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
+MAX_BATCH = 256  # patches at once
+KEPT_PIXELS = 32_000_000  # of output, over all cached images: about 2 GB
+WAIT_SECONDS = 20
 
 
-class Shown(NamedTuple):
+# What a visitor's page holds
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
     """How the final picture on a visitor's page was made, and its file."""
 
     source: str
@@ -46,18 +65,65 @@ class Shown(NamedTuple):
         return bool((self.start > 0).all())
 
 
-INSPECT = "inspect"  # what a click does, besides the groups' names
-CUSTOM = "custom"  # the preset's name when the dials match none
-GAMMA_STEP = 0.01
-# Lowest, highest and step of each dial but the seed. No N is above the lowest T, so that N <= T always holds.
-RANGES = (
-    (GAMMA_STEP, 1, GAMMA_STEP),
-    (0, 1 - GAMMA_STEP, GAMMA_STEP),
-    *[(50, 1000, 10)] * 3,
-    *[(1, 50, 1)] * 3,
-)
-MAX_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
-MAX_BATCH = 256  # patches at once
+@dataclass(eq=False)
+class PageState:
+    """What a visitor's page holds besides its controls. Kept by Gradio for each session; events change it in place."""
+
+    source: str | None = None  # the image whose pictures the panels show
+    shown: Shown | None = None
+    by_hand: ByHand = field(default_factory=dict)  # replaced and never changed, since runs hold it
+    center: tuple[float, float] | None = None  # of the zoom, a pixel of the upscaled picture
+    patch: int | None = None  # the one that is inspected
+
+    def empty(self, source: str | None) -> None:
+        """For another image, or for none."""
+        self.__init__(source)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that an event is told: who asks, what the page holds, and every control as the browser sent it.
+
+    Gradio's preprocessing is off, since its own decoding loses alpha and 16-bit grey and answers bad files with an
+    error that says nothing. So the image is Gradio's file data, and no value is checked yet.
+    """
+
+    session: str | None
+    page: PageState
+    image: dict | None
+    color_fix: Any
+    batch: Any
+    dials: tuple[Any, ...]  # eight
+    seed: Any
+
+    @classmethod
+    def of(cls, session: str | None, page: PageState, image: Any, color_fix: Any, batch: Any, *dials: Any) -> Settings:
+        """From the values in the order in which the page lists them."""
+        return cls(session, page, image, color_fix, batch, tuple(dials[:8]), dials[8])
+
+    @property
+    def source(self) -> str | None:
+        return (self.image or {}).get("path")
+
+    @property
+    def usable(self) -> bool:
+        """Whether the dials show a plan: not so while a visitor types, or before pushed neighbours have moved."""
+        try:
+            return in_range(self.dials) and plan_of(self.dials) is not None
+        except ValueError:
+            return False
+
+    @property
+    def plan(self) -> SamplingPlan:
+        return plan_of(self.dials)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The patch batch; None, for what suits the device, if its field is empty or while something else is in it."""
+        return checked_batch(self.batch) if is_batch(self.batch) else None
+
+
+# The dials
 
 
 def dials_of(plan: SamplingPlan) -> tuple[float, ...]:
@@ -94,11 +160,6 @@ def in_range(dials: Sequence[Any]) -> bool:
     )
 
 
-def is_batch(value: Any) -> bool:
-    """Whether a value of the patch batch's field is one, or None: what suits the device."""
-    return value is None or isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
-
-
 def hold_order(dials: Sequence[float], moved: int) -> list[float]:
     """Eight dials with the neighbours of the one at `moved` pushed along: gamma1 > gamma2, T and N never falling.
 
@@ -121,23 +182,62 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-KEPT_PIXELS = 32_000_000  # of output, over all kept studies: about 2 GB
-WAIT_SECONDS = 20
-_one_at_a_time = Lock()
+# Checks of what came in. Each gives the value, or raises a gr.Error that names it and the limit.
+
+
+def is_batch(value: Any) -> bool:
+    """Whether a value of the patch batch's field is one, or None: what suits the device."""
+    return value is None or isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
+
+
+def checked_batch(value: Any) -> int | None:
+    """Patches at once, None for what suits the device."""
+    if not is_batch(value):
+        raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
+    return None if value is None else int(value)
+
+
+def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
+    try:
+        return plan_of(dials), seed_of(seed)
+    except ValueError as error:
+        raise visible_error(WRONG, str(error)) from error
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")
+    return value
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is neither true nor false")
+    return value
+
+
+def checked_source(image: dict | None) -> str:
+    """The image's path."""
+    source = (image or {}).get("path")
+    if not source:
+        raise visible_error("No image", NO_IMAGE)
+    return source
+
+
+# The session cache
 
 
 @dataclass(eq=False)
-class Study:
+class Known:
     """An image's analysis, the sheet of its texture priors, and what later runs need not do again.
 
-    Refined patches depend on the image, (T, N) and the seed only, so whoever asks may take over anybody's.
+    Refined patches depend on the image, (T, N) and the seed only, so every visitor may take them over.
     """
 
     analysis: Analysis
     priors: Image.Image
     sampled: Sampled | None = None  # of the latest run, finished or stopped
     uniform: Sampled | None = None  # of the latest uniform baseline
-    prior_images: dict[int, list[Image.Image]] = field(default_factory=dict)  # of inspected patches
 
     @cached_property
     def grey(self) -> Image.Image:
@@ -145,33 +245,36 @@ class Study:
         return grey_preview(self.analysis.coarse)
 
 
-class Studies:
-    """The latest studies by file, so that a changed plan or seed needs no second analysis.
+class SessionCache:
+    """The latest images by file, so that a changed plan or seed needs no second analysis.
 
     Uploads and examples lie under names made from their content, so the file's path is the key.
     """
 
     def __init__(self, kept_pixels: int = KEPT_PIXELS) -> None:
         self._kept_pixels = kept_pixels
-        self._studies: OrderedDict[str, Study] = OrderedDict()
+        self._known: OrderedDict[str, Known] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, source: str | None) -> Study | None:
+    def get(self, source: str | None) -> Known | None:
         with self._lock:
-            if source in self._studies:
-                self._studies.move_to_end(source)
-            return self._studies.get(source)
+            if source in self._known:
+                self._known.move_to_end(source)
+            return self._known.get(source)
 
-    def put(self, source: str, study: Study) -> None:
-        """Keep `study`, and drop the oldest others beyond the limit."""
+    def put(self, source: str, known: Known) -> None:
+        """Keep `known`, and drop the oldest others beyond the limit."""
         with self._lock:
-            self._studies[source] = study
-            while len(self._studies) > 1 and sum(map(_pixels, self._studies.values())) > self._kept_pixels:
-                self._studies.popitem(last=False)
+            self._known[source] = known
+            while len(self._known) > 1 and sum(map(_pixels, self._known.values())) > self._kept_pixels:
+                self._known.popitem(last=False)
 
 
-def _pixels(study: Study) -> int:
-    return study.analysis.coarse[0].numel()
+def _pixels(known: Known) -> int:
+    return known.analysis.coarse[0].numel()
+
+
+_one_at_a_time = Lock()
 
 
 @contextmanager
@@ -186,81 +289,3 @@ def whole_pictures() -> Iterator[None]:
         yield
     finally:
         _one_at_a_time.release()
-
-
-WRONG = "These settings do not work"
-
-
-class Settings(NamedTuple):
-    """The image, what is on the page, and every control; values are as the browser sent them."""
-
-    image: dict | None  # Gradio's file data
-    shown: Shown | None
-    by_hand: ByHand
-    color_fix: bool
-    batch: Any
-    dials: tuple[Any, ...]  # eight
-    seed: Any
-
-    @classmethod
-    def of(cls, image: Any, shown: Any, by_hand: Any, color_fix: Any, batch: Any, *dials: Any) -> Settings:
-        """From the values in the order in which the page lists them."""
-        return cls(image, shown, by_hand, color_fix, batch, tuple(dials[:8]), dials[8])
-
-    @property
-    def source(self) -> str | None:
-        return (self.image or {}).get("path")
-
-    @property
-    def usable(self) -> bool:
-        """Whether the dials show a plan: not so while a visitor types, or before pushed neighbours have moved."""
-        try:
-            return in_range(self.dials) and plan_of(self.dials) is not None
-        except ValueError:
-            return False
-
-    @property
-    def plan(self) -> SamplingPlan:
-        return plan_of(self.dials)
-
-    @property
-    def batch_size(self) -> int | None:
-        """The patch batch; None, for what suits the device, if its field is empty or while something else is in it."""
-        return checked_batch(self.batch) if is_batch(self.batch) else None
-
-
-def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
-    """The plan and the seed, or a gr.Error that says which value is wrong."""
-    try:
-        return plan_of(dials), seed_of(seed)
-    except ValueError as error:
-        raise visible_error(WRONG, str(error)) from error
-
-
-def checked_batch(value: Any) -> int | None:
-    """Patches at once, None for what suits the device, or a gr.Error."""
-    if not is_batch(value):
-        raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
-    return None if value is None else int(value)
-
-
-def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of the choices that the page offers, or a gr.Error that lists them."""
-    if not isinstance(value, str) or value not in choices:
-        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")
-    return value
-
-
-def checked_flag(name: str, value: Any) -> bool:
-    """What a checkbox gives, or a gr.Error."""
-    if not isinstance(value, bool):
-        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is neither true nor false")
-    return value
-
-
-def checked_source(image: dict | None) -> str:
-    """The image's path, or a gr.Error if there is none."""
-    source = (image or {}).get("path")
-    if not source:
-        raise visible_error("No image", html.NO_IMAGE)
-    return source

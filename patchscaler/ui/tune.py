@@ -1,9 +1,11 @@
-"""What happens when a visitor turns something: new groups at once, and no network."""
+"""What happens when a visitor turns a dial, paints groups by hand or sets a budget: new groups at once, no network."""
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil, floor
 from typing import Any
 
@@ -11,17 +13,20 @@ import gradio as gr
 import torch
 from torch import Tensor
 
-from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan, assign
-from patchscaler.ui import closeup
-from patchscaler.ui.run import DialView, Runs, grouping, stale
+from patchscaler.figures import qmap_overlay
+from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
+from patchscaler.records import Sampled
+from patchscaler.ui import closeup, export, html
 from patchscaler.ui.state import (
     CUSTOM,
+    DIALS,
     GAMMA_STEP,
     INSPECT,
-    SKIP,
     ByHand,
+    Known,
+    SessionCache,
     Settings,
-    Study,
+    View,
     checked_choice,
     dials_of,
     hold_order,
@@ -30,8 +35,178 @@ from patchscaler.ui.state import (
     preset_of,
     whole_pictures,
 )
+from patchscaler.ui.zerogpu import Calibration, work
 
+MAX_STROKE = 1000  # points of a stroke that are looked at
 MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it
+
+
+class Tuner:
+    """Events of the dials, the brush, the budget and clicks on the Qmap."""
+
+    def __init__(self, cache: SessionCache, calibration: Calibration) -> None:
+        self.cache = cache
+        self.calibration = calibration
+
+    def dial_moved(self, now: Settings, moved: int) -> View:
+        """Hold the dials' order and group anew. `moved` is the dial's place."""
+        if not in_range(now.dials):
+            return {}
+        return self._set(now, tuple(hold_order(now.dials, moved)))
+
+    def preset_chosen(self, now: Settings, preset: str) -> View:
+        """Set the dials to the preset's plan; `custom` leaves them where they are."""
+        preset = checked_choice("preset", preset, (*PRESETS, CUSTOM))
+        if preset == CUSTOM:
+            return self.regrouped(now)
+        return {**self._set(now, dials_of(PRESETS[preset])), "preset": preset}
+
+    def regrouped(self, now: Settings) -> View:
+        """Bring groups, cost and the stale mark up to the settings."""
+        known = self.cache.get(now.source)
+        if known is None:
+            return {"stale": ""}
+        if not now.usable:
+            return {}
+        view = grouped(known, now.plan, now.seed, now.page.by_hand, self.calibration, now.batch_size)
+        return {**view, "stale": stale(known, now)}
+
+    def new_seed(self, now: Settings) -> View:
+        seed = secrets.randbelow(2**31)
+        return {"seed": seed, **self.regrouped(replace(now, seed=seed))}
+
+    def _set(self, now: Settings, dials: tuple[float, ...]) -> View:
+        """The view after the dials have been set to these, of which only those that changed are sent."""
+        changed = {name: new for name, new, old in zip(DIALS, dials, now.dials) if new != old}
+        return {**changed, "preset": preset_of(plan_of(dials)), **self.regrouped(replace(now, dials=dials))}
+
+    # By hand
+
+    def reset_by_hand(self, now: Settings) -> View:
+        """Give every patch the group of its confidence again."""
+        now.page.by_hand = {}
+        return self.regrouped(now)
+
+    def clicked(self, now: Settings, at: tuple[float, float], mode: str) -> View:
+        """A click on the Qmap: look at the patch there, or first put it into the group that `mode` names."""
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        known = self.cache.get(now.source)
+        if known is None:
+            return {}
+        center = closeup.clicked(known, at)
+        return self._picked(known, known.analysis.grid.nearest(*center).index, center, mode, now)
+
+    def numbered(self, now: Settings, index: Any, mode: str) -> View:
+        """The same for a patch by its number, for those who do not click."""
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        known = self.cache.get(now.source)
+        if known is None or not isinstance(index, (int, float)) or not 0 <= index < len(known.analysis.grid):
+            return {}
+        patch = known.analysis.grid.patches[int(index)]
+        return self._picked(known, patch.index, closeup.middle(patch), mode, now)
+
+    def brushed(self, now: Settings, stroke: str, mode: str) -> View:
+        """A stroke over the Qmap, as JSON [[x, y], ...] in shares of its width and height: patches under it change.
+
+        The page sends a stroke again and again as it grows, so a lost event loses nothing.
+        """
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        known = self.cache.get(now.source)
+        points = _points(stroke)
+        if known is None or mode == INSPECT or not points:
+            return {}
+        by_hand = {**now.page.by_hand, **dict.fromkeys(closeup.touched(known, points), GROUPS.index(mode))}
+        if by_hand == now.page.by_hand:
+            return {}
+        now.page.by_hand = by_hand
+        return self.regrouped(now)
+
+    @whole_pictures()
+    def _picked(self, known: Known, index: int, center: tuple[float, float], mode: str, now: Settings) -> View:
+        if not now.usable:
+            return {}
+        page, view = now.page, {}
+        page.patch, page.center = index, center
+        if mode in GROUPS:
+            page.by_hand = {**page.by_hand, index: GROUPS.index(mode)}
+            view = self.regrouped(now)
+        facts, pictures = closeup.patch_views(known, page.shown, index, now.plan, page.by_hand)
+        return {**view, "facts": facts, "inspector": pictures, "number": index}
+
+    # Time budget
+
+    def budget_known(self, now: Settings) -> View:
+        """The budget's slider from the cheapest run to the most expensive, once it is known what a run takes."""
+        known = self.cache.get(now.source)
+        if known is None or not now.usable:
+            return {}
+        count = len(known.analysis.grid)
+        ends = self._seconds(known, now, torch.tensor([[count, 0], [0, 0], [0, count]]))
+        if ends is None:
+            return {}
+        low, high = sorted(ends.tolist())
+        groups = assign(known.analysis.patch_confidence, now.plan, now.page.by_hand).bincount(minlength=len(GROUPS))
+        value = self._seconds(known, now, groups).item()
+        low, high, value = floor(100 * min(low, value)) / 100, ceil(100 * max(high, value)) / 100, round(value, 2)
+        return {"budget": gr.update(minimum=low, maximum=high, value=value, interactive=True)}
+
+    def budget_set(self, now: Settings, seconds: Any) -> View:
+        """Move both thresholds so that a run of all patches is expected to take at most so many seconds."""
+        known = self.cache.get(now.source)
+        if known is None or not now.usable or not isinstance(seconds, (int, float)):
+            return {}
+        gammas = thresholds_within(
+            known.analysis.patch_confidence,
+            now.plan,
+            lambda counts: self._seconds(known, now, counts),
+            seconds,
+            now.page.by_hand,
+        )
+        return {} if gammas is None else self._set(now, (*gammas, *now.dials[2:]))
+
+    def _seconds(self, known: Known, now: Settings, counts: Tensor) -> Tensor | None:
+        """Expected seconds of full runs with so many patches in each group: 3x... -> ..., or None before any run.
+
+        With a picture for every group, even an empty one.
+        """
+        steps = counts.new_tensor(now.plan.steps).view(-1, *[1] * (counts.dim() - 1))
+        calls = steps * -(-counts // (now.batch_size or self.calibration.at_once))
+        pixels = known.analysis.coarse[0].numel()
+        return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
+
+
+def grouped(
+    known: Known, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration, batch_size: int | None
+) -> View:
+    """Overlay, legend, histogram and cost under `plan`. No network runs."""
+    analysis = known.analysis
+    assignment = assign(analysis.patch_confidence, plan, by_hand)
+    counts = assignment.bincount(minlength=len(GROUPS)).tolist()
+    height, width = analysis.coarse.shape[-2:]
+    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=known.grey)
+    todo = work(known.sampled, plan, seed, assignment, batch_size or calibration.at_once)
+    expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
+    return {
+        "qmap": export.save_preview(overlay, "qmap"),
+        "legend": html.legend(counts),
+        "cost": html.cost(plan, counts, width, height, todo.anew, todo.evaluations, expected),
+        "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
+    }
+
+
+def stale(known: Known, now: Settings) -> str:
+    """What to say about a final picture that is unfinished, or not the one that these settings give."""
+    shown = now.page.shown
+    if shown is None or shown.source != now.source:
+        return ""
+    if not shown.complete:
+        return html.unfinished(int((shown.start > 0).sum()), len(shown.start))
+    start, steps = times_and_steps(now.plan, assign(known.analysis.patch_confidence, now.plan, now.page.by_hand))
+    made = Sampled(start, shown.start, shown.steps, shown.seed)  # only asked which patches differ
+    changed = int(made.differs(start, steps, now.seed).sum())
+    if not changed and (shown.plan, shown.seed, shown.color_fix) == (now.plan, now.seed, now.color_fix):
+        return ""
+    return html.stale(shown.plan, shown.seed, changed, len(start), shown.color_fix != now.color_fix)
 
 
 def thresholds_within(
@@ -68,148 +243,6 @@ def thresholds_within(
     distance = (gammas[:, None] - plan.gamma1).abs() + (gammas[None, :] - plan.gamma2).abs()
     place = int(torch.where(fits, distance, torch.inf).argmin())
     return grid[place // len(grid)], grid[place % len(grid)]
-
-
-MAX_STROKE = 1000  # points of a stroke that are looked at
-
-
-class Tuning(Runs):
-    """Events of the dials, the brush, the budget and clicks on the Qmap.
-
-    Each takes what is special to it and then the page's settings, in the order of `Settings.of`.
-    """
-
-    def dial_moved(self, moved: int, *settings: Any) -> tuple:
-        """Hold the dials' order and group anew. `moved` is the dial's place; 8 is the seed."""
-        now = Settings.of(*settings)
-        if not in_range(now.dials):
-            return DialView(stale=SKIP).flat()
-        held = tuple(hold_order(now.dials, moved))
-        updates = tuple(SKIP if new == old else new for new, old in zip(held, now.dials))
-        return self._regroup(now._replace(dials=held))._replace(dials=updates, preset=preset_of(plan_of(held))).flat()
-
-    def preset_chosen(self, preset: str, *settings: Any) -> tuple:
-        """Set the dials to the preset's plan; `custom` leaves them where they are."""
-        now = Settings.of(*settings)
-        preset = checked_choice("preset", preset, (*PRESETS, CUSTOM))
-        values = dials_of(PRESETS[preset]) if preset in PRESETS else now.dials
-        return self._regroup(now._replace(dials=values))._replace(dials=values).flat()
-
-    def regrouped(self, *settings: Any) -> tuple:
-        """Bring groups, cost and the stale mark up to the settings."""
-        return self._regroup(Settings.of(*settings)).flat()
-
-    # By hand
-
-    def reset_by_hand(self, *settings: Any) -> tuple:
-        """Give every patch the group of its confidence again."""
-        return {}, *self._regroup(Settings.of(*settings)._replace(by_hand={})).flat()
-
-    def clicked(self, event: gr.SelectData, mode: str, *settings: Any) -> tuple:
-        """A click on the Qmap: look at the patch there, or first put it into the group that `mode` names.
-
-        Gives the patch's facts, its pictures, its index, the place in the picture, the groups set by hand, and a
-        DialView.
-        """
-        now = Settings.of(*settings)
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
-        study = self.studies.get(now.source)
-        if study is None:
-            return (SKIP,) * 6 + DialView(stale=SKIP).flat()
-        center = closeup.clicked(study, event.index)
-        return self._picked(study, study.analysis.grid.nearest(*center).index, center, mode, now)
-
-    def numbered(self, index: Any, mode: str, *settings: Any) -> tuple:
-        """The same for a patch by its number, for those who do not click."""
-        now = Settings.of(*settings)
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
-        study = self.studies.get(now.source)
-        if study is None or not isinstance(index, (int, float)) or not 0 <= index < len(study.analysis.grid):
-            return (SKIP,) * 6 + DialView(stale=SKIP).flat()
-        patch = study.analysis.grid.patches[int(index)]
-        return self._picked(study, patch.index, closeup.middle(patch), mode, now)
-
-    def brushed(self, stroke: str, mode: str, *settings: Any) -> tuple:
-        """A stroke over the Qmap, as JSON [[x, y], ...] in shares of its width and height: patches under it change.
-
-        The page sends a stroke again and again as it grows, so a lost event loses nothing.
-        """
-        now = Settings.of(*settings)
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
-        study = self.studies.get(now.source)
-        points = _points(stroke)
-        if study is None or mode == INSPECT or not points:
-            return SKIP, *DialView(stale=SKIP).flat()
-        by_hand = {**now.by_hand, **dict.fromkeys(closeup.touched(study, points), GROUPS.index(mode))}
-        if by_hand == now.by_hand:
-            return SKIP, *DialView(stale=SKIP).flat()
-        return by_hand, *self._regroup(now._replace(by_hand=by_hand)).flat()
-
-    @whole_pictures()
-    def _picked(self, study: Study, index: int, center: tuple[float, float], mode: str, now: Settings) -> tuple:
-        view, by_hand = DialView(stale=SKIP), now.by_hand
-        if not now.usable:
-            return (SKIP,) * 6 + view.flat()
-        if mode in GROUPS:
-            by_hand = {**by_hand, index: GROUPS.index(mode)}
-            view = self._regroup(now._replace(by_hand=by_hand))
-        facts, pictures = closeup.patch_views(study, now.shown, index, now.plan, by_hand)
-        return facts, pictures, (now.source, index), center, by_hand, index, *view.flat()
-
-    # Time budget
-
-    def budget_known(self, *settings: Any) -> Any:
-        """The budget's slider from the cheapest run to the dearest, once it is known what a run takes."""
-        now = Settings.of(*settings)
-        study = self.studies.get(now.source)
-        if study is None or not now.usable:
-            return SKIP
-        count = len(study.analysis.grid)
-        ends = self._seconds(study, now, torch.tensor([[count, 0], [0, 0], [0, count]]))
-        if ends is None:
-            return SKIP
-        low, high = sorted(ends.tolist())
-        groups = assign(study.analysis.patch_confidence, now.plan, now.by_hand).bincount(minlength=len(GROUPS))
-        value = self._seconds(study, now, groups).item()
-        low, high, value = floor(100 * min(low, value)) / 100, ceil(100 * max(high, value)) / 100, round(value, 2)
-        return gr.update(minimum=low, maximum=high, value=value, interactive=True)
-
-    def budget_set(self, seconds: Any, *settings: Any) -> tuple:
-        """Move both thresholds so that a run of all patches is expected to take at most so many seconds."""
-        now = Settings.of(*settings)
-        study = self.studies.get(now.source)
-        if study is None or not now.usable or not isinstance(seconds, (int, float)):
-            return DialView(stale=SKIP).flat()
-        confidence = study.analysis.patch_confidence
-        gammas = thresholds_within(
-            confidence, now.plan, lambda counts: self._seconds(study, now, counts), seconds, now.by_hand
-        )
-        if gammas is None:
-            return DialView(stale=SKIP).flat()
-        values = (*gammas, *now.dials[2:])
-        view = self._regroup(now._replace(dials=values))
-        return view._replace(dials=values, preset=preset_of(plan_of(values))).flat()
-
-    def _seconds(self, study: Study, now: Settings, counts: torch.Tensor) -> torch.Tensor | None:
-        """Expected seconds of full runs with so many patches in each group: 3x... -> ..., or None before any run.
-
-        With a picture for every group, even an empty one.
-        """
-        steps = counts.new_tensor(now.plan.steps).view(-1, *[1] * (counts.dim() - 1))
-        calls = steps * -(-counts // (now.batch_size or self.calibration.at_once))
-        pixels = study.analysis.coarse[0].numel()
-        return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
-
-    def _regroup(self, now: Settings) -> DialView:
-        study = self.studies.get(now.source)
-        if study is None:
-            return DialView()
-        if not now.usable:
-            return DialView(stale=SKIP)
-        return DialView(
-            **grouping(study, now.plan, now.seed, now.by_hand, self.calibration, now.batch_size),
-            stale=stale(study.analysis, now.shown, now.source, now.plan, now.seed, now.by_hand, now.color_fix),
-        )
 
 
 def _points(stroke: str) -> list[tuple[float, float]]:

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import spaces
 import torch
+from diffusers import ModelMixin
+from PIL import Image
 from torch import Tensor
 
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture
+from patchscaler.models import decode_latents
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Restored, Sampled
+from patchscaler.records import Progress, Restored, Result, Sampled
 from patchscaler.ui.html import explain
-from patchscaler.ui.state import ByHand
 
 REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
 FADING = 0.85  # weight of a measurement against the next one
@@ -129,7 +131,7 @@ class Order:
     source: str
     plan: SamplingPlan
     seed: int
-    by_hand: ByHand
+    by_hand: dict[int, int]  # patch -> group
     color_fix: bool = True
     batch_size: int | None = None  # what suits the device
     uniform: bool = False  # also render the baseline
@@ -137,10 +139,18 @@ class Order:
     refine: bool = True  # or end with the analysis
 
 
-class Baseline(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PriorsSheet:
+    """The drawing of some patches' texture priors, which follows the Analysis."""
+
+    image: Image.Image
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
     """An event of the uniform baseline's run, which follows the plan's."""
 
-    event: Any
+    event: Progress | Result
 
 
 def zero_gpu() -> bool:
@@ -158,25 +168,28 @@ class Networks:
     def __init__(self, pipeline: PatchScalerPipeline, calibration: Calibration) -> None:
         self._pipeline = pipeline
         self._calibration = calibration
+        self._vae, self._memory = _on_cpu(pipeline.vae), _on_cpu(pipeline.texture_memory)
         self.run = spaces.GPU(self.here, duration=self.seconds)
+
+    @torch.inference_mode()
+    def prior_images(self, indices: Tensor) -> Tensor:
+        """Images Kx3xHxW in [-1, 1] of K rows of the texture memory: on the CPU, so no GPU is asked or waited for."""
+        return decode_latents(self._vae, self._memory.patches(indices))
 
     def here(
         self,
-        order: Order | Tensor,
-        known: Picture | Restored | None = None,
+        order: Order,
+        known: Picture | Restored,
         earlier: Sampled | None = None,
         uniform: Sampled | None = None,
     ) -> Iterator[Any]:
-        """Yield the Analysis and the sheet of priors of a Picture, and then the events of its refinement.
+        """Yield the Analysis and the PriorsSheet of a Picture, and then the events of its refinement.
 
-        `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. For a Tensor, the
-        latents of priors, it gives their images. Errors are made visible here: ZeroGPU hands on no others.
+        `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. Errors are made visible
+        here: ZeroGPU hands on no others.
         """
         try:
-            if isinstance(order, Tensor):
-                yield self._pipeline.decode_priors(order)
-            else:
-                yield from self._ordered(order, known, earlier, uniform)
+            yield from self._ordered(order, known, earlier, uniform)
         except Exception as error:
             raise explain(error) from error
 
@@ -186,7 +199,7 @@ class Networks:
         if isinstance(known, Picture):
             known = self._pipeline.analyze(known, order.batch_size)
             yield known
-            yield self._pipeline.draw_priors(known)
+            yield PriorsSheet(self._pipeline.draw_priors(known))
         if not order.refine:
             return
         common = {"seed": order.seed, "batch_size": order.batch_size, "color_fix": order.color_fix}
@@ -201,18 +214,16 @@ class Networks:
 
     def seconds(
         self,
-        order: Order | Tensor,
-        known: Picture | Restored | None = None,
+        order: Order,
+        known: Picture | Restored,
         earlier: Sampled | None = None,
         uniform: Sampled | None = None,
     ) -> int:
         """For how long `here` with these arguments may need the device, from what runs on it took before.
 
-        The patches of a Picture are not grouped yet: they count as hard ones, the dearest, and a picture is counted
-        for every group.
+        The patches of a Picture are not grouped yet: they count as hard ones, which cost most, and a picture is
+        counted for every group.
         """
-        if isinstance(order, Tensor):
-            return START_SECONDS
         picture = known if isinstance(known, Picture) else known.picture
         height, width = SCALE * picture.height, SCALE * picture.width
         expected = 0.0
@@ -235,3 +246,12 @@ class Networks:
                 refined = todo.evaluations * EVALUATION_SECONDS + pictures * height * width * PIXEL_SECONDS
             expected += refined
         return min(MOST_SECONDS, math.ceil(START_SECONDS + MARGIN * expected))
+
+
+def _on_cpu(model: ModelMixin) -> ModelMixin:
+    """The model itself if it is on the CPU, else a float32 copy there."""
+    if model.device.type == "cpu":
+        return model
+    copy = type(model).from_config(model.config)
+    copy.load_state_dict({name: values.cpu() for name, values in model.state_dict().items()})
+    return copy.eval()
