@@ -92,21 +92,19 @@ def forget_components(app: Any) -> None:
 
 
 def forget_messages(queue: Any) -> None:
-    """Results that nobody fetches, but for those of the newest sessions, and the names of sessions that have none.
+    """Results that are never fetched, but for those of the newest sessions, and the names of sessions that have none.
 
     Gradio keeps the messages of 2,000 sessions, and every call of the API has a session of its own. A page's messages
     tell what changed since the one before, so none is taken from a run or from a slow reader unless it is a flood.
     """
-    unread = 0
-    for session, messages in reversed(list(queue.pending_messages_per_session.items())):
+    for newer, (session, messages) in enumerate(reversed(list(queue.pending_messages_per_session.items()))):
         events = queue.pending_event_ids_session.get(session, ())
         over = not any(event in queue.event_ids_to_events for event in events)
-        if messages._getters:  # somebody reads
+        if messages._getters:  # a client is reading
             continue
         while messages.qsize() > FLOOD:
             messages.get_nowait()
-        unread += not messages.empty()
-        if over and (messages.empty() or unread > UNREAD):
+        if over and newer >= UNREAD:
             del queue.pending_messages_per_session[session]
     for session in queue.pending_event_ids_session.keys() - queue.pending_messages_per_session.keys():
         del queue.pending_event_ids_session[session]
@@ -121,7 +119,7 @@ def sweep(folder: Path, seconds: float, kept: Collection[str] = ()) -> None:
     for entry in folder.iterdir():
         if entry in keep:
             continue
-        with suppress(FileNotFoundError):  # somebody else was quicker
+        with suppress(FileNotFoundError):  # it is gone already
             newest = max(path.lstat().st_mtime for path in (entry, *(entry.iterdir() if entry.is_dir() else ())))
             if time.time() - newest > seconds:
                 if entry.is_dir() and not entry.is_symlink():
@@ -141,7 +139,7 @@ MAX_JSON = 1_000_000  # bytes; a page with a thousand patches set by hand sends 
 MAX_FILES = 16  # in one upload
 KEPT_FREE = 500_000_000  # bytes of disk that uploads and results must leave
 BODY_SECONDS = 30  # without a byte of a body that is not whole
-# Gradio would fetch any public address for anybody, take screen recordings and call methods of components.
+# Gradio would fetch any public address for any client, take screen recordings and call methods of components.
 # Each link of its deep_link is a folder of files.
 CLOSED = re.compile(
     r"/gradio_api/(proxy=|file[=/]+\w+:|process_recording|component_server|deep_link|stream/|dev/|vibe)", re.I
