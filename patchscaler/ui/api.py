@@ -52,7 +52,7 @@ class Endpoints:
         """Add the endpoints to a page that is being built; `waiting` runs may wait together with the page's."""
         heavy = {"concurrency_id": "pipeline", "concurrency_limit": waiting}
         _publish(page, self.analyze, **heavy)
-        # Beside the queue, but for MCP: Gradio gives its tools' files to such endpoints without asking the doorkeeper.
+        # Outside the queue, but for MCP: Gradio gives its tools' files to such endpoints without asking the doorkeeper.
         _publish(page, self.regroup, queue=mcp_wanted())
         _publish(page, self.refine, **heavy)
         _publish(page, self.upscale, **heavy)
@@ -146,7 +146,7 @@ class Endpoints:
             steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
             seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
             by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0
-            color_fix: give the result the colours of the input and the structure of the coarse image
+            color_fix: give the result the colours of the input
 
         Returns:
             final: the image at four times the size, a lossless PNG with plan and seed inside
@@ -175,7 +175,7 @@ class Endpoints:
             start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
             steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
             seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
-            color_fix: give the result the colours of the input and the structure of the coarse image
+            color_fix: give the result the colours of the input
 
         Returns:
             final: the image at four times the size, a lossless PNG with plan and seed inside
@@ -325,7 +325,7 @@ def _result(result: Result, order: Order) -> tuple[dict, dict]:
         "color_fix": order.color_fix,
         "notes": list(picture.notes),
     }
-    return _handed(save_final(result, _name(order.source))), report
+    return _handed(save_final(result, _name(order.source), color_fix=order.color_fix)), report
 
 
 def _grouped(plan: SamplingPlan, assignment: Tensor, by_hand: ByHand) -> dict[str, Any]:
