@@ -252,6 +252,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         total = int(steps[rendered].sum())
         done, until, spent, finished = 0, 0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
         busy = [0.0] * (1 + len(self.copies))  # seconds of each device
+        each = torch.zeros(len(grid), dtype=torch.float64) if earlier is None else earlier.seconds.clone()  # N
         decode = 0.0
         making: tuple[int, Sampled, Made] | None = None  # the picture after a group
         for run in runs:
@@ -261,6 +262,7 @@ class PatchScalerPipeline(DiffusionPipeline):
                 busy[step.device] += sum(step.seconds.values())
                 for group, k in step.steps.items():
                     spent[group] += step.seconds[group]
+                    each[members[group]] = spent[group] / len(members[group])
                     yield Progress(group, k, plan.steps[group], step.patches[group], done, total)
                 if making and (making[-1].over() or done == until):
                     (group, sampled, made), making = making, None
@@ -269,7 +271,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             if partial and done < total:
                 (group,) = run
                 finished = finished | (assignment == group)
-                sampled = Sampled(x0.clone(), start * finished, steps * finished, seed)
+                sampled = Sampled(x0.clone(), start * finished, steps * finished, seed, each.clone())
                 with beside(device):
                     making = group, sampled, self._finish(analysis, sampled.patches, wanted)
 
@@ -304,7 +306,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             },
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            sampled=Sampled(made.patches, start, steps, seed),
+            sampled=Sampled(made.patches, start, steps, seed, each),
             rendered=rendered,
             by_hand=dict(by_hand or {}),
         )

@@ -71,7 +71,9 @@ RESTORED = {"preset", *DIALS, "color-fix"}
 
 
 def new_image(runner, path):
-    return runner.new_image(settings(path and {"path": str(path)}, (0,) * 9))
+    now = settings(path and {"path": str(path)}, (0,) * 9)
+    now.page.source = "another"
+    return runner.new_image(now)
 
 
 def test_a_png_of_the_page_restores_its_settings(runner, image, dials):
@@ -139,12 +141,13 @@ def look(runner, image, dials):
     return collected(runner.look, settings(image, dials))
 
 
-def test_a_look_gives_the_groups_and_the_cost_before_any_run(runner, image, dials):
+def test_a_look_gives_the_groups_and_the_cost_before_any_run(runner, image, dials, tmp_path):
     first = look(runner, image, dials)
     assert "network evaluations, by the groups" in last(first, "cost")  # nothing is known yet of what it takes
     assert not any("coarse" in view for view in first) and runner.cache.get(image["path"]) is None
-    for _ in runner.warmed_up():
-        pass
+    with Image.open(image["path"]) as picture:
+        picture.rotate(180).save(tmp_path / "other.png")
+    run(runner, {"path": str(tmp_path / "other.png")}, dials)
     views = look(runner, image, dials)
     assert "Run renders 9 of 9 patches anew" in last(views, "cost") and "about <b>" in last(views, "cost")
     for name in ("coarse", "qmap", "priors"):

@@ -64,13 +64,13 @@ def test_a_stopped_run_says_so_last_and_only_the_visitors_own_run_stops(runner, 
     def watch(view):
         if "step 2 of 30" in view.get("status", ""):
             runner.stop(settings(image, slow, session="somebody else"))
-            assert runner.ended(now)["stop"]["interactive"]  # an earlier run's end
+            assert runner.settle(now)["stop"]["interactive"]  # an earlier run's end
         if "step 5 of 30" in view.get("status", ""):
             runner.stop(now)
 
     views = collected(lambda now: runner.run(now, False), now, watch)
     assert "Stopped" in views[-1]["status"] and "step 5 of 30" in views[-2]["status"]
-    assert not runner.ended(now)["stop"]["interactive"]
+    assert not runner.settle(now)["stop"]["interactive"]
     assert "Done in" in last(run(runner, image, dials), "status")
 
 
@@ -94,7 +94,7 @@ def test_a_run_that_waits_for_its_turn_can_be_stopped(runner, image, dials):
 
 def test_pictures_that_come_in_behind_another_image_are_taken_away(runner, image, dials):
     now = settings(image, dials)
-    assert runner.settle(now) == {}
+    assert runner.settle(now).keys() == {"stop"}
     now.page.source, now.page.by_hand = "another", {0: 2}
     view = runner.settle(now)
     assert view["coarse"] is None and view["run"]["interactive"]
@@ -167,7 +167,7 @@ def test_a_second_run_renders_what_changed_and_the_cost_line_said_so(runner, ima
     assert f"Run renders {medium} of 9 patches anew: {3 * medium} evaluations, about <b>" in view["cost"]
     views = run(runner, image, other)
     assert f"{medium} of 9 patches were rendered anew" in last(views, "status")
-    assert f"<td>{3 * medium}</td>" in last(views, "timing") and "<td>–</td>" in last(views, "timing")
+    assert f"<td>{3 * medium}</td>" in last(views, "timing")
     assert "0 of 9 patches were rendered anew" in last(run(runner, image, other), "status")
 
 

@@ -79,13 +79,13 @@ def test_what_a_failed_job_held_is_free_once_its_error_was_handled(fault, no_col
                 pass
 
     asyncio.run(read())
-    jobs._thread.shutdown()
+    jobs._threads.shutdown()
     assert made[0]() is None
 
 
 def test_the_oldest_images_go_first_and_the_newest_always_stays(tiny_pipeline, image):
     analysis = tiny_pipeline.analyze(read_picture(image["path"]))
-    known = Known(analysis, tiny_pipeline.draw_priors(analysis))
+    known = Known(analysis, None)
     pixels = analysis.coarse[0].numel()
     cache = SessionCache(kept_pixels=2 * pixels)
     for name in "abc":

@@ -23,7 +23,8 @@ from patchscaler.grouping import SamplingPlan
 from patchscaler.images import read_picture, write_png
 
 ROOT = Path(__file__).parent.parent
-PHOTO = sorted((ROOT / "examples").glob("*.png"))[0]
+EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
+PHOTO = next(path for path in EXAMPLES if "photographer" in path.name)  # not the one that the page opens with
 # A browser of the system comes before Playwright's own, which CI need not download.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -99,12 +100,41 @@ def seen(page: Page, panel: str) -> bool:
     return image.count() == 1 and image.evaluate("image => image.complete && image.naturalWidth > 0")
 
 
+def test_the_page_opens_with_an_example_and_a_click_runs_another(page):
+    # 1. Nothing was clicked yet.
+    for panel in ("coarse", "qmap", "priors", "final"):
+        page.wait_for_function(f"document.querySelector('#{panel} img')?.naturalWidth > 0")
+        assert seen(page, panel)
+    for pair in ("compare", "zoom"):
+        page.wait_for_function(f"document.querySelectorAll('#{pair} img').length == 2")
+    rows = page.locator("#timing table.groups tbody tr")
+    assert [int(text) for text in rows.locator("td:nth-child(2)").all_inner_texts()] == counts(page)
+    assert float(page.locator("#timing table.groups tfoot td:nth-child(6)").inner_text()) > 0
+    expect(page.locator("#status")).to_contain_text("Done in")
+    expect(page.locator("#run")).to_be_enabled()
+
+    # 2. It is a run like any other: a threshold regroups it, and a patch can be looked at.
+    page.locator("#gamma1 input[type=range]").focus()
+    page.locator("#gamma1 input[type=range]").press("Home")
+    expect(page.locator("#stale")).to_contain_text("older plan")
+    page.locator("#number input").fill("0")
+    expect(page.locator("#inspected img")).to_have_count(1 + 3)
+
+    # 3. A click on another example runs it.
+    page.get_by_role("button", name="Example: coffee").click()
+    expect(page.locator("#stale")).to_be_empty()
+    with Image.open(next(path for path in EXAMPLES if "coffee" in path.name)) as small:
+        page.wait_for_function(f"document.querySelector('#final img')?.naturalWidth == {4 * small.width}")
+    expect(page.locator("#status")).to_contain_text("Done in")
+    expect(page.locator("#stop")).to_be_disabled()
+
+
 def test_upload_run_and_drag(page):
     # 1. Upload and run.
-    expect(page.locator("#run")).to_be_disabled()
     expect(page.get_by_role("button", name="Example: astronaut")).to_be_visible()  # named for screen readers
     expect(page.locator("#status")).to_have_attribute("aria-live", "polite")
     page.set_input_files("#input input[type=file]", PHOTO)
+    expect(page.locator("#status")).to_contain_text("Press Run")
     page.locator("#run").click()
     expect(page.locator("#timing table.groups")).to_be_visible()
     expect(page.locator("#status")).to_contain_text("Done in")

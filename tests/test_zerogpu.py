@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +19,13 @@ import gradio as gr
 import pytest
 import torch
 from PIL import Image
+from visitor import closeups, last, run, settings
 
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.patches import PatchGrid
 from patchscaler.records import Analysis, Partial, Progress, Result
+from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.zerogpu import (
     MOST_SECONDS,
     START_SECONDS,
@@ -30,7 +34,6 @@ from patchscaler.ui.zerogpu import (
     Call,
     Networks,
     Order,
-    PriorsSheet,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +52,8 @@ def test_every_argument_and_event_of_a_run_pickles(networks, picture):
         return [pickle.loads(pickle.dumps(event)) for event in networks.here(*arguments)]
 
     order = Order("", PLAN, 7, {0: 0, 1: 1}, uniform=True)
-    analysis, sheet, *events = there(order, picture)
-    assert isinstance(analysis, Analysis) and isinstance(sheet, PriorsSheet)
+    analysis, *events = there(order, picture)
+    assert isinstance(analysis, Analysis) and analysis.priors.values is None
     assert {type(event) for event in events} == {Progress, Partial, Result, Baseline}
     result, uniform = (event for event in (getattr(e, "event", e) for e in events) if isinstance(event, Result))
     *_, plain = networks.here(replace(order, uniform=False), picture)
@@ -126,6 +129,64 @@ def test_seconds_are_whole_and_never_above_the_limit(networks, side):
     assert asked[0] <= asked[1]
 
 
+def test_the_first_estimate_is_within_three_times_that_of_measured_runs(networks, tiny_pipeline):
+    """So that a visitor with a small quota is not refused the first run. Rates from those of half an H100 down to a
+    fifth of one."""
+    plan = SamplingPlan.paper()
+    for side in (128, 256, 512):
+        picture = Picture(torch.zeros(3, side, side))
+        first = Networks(tiny_pipeline, Calibration()).seconds(Order("", plan, 0, {}), picture)
+        for evaluation, pixel in ((2e-5, 2e-8), (2e-4, 2e-7)):
+            learned = Networks(tiny_pipeline, calibration := Calibration())
+            calibration.learn([Call(8, 800, 800 * evaluation), Call(8, 80, 80 * evaluation)], 10**6, pixel * 10**6)
+            calibration.learn_analysis(10**6, pixel * 10**6)
+            later = learned.seconds(Order("", plan, 0, {}), picture)
+            assert later / 3 <= first <= 3 * later, (side, evaluation, first, later)
+
+
+def test_a_wait_for_a_device_holds_up_nobody_and_is_not_learned(runner, image, dials):
+    """On ZeroGPU: one visitor waits for a device, another's run goes through meanwhile."""
+    waiting, lent = threading.Event(), threading.Event()
+    runner.jobs = Jobs(threads=2)
+    here = runner.networks.run
+
+    def run_for(order, *arguments):
+        if order.session == "first":
+            waiting.set()
+            assert lent.wait(60)
+        yield from here(order, *arguments)
+
+    runner.networks.run = run_for
+
+    async def both():
+        first = asyncio.create_task(all_views("first"))
+        await asyncio.to_thread(waiting.wait, 60)
+        began = time.perf_counter()
+        second = await asyncio.wait_for(all_views("second"), 60)
+        took = time.perf_counter() - began
+        assert not first.done() and "Done in" in last(second, "status")
+        await asyncio.sleep(3 * took)  # a long wait, measured in runs
+        lent.set()
+        assert "Done in" in last(await first, "status")
+        return took
+
+    async def all_views(session):
+        return [view async for view in runner.run(settings(image, dials, session=session), False)]
+
+    took = asyncio.run(both())
+    pixels = runner.cache.get(image["path"]).analysis.coarse[0].numel()
+    assert runner.calibration.analysis_seconds(pixels) < 2 * took
+
+
+def test_a_click_on_a_patch_asks_for_no_device(runner, image, dials):
+    run(runner, image, dials)
+    runner.networks.run = None
+    now = settings(image, dials)
+    now.page.patch = 4
+    with runner.jobs._lock:  # no job can be admitted
+        assert closeups(runner).inspected(now)["inspected"].count("<img") == 1 + 3
+
+
 # The real `spaces` package: its wrapper, its fork and its queues
 
 
@@ -144,6 +205,7 @@ from patchscaler.grouping import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.records import Result
 from patchscaler.ui.analysis_file import fingerprint
+from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.zerogpu import Order
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.page import build_page

@@ -86,7 +86,7 @@ class Batch:
         self._batches.stop(now.session)
 
     def _upscaled(self, order: Order, name: str) -> Iterator[Progress | Outcome | None]:
-        """A file's progress, and last its Outcome. Nothing is kept of it: nobody will turn a dial for it."""
+        """A file's progress, and last its Outcome. Nothing of it is cached: no dial will be turned for it."""
         for event in self._runner.fresh_events(order):
             if isinstance(event, Result):
                 picture = save_final(event, order.source, color_fix=order.color_fix)

@@ -31,7 +31,7 @@ RUN = (*PICTURES, *GROUPS, *PATCH, "status", "run", "stop", "note")
 BATCH = ("batch-status", "outcomes", "gallery", "batch-zip", "stop-all")
 LINK = (*DIALS, "color-fix", "uniform", "batch")
 
-# Answered beside the queue, so that a full one never freezes the dials, and the last value of a drag counts.
+# Answered outside the queue, so that a full one never freezes the dials, and the last value of a drag counts.
 LIVE: dict[str, Any] = {
     "queue": False,
     "preprocess": False,
@@ -73,8 +73,8 @@ def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
     on(page["stop"].click, runner.stop)
     emptied = on(page["input"].change, runner.new_image, (*RUN, *DIALS, "preset", "color-fix"))
     looking = on(emptied.then, runner.look, RUN, how=QUEUED)
-    for event, settle in ((running, runner.ended), (looking, runner.settle)):
-        settled = on(event.then, settle, RUN)
+    for event in (running, looking):
+        settled = on(event.then, runner.settle, RUN)
         regrouped = on(settled.then, tuner.regrouped, TUNED)
         on(regrouped.then, tuner.budget_known, ["budget"])
         on(regrouped.then, closeups.compared, ["compare"], own=["left", "right"])
@@ -117,7 +117,9 @@ def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
     for name in LINK:
         page[name].change(None, [page[name] for name in LINK], None, js=export.LINK, **LIVE)
     query = "(_, ...others) => [window.location.search, ...others]"
-    on(blocks.load, export.linked, (*LINK, "preset"), own=["query"], js=query)
+    linked = on(blocks.load, export.linked, (*LINK, "preset"), own=["query"], js=query)
+    regrouped = on(linked.then, tuner.regrouped, TUNED)
+    on(regrouped.then, tuner.budget_known, ["budget"])
 
     # Several images.
     on(page["run-all"].click, batch.run_all, BATCH, own=["files"], how=QUEUED)

@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 import gradio as gr
 import torch
@@ -127,7 +128,7 @@ def pictures(labelled: Sequence[tuple[str, Image.Image]]) -> str:
 
 
 def priors(coarse: Image.Image, pictures: Sequence[Image.Image], similarities: Sequence[float]) -> str:
-    """A patch's y0, and beside it the texture priors that were found for it, best first."""
+    """A patch's y0 and the texture priors that were retrieved for it, best first."""
     figures = _figure(coarse, "y₀: the coarse patch") + "".join(
         _figure(picture, f"Prior {place}, similarity {similarity:.3f}")
         for place, (picture, similarity) in enumerate(zip(pictures, similarities), start=1)
@@ -180,28 +181,59 @@ def describe(plan: SamplingPlan, seed: int) -> str:
     return f"γ {plan.gamma1:.2f}/{plan.gamma2:.2f}, T {start}, N {steps}, seed {seed}"
 
 
+class GroupCost(NamedTuple):
+    """What a group costs under a plan, whether its patches were sampled in this run or taken over."""
+
+    name: str
+    patches: int
+    start: int
+    steps: int
+    seconds: float
+    reused: int  # patches
+
+    @property
+    def evaluations(self) -> int:
+        return self.patches * self.steps
+
+
+def costs(result: Result) -> list[GroupCost]:
+    """By group. The seconds of patches that were taken over are those of the run in which they were sampled."""
+    groups = []
+    for index, group in enumerate(result.groups):
+        members = result.assignment == index
+        seconds, reused = result.sampled.seconds[members].sum().item(), int((members & ~result.rendered).sum())
+        groups.append(GroupCost(group.name, group.patches, group.start, group.steps, seconds, reused))
+    return groups
+
+
 def timing(result: Result, reused: bool) -> str:
-    """Bar and tables: each group's work, and the seconds of every stage. `reused`: the analysis is an earlier run's."""
+    """Bar and tables: each group's cost, and the seconds of every stage. `reused`: the analysis is an earlier one."""
+    groups = costs(result)
+    seconds = {**result.seconds, "refine": sum(group.seconds for group in groups)}
     rows = "".join(
         f'<tr><th scope="row">{_swatch(i)}{group.name.capitalize()}</th><td>{group.patches}</td><td>{group.start}</td>'
-        f"<td>{group.steps}</td><td>{group.evaluations:,}</td><td>{group.seconds:.2f}</td>"
+        f"<td>{group.steps}</td><td>{group.evaluations:,}</td>"
+        f"<td>{group.seconds:.2f}{_taken_over(group.reused, group.patches)}</td>"
         f"<td>{_per_step(group.seconds, group.evaluations)}</td></tr>"
-        for i, group in enumerate(result.groups)
+        for i, group in enumerate(groups)
     )
-    totals = [sum(getattr(group, name) for group in result.groups) for name in ("patches", "evaluations", "seconds")]
+    patches, evaluations = (sum(getattr(group, name) for group in groups) for name in ("patches", "evaluations"))
+    notes = dict.fromkeys(("encode", "restore", "retrieve"), _quiet("reused")) if reused else {}
+    notes["decode"] = _quiet("coarse reused") if reused else ""
+    notes["refine"] = _taken_over(sum(group.reused for group in groups), patches)
     stages = "".join(
-        f'<tr><th scope="row">{label}</th><td>{result.seconds[name]:.2f}{_note(name, reused)}</td></tr>'
+        f'<tr><th scope="row">{label}</th><td>{seconds[name]:.2f}{notes.get(name, "")}</td></tr>'
         for name, label in STAGES
     )
     return (
-        f"{time_bar(result, STAGES)}"
+        f"{time_bar(groups, seconds)}"
         '<div class="tables"><table class="groups"><caption>Groups</caption><thead><tr>'
         '<th scope="col">Group</th><th scope="col">Patches</th><th scope="col">T</th><th scope="col">N</th>'
         '<th scope="col">Evaluations</th><th scope="col">Seconds</th>'
         '<th scope="col">ms per patch-step</th></tr></thead>'
-        f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">All</th><td>{totals[0]}</td><td></td><td></td>'
-        f"<td>{totals[1]:,}</td><td>{totals[2]:.2f}</td>"
-        f"<td>{_per_step(totals[2], totals[1])}</td></tr></tfoot></table>"
+        f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">All</th><td>{patches}</td><td></td><td></td>'
+        f"<td>{evaluations:,}</td><td>{seconds['refine']:.2f}</td>"
+        f"<td>{_per_step(seconds['refine'], evaluations)}</td></tr></tfoot></table>"
         '<table class="stages"><caption>Stages</caption><thead><tr><th scope="col">Stage</th>'
         f'<th scope="col">Seconds</th></tr></thead><tbody>{stages}</tbody></table></div>'
     )
@@ -217,12 +249,19 @@ def _figure(picture: Image.Image, label: str) -> str:
 
 
 def _per_step(seconds: float, evaluations: int) -> str:
-    """Milliseconds per evaluation of one patch; a group whose patches were all taken over has none."""
+    """Milliseconds per evaluation of one patch; an empty group has none."""
     return f"{1000 * seconds / evaluations:.1f}" if evaluations else "–"
 
 
-def _note(stage: str, reused: bool) -> str:
-    return ' <span class="quiet">reused</span>' if reused and stage in ("encode", "restore", "retrieve") else ""
+def _taken_over(reused: int, patches: int) -> str:
+    """The mark on seconds of an earlier run."""
+    if not reused:
+        return ""
+    return _quiet("reused" if reused == patches else f"{reused} of {_patches(patches)} reused")
+
+
+def _quiet(note: str) -> str:
+    return f' <span class="quiet">{note}</span>'
 
 
 def _swatch(group: int) -> str:
@@ -286,21 +325,21 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
     )
 
 
-def time_bar(result: Result, stages: Sequence[tuple[str, str]]) -> str:
-    """One bar for all seconds of a run, in the order of the work; ``stages`` are names and labels."""
+def time_bar(groups: Sequence[GroupCost], seconds: dict[str, float]) -> str:
+    """One bar for all seconds of a run, in the order of the work; ``seconds`` are those of the stages."""
     parts = []
-    for name, label in stages:
+    for name, label in STAGES:
         if name == "refine":
-            parts += [(g.name.capitalize(), g.seconds, color) for g, color in zip(result.groups, GROUP_COLORS)]
+            parts += [(group.name.capitalize(), group.seconds, color) for group, color in zip(groups, GROUP_COLORS)]
         else:
-            parts.append((label, result.seconds[name], STAGE_COLORS[name]))
-    total = sum(seconds for _, seconds, _ in parts)
+            parts.append((label, seconds[name], STAGE_COLORS[name]))
+    total = sum(took for _, took, _ in parts)
     bars, keys, x = "", "", 0.0
-    for label, seconds, color in parts:
-        width = 100 * seconds / total
-        bars += _rectangle(x, 0, width, 10, color, f'data-part="{escape(label)}"', f"{label}: {seconds:.2f} s")
+    for label, took, color in parts:
+        width = 100 * took / total
+        bars += _rectangle(x, 0, width, 10, color, f'data-part="{escape(label)}"', f"{label}: {took:.2f} s")
         swatch = f'<span class="swatch" style="background:{color}"></span>'
-        keys += f"<li>{swatch}{escape(label)} <b>{seconds:.2f}&nbsp;s</b></li>"
+        keys += f"<li>{swatch}{escape(label)} <b>{took:.2f}&nbsp;s</b></li>"
         x += width
     return (
         f'<figure class="chart"><figcaption>{total:.2f} seconds of work</figcaption>'
@@ -343,5 +382,5 @@ def visible_error(title: str, text: str) -> gr.Error:
 
 
 def shortened(text: str) -> str:
-    """A message may name a value of any length that somebody sent."""
+    """A message may name a value of any length, as it was sent."""
     return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.grouping import GROUPS, SamplingPlan
@@ -13,24 +14,24 @@ from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.ui import closeup, events, html, server
 from patchscaler.ui.api import Endpoints
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.run import Runner
-from patchscaler.ui.state import CUSTOM, INSPECT, RANGES, PageState
-from patchscaler.ui.zerogpu import zero_gpu
+from patchscaler.ui.run import Runner, emptied
+from patchscaler.ui.state import CUSTOM, INSPECT, RANGES, PageState, View
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRESET_NAMES = {"paper": "Paper", "fast": "Fast", "balanced": "Balanced", "uniform": "Uniform 20", CUSTOM: "Custom"}
 
 
-def _sidebar() -> None:
-    """All controls: the image, what a run is to do, and the buttons that start and stop it."""
+def _sidebar(view: View) -> set[str]:
+    """All controls: the image, what a run is to do, and its buttons. Gives the paths of the examples."""
     with gr.Column(elem_id="controls", scale=0, min_width=300):
         with gr.Column(elem_id="start", min_width=280):
-            _start()
+            examples = _start(view)
         with gr.Column(elem_id="plan", min_width=280):
             _plan()
+    return examples
 
 
-def _start() -> None:
+def _start(view: View) -> set[str]:
     image = gr.Image(
         label="Input image",
         type="filepath",
@@ -41,14 +42,16 @@ def _start() -> None:
         elem_id="input",
         alt_text="Input image",
     )
-    gr.HTML("", elem_id="note")
-    if examples := [str(path) for path in example_files()]:
-        gr.Examples(examples, image, label="Examples", elem_id="examples", api_visibility="private")
+    gr.HTML(view["note"], elem_id="note")
+    paths = [str(path) for path in example_files()]
+    examples = gr.Examples(paths, image, label="Examples", elem_id="examples", api_visibility="private")
     with gr.Column(elem_id="go", min_width=0):
         with gr.Row():
-            gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=False, elem_id="run")
+            ready = view["run"]["interactive"]
+            gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=ready, elem_id="run")
             gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")
-        gr.HTML("", elem_id="cost")
+        gr.HTML(view["cost"], elem_id="cost")
+    return {sample[0]["path"] for sample in examples.dataset.samples}
 
 
 def _plan() -> None:
@@ -70,7 +73,7 @@ def _plan() -> None:
     label = "Budget: seconds of a full run"
     gr.Slider(0, 60, 60, step=0.01, label=label, interactive=False, buttons=[], elem_id="budget")
     gr.Checkbox(False, label="Uniform baseline too (T 1000, N 20)", elem_id="uniform")
-    info = "Colours of the input, structure of the coarse image. Off: the refined patches as they are decoded."
+    info = "Colours of the input. Off: those of the refined patches as they are decoded."
     gr.Checkbox(True, label="Colour fix", info=info, elem_id="color-fix")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         label = "Patch batch: patches at once, 1 to 256. Empty: what suits the device"
@@ -94,13 +97,14 @@ CAPTIONS = {
 }
 
 
-def _results() -> None:
+def _results(view: View) -> None:
     """For one image: what the method made of it, and how."""
-    gr.HTML(html.status(html.NO_IMAGE), elem_id="status")
+    gr.HTML(view["status"], elem_id="status")
     with gr.Row(elem_id="panels"):
         for name, label in PANELS.items():
             with gr.Column(elem_classes=["stage"], min_width=0):
                 gr.Image(
+                    view[name],
                     label=label,
                     interactive=False,
                     # A click on the Qmap picks a patch, and positions are wrong in fullscreen.
@@ -109,16 +113,16 @@ def _results() -> None:
                     alt_text=label,
                 )
                 if name == "qmap":
-                    gr.HTML(html.legend(), elem_id="legend")
+                    gr.HTML(view["legend"], elem_id="legend")
                 else:
                     gr.HTML(f'<p class="quiet">{CAPTIONS[name]}</p>')
     gr.HTML("", elem_id="stale")
     with gr.Row(elem_id="groups"):
-        gr.HTML("", elem_id="histogram")
+        gr.HTML(view["histogram"], elem_id="histogram")
         _by_hand()
     gr.HTML("", elem_id="grid", padding=False)
-    _closeups()
-    _timing()
+    _closeups(view)
+    _timing(view)
     gr.HTML("<h2>Patch inspector</h2>")
     gr.HTML(html.NO_PATCH, elem_id="inspector")
     gr.HTML("", elem_id="inspected")
@@ -138,7 +142,7 @@ def _by_hand() -> None:
         gr.Button("Stroke", visible="hidden", elem_id="stroke")  # pressed by page.js
 
 
-def _closeups() -> None:
+def _closeups(view: View) -> None:
     """The before/after slider and its magnified crop."""
     gr.HTML("<h2>Before and after</h2>")
     with gr.Row(elem_id="sides"):
@@ -147,13 +151,15 @@ def _closeups() -> None:
         gr.Radio(list(closeup.ZOOMS), value="200 %", label="Zoom", elem_id="factor")
     with gr.Row(elem_id="closeups"):
         for name, label in (("compare", "Before and after"), ("zoom", "Zoom: click a panel above to move it")):
-            gr.ImageSlider(label=label, interactive=False, buttons=[], elem_id=name, height=420, max_height=420)
+            gr.ImageSlider(
+                view[name], label=label, interactive=False, buttons=[], elem_id=name, height=420, max_height=420
+            )
 
 
-def _timing() -> None:
+def _timing(view: View) -> None:
     """Where the seconds went, what uniform sampling would cost more, and the export."""
     gr.HTML("<h2>Time</h2>")
-    gr.HTML(html.NO_TIMING, elem_id="timing")
+    gr.HTML(view["timing"], elem_id="timing")
     gr.HTML("", elem_id="baseline")
     gr.Image(
         label="Difference between final and uniform",
@@ -202,8 +208,8 @@ FOOTER = """
 (GRM), which also says for every place how sure it is. The restored image is cut into overlapping patches, which are
 grouped by their mean confidence: above γ₁ simple, up to γ₂ hard, medium between. Patch-DiT then refines each group by
 diffusion from time T in N steps, guided by textures that resemble the patch and were looked up in a reference memory.
-The final picture is the restored one with their fine detail. A patch's result depends on its content, its T and N and
-the seed, so a second run renders only the patches whose T, N or seed changed.</p>
+The refined patches are blended, decoded, and given the colours of the input. A patch's result depends on its
+content, its T and N and the seed, so a second run renders only the patches whose T, N or seed changed.</p>
 <p>The method is that of <cite><a href="https://arxiv.org/abs/2405.17158">PatchScaler: An Efficient Patch-Independent
 Diffusion Model for Image Super-Resolution</a></cite> (Liu et al., ICCV 2025). This is an independent implementation
 with weights of its own: small ones, trained from scratch for this demo on a few thousand images. They are not the
@@ -249,28 +255,32 @@ def launch_settings(jobs: Jobs) -> dict[str, Any]:
     return {**server.launch_settings(jobs), **look}
 
 
-def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, warm_up: bool = False) -> gr.Blocks:
+def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipeline | None = None) -> gr.Blocks:
     """The whole page over a loaded pipeline, ready for `launch(**launch_settings(jobs))`.
 
-    `warm_up` has the networks run once in the background, so that the first visitor waits no longer than others
-    and is told what a run costs; on ZeroGPU that would spend somebody's seconds, and is not done.
+    `first` is the pipeline that runs the first example before the page opens with it: the same, or on ZeroGPU, where
+    that would spend a visitor's seconds, one on the CPU. Without it the page opens empty.
     """
     runner = Runner(pipeline, jobs)
-    if warm_up and not zero_gpu():
-        jobs.background(runner.warmed_up)
+    view, state = emptied(None), PageState()
+    if first:
+        opener = runner if first is pipeline else Runner(first, jobs, lent=False)
+        opening = opener.first_run(save_file_to_cache(example_files()[0], str(server.upload_folder())))
+        runner.cache.open_with(opening.source, opening.known, opening.rendered)
+        view, state = opening.view, PageState(opening.source, opening.shown, opened=True)
     delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
     with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as blocks:
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(elem_id="columns"):
-            _sidebar()
+            runner.examples = _sidebar(view)
             with gr.Column(elem_id="results", min_width=280), gr.Tabs():
                 with gr.Tab("One image"):
-                    _results()
+                    _results(view)
                 with gr.Tab("Several images", elem_id="batch-tab"):
                     _batch()
         gr.HTML(FOOTER, elem_id="footer")
         gr.Textbox(visible="hidden", show_label=False, elem_id="query")
         components = {block.elem_id: block for block in blocks.blocks.values() if block.elem_id}
-        events.connect(blocks, {**components, "state": gr.State(PageState())}, runner)
+        events.connect(blocks, {**components, "state": gr.State(state)}, runner)
         Endpoints(runner).publish(blocks, events.WAITING)
     return blocks.queue(max_size=events.WAITING, api_open=False, default_concurrency_limit=1)

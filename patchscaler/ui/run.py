@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 
 from patchscaler.devices import most_at_once
 from patchscaler.grouping import SamplingPlan
@@ -19,11 +19,12 @@ from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.records import Analysis, Partial, Progress, Restored, Result, Sampled
 from patchscaler.ui import closeup, export, html
-from patchscaler.ui.html import explain
+from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs, Stops
 from patchscaler.ui.state import (
     DIALS,
     Known,
+    Rendered,
     SessionCache,
     Settings,
     Shown,
@@ -31,12 +32,11 @@ from patchscaler.ui.state import (
     checked_batch,
     checked_flag,
     checked_plan,
-    checked_source,
     plan_of,
     preset_of,
 )
 from patchscaler.ui.tune import grouped
-from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, PriorsSheet, work, zero_gpu
+from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, work, zero_gpu
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
@@ -49,15 +49,28 @@ class Update:
     shown: Shown | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """The run that the page opens with: what it shows, and what it left in the cache."""
+
+    source: str
+    view: View
+    shown: Shown
+    known: Known
+    rendered: Rendered
+
+
 class Runner:
     """Runs for the page and the API over one pipeline, and what they share: the session cache and the calibration."""
 
-    def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None) -> None:
+    def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None, lent: bool = True) -> None:
+        """`lent`: on ZeroGPU, the pipeline is on a device that is asked for."""
         self.pipeline = pipeline
         self.jobs = jobs or Jobs()
         self.cache = SessionCache()
         self.calibration = Calibration(most_at_once(pipeline._execution_device))
-        self.networks = Networks(pipeline, self.calibration)
+        self.networks = Networks(pipeline, self.calibration, lent)
+        self.examples: set[str] = set()  # files that run as they are chosen
         self._runs, self._looks = Stops(), Stops()
 
     # Events of the page
@@ -67,9 +80,12 @@ class Runner:
 
         A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
         """
-        source, (plan, seed) = checked_source(now.image), checked_plan(now.dials, now.seed)
+        source, (plan, seed) = now.source, checked_plan(now.dials, now.seed)
+        if not source:
+            raise visible_error("No image", html.NO_IMAGE)
         color_fix, uniform = checked_flag("color_fix", now.color_fix), checked_flag("uniform", uniform)
-        order = Order(source, plan, seed, now.page.by_hand, color_fix, checked_batch(now.batch), uniform)
+        batch_size, session = checked_batch(now.batch), now.session
+        order = Order(source, plan, seed, now.page.by_hand, color_fix, batch_size, uniform, session=session)
         with self._runs.of(now.session) as stop:
             now.page.source = source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
@@ -89,11 +105,16 @@ class Runner:
                 raise visible from error
 
     async def look(self, now: Settings) -> AsyncIterator[View]:
-        """Analyze an image as it comes in, so that its groups and what a run costs are known before the run."""
+        """Analyze an image as it comes in, so that its groups and what a run costs are known; run an example."""
         now.page.source = now.source
-        if now.source is None or not now.usable:
+        if now.source is None or not now.usable or now.page.shown:
             return
-        order = Order(now.source, now.plan, now.seed, now.page.by_hand, now.color_fix, now.batch_size)
+        if now.source in self.examples:
+            async for view in self.run(now, False):
+                yield view
+            return
+        settings = now.plan, now.seed, now.page.by_hand, now.color_fix, now.batch_size
+        order = Order(now.source, *settings, session=now.session)
         with self._looks.of(now.session) as stop:
             try:
                 async for update in self.jobs.stream(lambda: self._looked(order), stop):
@@ -116,11 +137,13 @@ class Runner:
 
         An image that was made here restores its own settings.
         """
+        if now.source == now.page.source:  # the one that the page opened with
+            return {}
         for stops in (self._runs, self._looks):
             stops.stop(now.session)
         now.page.empty(now.source)
         made = export.made_with(now.source) if now.source else None
-        view = _emptied(now.image)
+        view = emptied(now.source)
         if made is None:
             return view
         view["note"] = f"<p>{made.said}</p>"
@@ -130,15 +153,15 @@ class Runner:
         return view
 
     def settle(self, now: Settings) -> View:
-        """After a run or a look: empty the page again if its last pictures came in behind another image."""
-        if now.page.source == now.source:
-            return {}
-        now.page.empty(now.source)
-        return _emptied(now.image)
+        """After a run or a look: nothing is left to stop but a later run.
 
-    def ended(self, now: Settings) -> View:
-        """After a run: the same, and nothing is left to stop but a later run."""
-        return {**self.settle(now), "stop": gr.update(interactive=now.session in self._runs)}
+        The page is emptied again if the last pictures came in behind another image.
+        """
+        stop = {"stop": gr.update(interactive=now.session in self._runs)}
+        if now.page.source == now.source:
+            return stop
+        now.page.empty(now.source)
+        return {**emptied(now.source), **stop}
 
     # Jobs: generators for the thread that works. Nothing here is called on the event loop.
 
@@ -149,54 +172,50 @@ class Runner:
 
         `picture` is the order's, where it is decoded already.
         """
-        known = self.cache.get(order.source)
-        earlier = (known.sampled, known.uniform) if known and order.live else ()
+        known, keep = self.cache.get(order.source), partial(self.cache.keep, order.session, order.source)
+        rendered = self.cache.rendered(order.session, order.source) if known and order.live else None
         start = picture
         if known:
             yield known
             if not order.refine:
                 return
             start = known.analysis.restored() if zero_gpu() else known.analysis  # there only what is needed is sent
-        for event in self.fresh_events(order, start, *earlier):
+        for event in self.fresh_events(order, start, rendered):
             match event:
                 case Analysis():
-                    analysis = event
-                case PriorsSheet():
-                    event = known = Known(analysis, event.image)
-                    self.cache.put(order.source, known)
-                case Partial() | Result():
-                    known.sampled = event.sampled
+                    yield event
+                    event = Known(event, self.networks.draw_priors(event))
+                    self.cache.put(order.source, event)
+                case Partial() | Result() if order.live:
+                    keep(sampled=event.sampled)
                 case Baseline(Result() as uniform):
-                    known.uniform = uniform.sampled
+                    keep(uniform=uniform.sampled)
             yield event
 
     def fresh_events(
-        self, order: Order, start: Picture | Restored | None = None, *earlier: Sampled | None
-    ) -> Iterator[Any]:
-        """The same, with the PriorsSheet in place of Known: nothing is kept, and only what is given reused."""
+        self, order: Order, start: Picture | Restored | None = None, rendered: Rendered | None = None
+    ) -> Iterator[Analysis | Progress | Partial | Result | Baseline]:
+        """The same without Known: nothing is kept, and only what is given reused."""
         # A picture is decoded here: a bad one is refused before any device is asked for.
-        return self.networks.run(order, read_picture(order.source) if start is None else start, *earlier)
+        start = read_picture(order.source) if start is None else start
+        earlier = (rendered.sampled, rendered.uniform) if rendered else ()
+        return self.networks.run(order, start, *earlier)
 
-    def warmed_up(self) -> Iterator[None]:
-        """Run everything on noise, and again to learn what it takes: a process is slow at what it does first."""
-        noise = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        picture, plan = Picture(noise), SamplingPlan(0.9, 0.5, (100, 200, 300), (2, 3, 4))
-        count = len(PatchGrid.covering(SCALE * 96, SCALE * 128, self.pipeline.transformer.config.size))
-        # Groups of different sizes, which tell the cost of a call from that of a patch in it.
-        order = Order("noise", plan, 0, {index: 0 if index < 2 else 1 if index < 8 else 2 for index in range(count)})
-        for known in (False, True):
-            began = time.perf_counter()
-            for event in self.networks.here(order, picture):
-                match event:
-                    case PriorsSheet():
-                        analysed = time.perf_counter()
-                    case Partial() | Result():
-                        export.save_preview(to_pil(event.picture), "noise")
-                        result = event
-                yield None
-            if known:
-                self.calibration.learn_analysis(SCALE**2 * picture.rgb[0].numel(), analysed - began)
-                self._learn(order, result, time.perf_counter() - analysed)
+    def first_run(self, source: str) -> Opening:
+        """Run an example with the paper's plan, for the page to open with; later runs are expected to take as long."""
+        order = Order(source, SamplingPlan.paper(), 0, {})
+        for _ in self.fresh_events(order):  # a process is slow at what it does first
+            pass
+        view = emptied(source)
+        for update in self._updates(order):
+            view |= update.view
+        shown, known, rendered = update.shown, self.cache.get(source), self.cache.rendered(None, source)
+        view |= grouped(known, rendered.sampled, order.plan, order.seed, {}, self.calibration, None)
+        sides = closeup.SIDES[0], closeup.SIDES[2]
+        view["compare"] = closeup.pair(known, shown, sides)
+        view["zoom"] = closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], None)
+        view["note"] = "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>"
+        return Opening(source, view, shown, known, rendered)
 
     def _looked(self, order: Order) -> Iterator[Update]:
         """What can be said of an image before any run. Its groups too, unless that takes long."""
@@ -218,7 +237,8 @@ class Runner:
         shown, result, done = None, None, ""
 
         def groups(known: Known) -> View:
-            return grouped(known, plan, seed, order.by_hand, self.calibration, order.batch_size)
+            earlier = self.cache.rendered(order.session, order.source).sampled
+            return grouped(known, earlier, plan, seed, order.by_hand, self.calibration, order.batch_size)
 
         if not reused:
             yield Update({"status": html.status("Restoring the whole image…")})
@@ -231,11 +251,11 @@ class Runner:
                     yield Update({"coarse": coarse, **groups(Known(event, None)), "status": status})
                 case Known():
                     again = {}
+                    analysis = event.analysis
                     if reused:
-                        again = {"coarse": export.coarse_preview(event.analysis), **groups(event)}
+                        again = {"coarse": export.coarse_preview(analysis), **groups(event)}
                     else:
-                        pixels = event.analysis.coarse[0].numel()
-                        self.calibration.learn_analysis(pixels, time.perf_counter() - began)
+                        self.calibration.learn_analysis(analysis.coarse[0].numel(), sum(analysis.seconds.values()))
                     yield Update({**again, "priors": export.save_preview(event.priors, "priors")})
                     sampling = time.perf_counter()
                 case Progress() | Baseline(Progress()):
@@ -252,11 +272,10 @@ class Runner:
                     result = event
                     path = export.save_final(result, order.source, color_fix=order.color_fix)
                     shown = _shown(order, result.sampled, path, result.report())
-                    now = time.perf_counter()
-                    self._learn(order, result, now - sampling)
+                    self._learn(order, result, analysis)
                     anew, count = int(result.rendered.sum()), len(result.rendered)
                     done = (
-                        f"Done in {now - began:.1f} s with {html.describe(plan, seed)}. "
+                        f"Done in {time.perf_counter() - began:.1f} s with {html.describe(plan, seed)}. "
                         f"{anew} of {count} patches were rendered anew."
                     )
                     view = {
@@ -271,7 +290,7 @@ class Runner:
                     sampling = time.perf_counter()  # of the baseline
                 case Baseline(Result() as uniform):
                     path = export.save_final(uniform, order.source, "uniform", order.color_fix)
-                    self._learn(order, uniform, time.perf_counter() - sampling, partial=False)
+                    self._learn(order, uniform, analysis, partial=False)
                     status = html.status(f"{done} The baseline is done too.")
                     view = {**self._baseline(order, result, uniform), "status": status}
                     yield Update(view, replace(shown, uniform=path))
@@ -290,13 +309,17 @@ class Runner:
             "difference": gr.update(value=export.save_preview(image, "difference"), visible=True),
         }
 
-    def _learn(self, order: Order, result: Result, seconds: float, partial: bool = True) -> None:
-        """Have the calibration learn from a run that took so long after the analysis; `partial`: a picture a group."""
+    def _learn(self, order: Order, result: Result, analysis: Analysis, partial: bool = True) -> None:
+        """Have the calibration learn from a run's seconds of the device; `partial`: a picture was made of each group.
+
+        What a visitor waited for the device, or a picture for the disk, is none of it.
+        """
         groups = []
         for group in result.groups:
             batches = -(-group.evaluations // group.steps // (order.batch_size or self.calibration.at_once))
             groups.append(Call(batches * group.steps, group.evaluations, group.seconds))
-        rest = max(0.0, seconds - sum(group.seconds for group in groups))
+        before = sum(analysis.seconds.values()) + result.seconds["refine"]
+        rest = max(0.0, sum(result.seconds.values()) - before)
         pictures = max(1, sum(group.calls > 0 for group in groups)) if partial else 1
         self.calibration.learn(groups, result.picture.rgb[0].numel(), rest, pictures)
 
@@ -306,7 +329,7 @@ def _shown(order: Order, sampled: Sampled, final: Path, report: dict) -> Shown:
     return Shown(order.source, order.plan, order.seed, order.color_fix, *made)
 
 
-def _emptied(image: dict | None) -> View:
+def emptied(source: str | None) -> View:
     """The page for another image, or for none, before its run."""
     return {
         **dict.fromkeys(("coarse", "qmap", "priors", "final", "compare", "zoom")),
@@ -315,8 +338,8 @@ def _emptied(image: dict | None) -> View:
         "timing": html.NO_TIMING,
         "difference": gr.update(value=None, visible=False),
         "inspector": html.NO_PATCH,
-        "status": html.status("Press Run." if image else html.NO_IMAGE),
-        "run": gr.update(interactive=image is not None),
+        "status": html.status("Press Run." if source else html.NO_IMAGE),
+        "run": gr.update(interactive=source is not None),
     }
 
 

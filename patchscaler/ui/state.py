@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -17,7 +17,7 @@ from torch import Tensor
 from patchscaler.figures import grey_preview
 from patchscaler.grouping import PRESETS, SamplingPlan
 from patchscaler.records import Analysis, Sampled
-from patchscaler.ui.html import NO_IMAGE, visible_error
+from patchscaler.ui.html import visible_error
 
 ByHand = dict[int, int]  # patch -> group
 View = dict[str, Any]  # what the page is to show, by the names of its components
@@ -39,6 +39,7 @@ RANGES = (
 MAX_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
 MAX_BATCH = 256  # patches at once
 KEPT_PIXELS = 32_000_000  # of output, over all cached images: about 2 GB
+KEPT_BYTES = 500_000_000  # of refined patches, over all visitors
 WAIT_SECONDS = 20
 
 
@@ -74,6 +75,7 @@ class PageState:
     by_hand: ByHand = field(default_factory=dict)  # replaced and never changed, since runs hold it
     center: tuple[float, float] | None = None  # of the zoom, a pixel of the upscaled picture
     patch: int | None = None  # the one that is inspected
+    opened: bool = False  # the source is the example that the page opened with, and no image was chosen yet
 
     def empty(self, source: str | None) -> None:
         """For another image, or for none."""
@@ -103,7 +105,8 @@ class Settings:
 
     @property
     def source(self) -> str | None:
-        return (self.image or {}).get("path")
+        """The image's path; that of the example that the page opened with until another image is chosen."""
+        return (self.image or {}).get("path") or (self.page.source if self.page.opened else None)
 
     @property
     def usable(self) -> bool:
@@ -216,28 +219,18 @@ def checked_flag(name: str, value: Any) -> bool:
     return value
 
 
-def checked_source(image: dict | None) -> str:
-    """The image's path."""
-    source = (image or {}).get("path")
-    if not source:
-        raise visible_error("No image", NO_IMAGE)
-    return source
-
-
 # The session cache
 
 
 @dataclass(eq=False)
 class Known:
-    """An image's analysis, the sheet of its texture priors, and what later runs need not do again.
+    """An image's analysis and the sheet of its texture priors: the same for all visitors, and none of their settings.
 
-    Refined patches depend on the image, (T, N) and the seed only, so every visitor may take them over.
+    The priors are kept as rows of the texture memory, without the latents.
     """
 
     analysis: Analysis
-    priors: Image.Image
-    sampled: Sampled | None = None  # of the latest run, finished or stopped
-    uniform: Sampled | None = None  # of the latest uniform baseline
+    priors: Image.Image | None
 
     @cached_property
     def grey(self) -> Image.Image:
@@ -245,29 +238,65 @@ class Known:
         return grey_preview(self.analysis.coarse)
 
 
-class SessionCache:
-    """The latest images by file, so that a changed plan or seed needs no second analysis.
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
 
-    Uploads and examples lie under names made from their content, so the file's path is the key.
+    sampled: Sampled | None = None  # of the plan, finished or stopped
+    uniform: Sampled | None = None  # of the uniform baseline
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
+
+
+class SessionCache:
+    """What need not be computed again: analyses by file for everybody, and refined patches by visitor and file.
+
+    Uploads and examples lie under names made from their content, so the file's path is the key. The least recently
+    used go first.
     """
 
-    def __init__(self, kept_pixels: int = KEPT_PIXELS) -> None:
-        self._kept_pixels = kept_pixels
+    def __init__(self, kept_pixels: int = KEPT_PIXELS, kept_bytes: int = KEPT_BYTES) -> None:
+        self._kept_pixels, self._kept_bytes = kept_pixels, kept_bytes
         self._known: OrderedDict[str, Known] = OrderedDict()
+        self._rendered: OrderedDict[tuple[str | None, str], Rendered] = OrderedDict()
+        self._opening: dict[str, tuple[Known, Rendered]] = {}
         self._lock = Lock()
 
     def get(self, source: str | None) -> Known | None:
         with self._lock:
             if source in self._known:
                 self._known.move_to_end(source)
-            return self._known.get(source)
+            known, _ = self._opening.get(source, (None, None))
+            return self._known.get(source, known)
 
     def put(self, source: str, known: Known) -> None:
-        """Keep `known`, and drop the oldest others beyond the limit."""
         with self._lock:
             self._known[source] = known
             while len(self._known) > 1 and sum(map(_pixels, self._known.values())) > self._kept_pixels:
                 self._known.popitem(last=False)
+
+    def rendered(self, session: str | None, source: str | None) -> Rendered:
+        """What a visitor has had rendered of an image; of the one that the page opens with, what the server has."""
+        with self._lock:
+            if (session, source) in self._rendered:
+                self._rendered.move_to_end((session, source))
+                return self._rendered[session, source]
+            _, rendered = self._opening.get(source, (None, Rendered()))
+            return rendered
+
+    def keep(self, session: str | None, source: str, **sampled: Sampled) -> None:
+        """Keep a visitor's patches: `sampled`, `uniform`, or both."""
+        rendered = replace(self.rendered(session, source), **sampled)
+        with self._lock:
+            self._rendered[session, source] = rendered
+            while len(self._rendered) > 1 and sum(each.bytes for each in self._rendered.values()) > self._kept_bytes:
+                self._rendered.popitem(last=False)
+
+    def open_with(self, source: str, known: Known, rendered: Rendered) -> None:
+        """Have every visitor begin with this image, which is kept for as long as the server runs."""
+        self._opening = {source: (known, rendered)}
 
 
 def _pixels(known: Known) -> int:

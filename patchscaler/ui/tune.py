@@ -68,7 +68,8 @@ class Tuner:
             return {"stale": ""}
         if not now.usable:
             return {}
-        view = grouped(known, now.plan, now.seed, now.page.by_hand, self.calibration, now.batch_size)
+        earlier = self.cache.rendered(now.session, now.source).sampled
+        view = grouped(known, earlier, now.plan, now.seed, now.page.by_hand, self.calibration, now.batch_size)
         return {**view, "stale": stale(known, now)}
 
     def new_seed(self, now: Settings) -> View:
@@ -176,15 +177,21 @@ class Tuner:
 
 
 def grouped(
-    known: Known, plan: SamplingPlan, seed: Any, by_hand: ByHand, calibration: Calibration, batch_size: int | None
+    known: Known,
+    earlier: Sampled | None,
+    plan: SamplingPlan,
+    seed: Any,
+    by_hand: ByHand,
+    calibration: Calibration,
+    batch_size: int | None,
 ) -> View:
-    """Overlay, legend, histogram and cost under `plan`. No network runs."""
+    """Overlay, legend, histogram and cost under `plan`, of which `earlier` patches are done. No network runs."""
     analysis = known.analysis
     assignment = assign(analysis.patch_confidence, plan, by_hand)
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     height, width = analysis.coarse.shape[-2:]
     overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=known.grey)
-    todo = work(known.sampled, plan, seed, assignment, batch_size or calibration.at_once)
+    todo = work(earlier, plan, seed, assignment, batch_size or calibration.at_once)
     expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
     return {
         "qmap": export.save_preview(overlay, "qmap"),
@@ -202,8 +209,8 @@ def stale(known: Known, now: Settings) -> str:
     if not shown.complete:
         return html.unfinished(int((shown.start > 0).sum()), len(shown.start))
     start, steps = times_and_steps(now.plan, assign(known.analysis.patch_confidence, now.plan, now.page.by_hand))
-    made = Sampled(start, shown.start, shown.steps, shown.seed)  # only asked which patches differ
-    changed = int(made.differs(start, steps, now.seed).sum())
+    other = (shown.start != start) | (shown.steps != steps)
+    changed = int(other.sum()) if now.seed == shown.seed else len(start)
     if not changed and (shown.plan, shown.seed, shown.color_fix) == (now.plan, now.seed, now.color_fix):
         return ""
     return html.stale(shown.plan, shown.seed, changed, len(start), shown.color_fix != now.color_fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,12 +16,13 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
+from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture
 from patchscaler.models import decode_latents
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Progress, Restored, Result, Sampled
+from patchscaler.records import Analysis, Progress, Restored, Result, Sampled
 from patchscaler.ui.html import explain
 
 REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
@@ -45,7 +46,7 @@ class Calibration:
     """
 
     def __init__(self, at_once: int = 64) -> None:
-        """``at_once``: patches in a call where nobody has chosen."""
+        """``at_once``: patches in a call unless another number is chosen."""
         self.at_once = at_once
         self._groups: deque[Call] = deque(maxlen=3 * REMEMBERED)
         self._rest: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED)
@@ -100,10 +101,11 @@ def _fit(measured: np.ndarray) -> tuple[float, float]:
 # Seconds of a ZeroGPU device: the most that one call asks for, and what it asks for besides the work, since the
 # first call in a process moves the weights to the device.
 MOST_SECONDS = 120
-START_SECONDS = 10
+START_SECONDS = 5
 MARGIN = 2  # a call that outlasts its seconds is ended from outside
-# Until runs have been measured: seconds per network evaluation of a patch, and per output pixel. Set high.
-EVALUATION_SECONDS, PIXEL_SECONDS = 1e-3, 1e-6
+# Until runs have been measured: seconds per network evaluation of a patch, and per output pixel. Those of a GPU with a
+# fifth of an H100's speed: a first call asks for about as much as later ones, so that a small quota is enough for it.
+EVALUATION_SECONDS, PIXEL_SECONDS = 2e-4, 2e-7
 
 
 class Work(NamedTuple):
@@ -135,15 +137,9 @@ class Order:
     color_fix: bool = True
     batch_size: int | None = None  # what suits the device
     uniform: bool = False  # also render the baseline
-    live: bool = True  # for the page: take over what is known, and give the picture after every group
+    live: bool = True  # for the page: take over what the visitor has, and give the picture after every group
     refine: bool = True  # or end with the analysis
-
-
-@dataclass(frozen=True, eq=False)
-class PriorsSheet:
-    """The drawing of some patches' texture priors, which follows the Analysis."""
-
-    image: Image.Image
+    session: str | None = None  # the visitor's
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,16 +161,24 @@ class Networks:
     for all kinds of work.
     """
 
-    def __init__(self, pipeline: PatchScalerPipeline, calibration: Calibration) -> None:
+    def __init__(self, pipeline: PatchScalerPipeline, calibration: Calibration, lent: bool = True) -> None:
         self._pipeline = pipeline
         self._calibration = calibration
         self._vae, self._memory = _on_cpu(pipeline.vae), _on_cpu(pipeline.texture_memory)
-        self.run = spaces.GPU(self.here, duration=self.seconds)
+        self.run = spaces.GPU(self.here, duration=self.seconds) if lent else self.here
 
     @torch.inference_mode()
     def prior_images(self, indices: Tensor) -> Tensor:
         """Images Kx3xHxW in [-1, 1] of K rows of the texture memory: on the CPU, so no GPU is asked or waited for."""
         return decode_latents(self._vae, self._memory.patches(indices))
+
+    def draw_priors(self, analysis: Analysis, rows: int = 4) -> Image.Image:
+        """A sheet of the priors of a few patches, evenly spread from the least to the most confident; on the CPU."""
+        order = analysis.patch_confidence.argsort()
+        chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
+        pictures = [self.prior_images(indices) for indices in analysis.priors.indices[chosen]]
+        queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen.tolist()]
+        return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
     def here(
         self,
@@ -183,7 +187,7 @@ class Networks:
         earlier: Sampled | None = None,
         uniform: Sampled | None = None,
     ) -> Iterator[Any]:
-        """Yield the Analysis and the PriorsSheet of a Picture, and then the events of its refinement.
+        """Yield the Analysis of a Picture, its priors without latents, and then the events of the refinement.
 
         `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. Errors are made visible
         here: ZeroGPU hands on no others.
@@ -198,8 +202,10 @@ class Networks:
     ) -> Iterator[Any]:
         if isinstance(known, Picture):
             known = self._pipeline.analyze(known, order.batch_size)
-            yield known
-            yield PriorsSheet(self._pipeline.draw_priors(known))
+            # The latents of the priors stay here, and their rows in the memory are sent. From another process so is no
+            # prompt, which is most of the bytes: refinement looks it up again.
+            sent = replace(known, priors=replace(known.priors, values=None))
+            yield replace(sent, prompt=None) if zero_gpu() else sent
         if not order.refine:
             return
         common = {"seed": order.seed, "batch_size": order.batch_size, "color_fix": order.color_fix}

@@ -1,0 +1,71 @@
+"""What is kept for whom: analyses for everybody, refined patches and their seconds for the visitor who ran them."""
+
+from __future__ import annotations
+
+import re
+
+from visitor import closeups, last, run, settings, tuner
+
+from patchscaler.grouping import GROUPS
+from patchscaler.ui.state import SessionCache
+
+
+def groups_of(timing: str) -> dict[str, dict[str, str]]:
+    """The rows of the table of groups."""
+    table = timing[timing.index('<table class="groups">') : timing.index('<table class="stages">')]
+    columns = ("patches", "start", "steps", "evaluations", "seconds", "each")
+    rows = re.findall(r"<tr><th scope=\"row\">(?:<span.*?</span>)?(\w+)</th>(.*?)</tr>", table)
+    return {name.lower(): dict(zip(columns, re.findall("<td>(.*?)</td>", cells))) for name, cells in rows}
+
+
+def test_what_one_visitor_rendered_is_not_anothers(runner, image, dials):
+    run(runner, image, dials, session="first")
+    views = run(runner, image, dials, session="second")
+    assert "9 of 9 patches were rendered anew" in last(views, "status")
+    assert "reused" not in str(groups_of(last(views, "timing")))
+
+
+def test_another_visitors_seed_evicts_nothing(runner, image, dials):
+    run(runner, image, dials, session="first")
+    run(runner, image, (*dials[:8], 8), session="second")
+    assert "0 of 9 patches were rendered anew" in last(run(runner, image, dials, session="first"), "status")
+    for session, anew in (("first", 0), ("second", 9)):
+        assert f"Run renders {anew} of 9" in tuner(runner).regrouped(settings(image, dials, session=session))["cost"]
+
+
+def test_a_second_run_says_what_each_group_cost_and_that_it_was_reused(runner, image, plan, dials):
+    first, second = (groups_of(last(run(runner, image, dials), "timing")) for _ in range(2))
+    for index, name in enumerate(GROUPS):
+        row = second[name]
+        assert int(row["evaluations"]) == plan.steps[index] * int(row["patches"]) > 0
+        assert "reused" in row["seconds"] and "reused" not in first[name]["seconds"]
+        assert float(row["seconds"].split()[0]) == float(first[name]["seconds"]) and row["each"] == first[name]["each"]
+
+
+def test_a_group_of_which_some_patches_were_reused_says_so(runner, image, dials):
+    run(runner, image, dials)
+    confidence = runner.cache.get(image["path"]).analysis.patch_confidence
+    simple = int(confidence.argmax())
+    rows = groups_of(last(run(runner, image, dials, by_hand={simple: 2}), "timing"))
+    count = int(rows["hard"]["patches"])
+    assert f"{count - 1} of {count} patches reused" in rows["hard"]["seconds"]
+    assert "reused" in rows["simple"]["seconds"] and "reused" in rows["medium"]["seconds"]
+
+
+def test_the_cache_of_refined_patches_is_bounded(tiny_pipeline, picture, plan):
+    *_, result = tiny_pipeline.refine(tiny_pipeline.analyze(picture), plan)
+    cache = SessionCache(kept_bytes=2 * result.sampled.patches.nbytes)
+    for session in "abc":
+        cache.keep(session, "image", sampled=result.sampled)
+        cache.rendered("a", "image")  # in use, so "b" is the one that goes
+    assert [cache.rendered(session, "image").sampled is not None for session in "abc"] == [True, False, True]
+
+
+def test_inspected_patches_are_not_kept(runner, image, dials):
+    run(runner, image, dials)
+    known = runner.cache.get(image["path"])
+    before = set(vars(known))
+    now = settings(image, dials)
+    for now.page.patch in range(9):
+        assert closeups(runner).inspected(now)["inspected"].count("<img") == 1 + 3
+    assert set(vars(known)) == before and known.analysis.priors.values is None
