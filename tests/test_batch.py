@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 import zlib
+from pathlib import Path
 from zipfile import ZipFile
 
 import gradio as gr
@@ -49,6 +50,16 @@ def test_a_bad_file_is_reported_and_the_rest_go_on(runner, files, dials, image):
         assert archive.read("some_picture_x4.png") == last(run(runner, image, dials), "final").read_bytes()
     assert [entry.get("file") for entry in report] == ["some_picture_x4.png", None, "some_picture_x4_2.png"]
     assert not runner.cache.get("other")
+
+
+def test_no_two_names_in_the_zip_differ_in_case_alone(runner, image, dials, tmp_path):
+    upper = tmp_path / "SOME Picture.png"
+    upper.write_bytes(Path(image["path"]).read_bytes())
+    views = run_all(Batch(runner), [image, {"path": str(upper)}], dials)
+    with ZipFile(last(views, "batch-zip")) as archive:
+        names = archive.namelist()
+    assert names[:2] == ["some_picture_x4.png", "SOME_Picture_x4_2.png"]
+    assert len({name.casefold() for name in names}) == len(names)
 
 
 def test_a_stopped_batch_keeps_what_is_finished(runner, files, dials):

@@ -131,9 +131,10 @@ def _zip(outcomes: list[Outcome]) -> str | None:
             entry = {"name": outcome.name, "outcome": outcome.text}
             if outcome.picture:
                 base, number = outcome.picture.stem, 1
-                while (name := f"{base}{'' if number == 1 else f'_{number}'}.png") in taken:
+                # Where case makes no difference, two such names would be one file.
+                while (name := f"{base}{'' if number == 1 else f'_{number}'}.png").casefold() in taken:
                     number += 1
-                taken.add(name)
+                taken.add(name.casefold())
                 archive.write(outcome.picture, name)
                 entry |= {"file": name, **outcome.report}
             report.append(entry)
