@@ -2,8 +2,8 @@
 
 Environment: PATCHSCALER_WEIGHTS, a pipeline folder or Hub id to load in place of the repository's own weights;
 GRADIO_SERVER_PORT, 7860 unless set; GRADIO_TEMP_DIR, a folder for uploads and results, in which what is older than
-an hour is deleted; GRADIO_MCP_SERVER, True to offer the API as tools for language models; the limits in
-SECURITY.md.
+an hour is deleted; GRADIO_MCP_SERVER, True to offer the API as tools for language models; PATCHSCALER_DTYPE, float32,
+bfloat16 or float16 in place of what suits the device; the limits in SECURITY.md.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.patches import PatchGrid, merge, split
-from patchscaler.sampling import Scheduler, sample
+from patchscaler.sampling import Scheduler, denoise
 
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t NxCxVxV, t in 1..1000, the patches' indices N) -> x0 NxCxVxV
 
@@ -64,7 +64,7 @@ def unet_denoiser(unet: nn.Module, scheduler: SchedulerMixin, **conditions: Tens
     kind = scheduler.config.prediction_type
     if kind not in _TO_X0:
         raise ValueError(f"prediction_type={kind!r} is none of {list(_TO_X0)}")
-    alphas = scheduler.alphas_cumprod.double().cpu()
+    alphas = scheduler.alphas_cumprod.cpu()
 
     def denoise(x_t: Tensor, t: int, indices: Tensor) -> Tensor:
         given = {name: value.to(unet.dtype).expand(len(x_t), *value.shape[1:]) for name, value in conditions.items()}
@@ -114,6 +114,7 @@ def group_sample(
                 continue
             start = patches[batch].to(device), noise[batch].to(device)
             predict = lambda x_t, t, batch=batch: denoiser(x_t, t, batch)  # noqa: E731
-            x0[batch] = sample(predict, *start, plan.start[group], plan.steps[group], scheduler).cpu()
+            *_, (last, _) = denoise(predict, *start, plan.start[group], plan.steps[group], scheduler)
+            x0[batch] = last.cpu()
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     return GroupSampled(merge(x0, grid), assignment, plan.evaluations(counts))

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import patchscaler
-from patchscaler.batches import Patches
-from patchscaler.color import REACH, add_detail, wavelet_color_fix
+from patchscaler.color import REACH, wavelet_color_fix
 from patchscaler.devices import Stopwatch, advising
-from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
+from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture, bicubic, to_pil
-from patchscaler.making import all_finite, require_finite
+from patchscaler.making import require_finite
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
-from patchscaler.pipeline import SCALE, PatchScalerPipeline
+from patchscaler.pipeline import SCALE, STAGES, PatchScalerPipeline
 from patchscaler.records import GroupReport
+from patchscaler.sampling import Patches, make_batches
 from patchscaler.tiles import Local
 
 BAND = 64  # cells, of 8 pixels, that a stage makes at once
@@ -61,8 +61,9 @@ class Rows:
 class Bands:
     """A picture upscaled x4 in bands of rows: iterate over it once, then ask for its `report`.
 
-    The pixels are those of ``pipeline(picture, plan, seed)``, but for the rounding of sums. Of the picture only the
-    input is held in memory; the noise of the whole latent lies in a temporary file of C/16 bytes for each pixel.
+    The pixels are those of the pipeline called with the same arguments, but for the rounding of sums. Of the picture
+    only the input is held in memory; the noise of the whole latent lies in a temporary file of C/16 bytes for each
+    pixel.
 
     Raises ValueError for an autoencoder that sees the whole picture at once.
     """
@@ -74,15 +75,17 @@ class Bands:
         plan: SamplingPlan,
         seed: int = 0,
         batch_size: int | None = None,
+        color_fix: bool = True,
     ) -> None:
         self.pipeline, self.picture, self.plan, self.seed = pipeline, picture, plan, seed
+        self.color_fix = color_fix
         self.batch_size = pipeline.fitting_batch(batch_size)
         self.device = pipeline._execution_device
         self.channels = pipeline.transformer.config.channels
         self.height, self.width = SCALE * picture.height, SCALE * picture.width
         self.grid = PatchGrid.covering(self.height, self.width, pipeline.transformer.config.size)
         self.counts, self.spent = [0] * len(GROUPS), [0.0] * len(GROUPS)
-        self.seconds = dict.fromkeys(("encode", "restore", "retrieve", "refine", "decode", "color"), 0.0)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -107,6 +110,7 @@ class Bands:
             "version": patchscaler.__version__,
             "plan": asdict(self.plan),
             "seed": self.seed,
+            "color_fix": self.color_fix,
             "device": str(self.device),
             "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
             "groups": [
@@ -126,7 +130,7 @@ class Bands:
     def _stage(self, name: str, local: Local, source: Rows, channels: int) -> Rows:
         """What a network makes of the rows of another stage, with those around them that it sees.
 
-        It takes ``channels``; where the stage gives several times as many, it makes something of each part.
+        It takes ``channels``.
         """
         reach = local.reach(channels, self.device)
         if reach is None:
@@ -138,19 +142,15 @@ class Bands:
             above, below = max(0, first - reach), min(self.grid.height, last + reach)
             values = source.get(above * local.before, below * local.before)
             clock = Stopwatch(self.device)
-            parts = [self.pipeline.by_tiles(local, part[None])[0] for part in values.split(channels)]
-            rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-            require_finite(f"the result of the stage {name}", all_finite(rows))
+            rows = self.pipeline.by_tiles(local, values[None])[0]
+            require_finite(f"the result of the stage {name}", rows)
             self.seconds[name] += clock.lap()
             return rows[:, (first - above) * local.after : (last - above) * local.after]
 
         return Rows(self.grid.height * local.after, make)
 
     def _sampled(self, restored: Rows, noise: BinaryIO) -> Iterator[Tensor]:
-        """Refine some rows of patches at a time, and give those rows of the latent that no later patch covers.
-
-        With those of the coarse latent after them: 2CxRxw.
-        """
+        """Refine some rows of patches at a time, and give those rows CxRxw of the latent that no later patch covers."""
         columns = len({patch.left for patch in self.grid.patches})
         most = columns * -(-PATCHES // columns)
         total = weights = None  # of rows that the last patches covered and the next ones will
@@ -166,9 +166,7 @@ class Bands:
                 sums[:-1, :unfinished], sums[-1, :unfinished] = total, weights
             total, weights = sums[:-1], sums[-1]
             blend(patches, x0, total, weights, top)
-            refined = total[:, : end - top] / weights[: end - top]
-            coarse = window[:-1, : end - top]
-            yield torch.cat([refined, coarse])
+            yield total[:, : end - top] / weights[: end - top]
             total, weights = total[:, end - top :], weights[end - top :]
 
     def _sample(self, patches: tuple[Patch, ...], restored: Tensor, noise: Tensor) -> Tensor:
@@ -181,29 +179,25 @@ class Bands:
         clock = Stopwatch(self.device)
         y0, confidence = cut(restored).split([self.channels, 1], dim=1)  # NxCxVxV, Nx1xVxV
         assignment = assign(confidence.mean((1, 2, 3)).cpu(), self.plan)  # N
-        start, _ = times_and_steps(self.plan, assignment)  # N
-        noise = self.pipeline.widened(cut(noise).to(y0.device), y0, confidence, start)
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
         self.seconds["retrieve"] += clock.lap()
-        members = {group: (assignment == group).nonzero()[:, 0] for group in range(len(GROUPS))}
         x0 = torch.empty_like(y0)
-        task = Patches(y0, noise, prompt, x0)
-        busy = [0.0] * (1 + len(self.pipeline.copies))  # seconds of each device
-        for step in self.pipeline.sample(task, members, self.plan, self.batch_size):
-            for group, seconds in step.seconds.items():
-                self.spent[group] += seconds
-                busy[step.device] += seconds
-        self.counts = [before + len(members[group]) for group, before in enumerate(self.counts)]
-        self.seconds["refine"] += max(busy)
+        task = Patches(y0, cut(noise).to(y0.device), prompt, x0)
+        for group in range(len(GROUPS)):
+            indices = (assignment == group).nonzero()[:, 0]
+            for step in self.pipeline.sample(task, make_batches(group, indices, self.plan, self.batch_size)):
+                self.spent[group] += step.seconds
+            self.counts[group] += len(indices)
+        self.seconds["refine"] += clock.lap()
         return x0
 
     def _finished(self, top: int, bottom: int, pictures: Rows, reference: Rows) -> np.ndarray:
         above, below = max(0, top - REACH), min(self.height, bottom + REACH)
         decoded, wanted = (rows.get(above, below)[None, ..., : self.width] for rows in (pictures, reference))
         clock = Stopwatch(self.device)
-        refined, coarse = decoded.split(3, dim=1)
-        output = add_detail(coarse, refined).clamp_(-1, 1)
-        rgb = wavelet_color_fix(output, wanted)[0, :, top - above : bottom - above].clamp_(-1, 1)
+        if self.color_fix:
+            decoded = wavelet_color_fix(decoded, wanted).clamp_(-1, 1)
+        rgb = decoded[0, :, top - above : bottom - above]
         alpha = self.picture.alpha
         if alpha is not None:
             alpha = _bicubic_rows(alpha, top, bottom).clamp(0, 1)

@@ -27,12 +27,13 @@ class CheckpointError(ValueError):
 def load_pipeline(
     source: str | Path = DEFAULT_WEIGHTS,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     devices: Sequence[str | torch.device] = (),
 ) -> PatchScalerPipeline:
     """Load what ``PatchScalerPipeline.save_pretrained`` wrote, ready to run.
 
-    ``source`` is a folder or a Hub id "owner/name". Device and dtype are the best there are unless given.
+    ``source`` is a folder or a Hub id "owner/name". Device and dtype are the best there are unless given: see
+    `pick_device` and `pick_dtype`.
     Only safetensors are read, only classes of this package and of diffusers are built, and a missing or
     unexpected component, config key or weight raises CheckpointError, where diffusers would only warn. So does
     a file that is not as the folder's SHA256SUMS has it; a folder without that list is taken as it is.
@@ -42,7 +43,7 @@ def load_pipeline(
     if devices and device is not None:
         raise ValueError("both device and devices are given")
     device, *others = map(pick_device, devices or [device])
-    dtype = dtype or pick_dtype(device)
+    dtype = dtype if isinstance(dtype, torch.dtype) else pick_dtype(device, dtype)
     folder = _folder(source)
     _check_checksums(folder)
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
@@ -50,7 +51,10 @@ def load_pipeline(
     if device.type == "cuda":  # its fast convolutions want this order; others would be turned round at every call
         for name in ("vae", "grm", "texture_classifier"):
             components[name].to(memory_format=torch.channels_last)
-    pipeline = PatchScalerPipeline(**components).to(device)
+    try:
+        pipeline = PatchScalerPipeline(**components).to(device)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     pipeline.refine_on(others)
     return pipeline
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from patchscaler.bands import Bands
 from patchscaler.checkpoints import CheckpointError, load_pipeline
-from patchscaler.devices import pick_device
+from patchscaler.devices import pick_device, pick_dtype
 from patchscaler.figures import qmap_overlay
 from patchscaler.grouping import SamplingPlan
 from patchscaler.images import (
@@ -55,6 +55,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--devices", type=lambda text: text.split(","), metavar="A,B", help="in place of --device: refine on several")
     add("--compile", action="store_true", help="compile Patch-DiT first: pays for many images, needs a C++ compiler")
     add("--save-stages", action="store_true", help="also write NAME.coarse.png, .qmap.png, .priors.png")
+    add("--no-color-fix", dest="color_fix", action="store_false", help="keep the decoder's colours, not the input's")
     add("--report", type=Path, metavar="FILE.json", help="also write plan, groups and timings as JSON")
     add("--large", action="store_true", help="take larger pictures too, in bands, and write these as NAME.tif")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many images on many workers (extra cluster)")
@@ -78,13 +79,14 @@ def run(args: argparse.Namespace) -> int:
         sources = _sources(args.inputs)
         outputs = _outputs(sources, args)
         devices = [pick_device(name) for name in args.devices or [args.device]]
+        dtype = pick_dtype(devices[0], args.dtype)
         if args.devices and args.device:
             raise UsageError("--device and --devices are both given")
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     try:
-        pipeline = load_pipeline(args.weights, devices=devices)
+        pipeline = load_pipeline(args.weights, dtype=dtype, devices=devices)
     except CheckpointError as error:
         return _complain(str(args.weights), error)
 
@@ -121,7 +123,7 @@ def _run_on_ray(args: argparse.Namespace) -> int:
         raise UsageError(f"--engine ray needs the extra cluster: {error}") from error
     try:
         weights = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
-        job = cluster.Job(_plan(args), args.seed, weights, args.batch_size)
+        job = cluster.Job(_plan(args), args.seed, weights, args.batch_size, args.color_fix, args.dtype)
         places = [str(place) for place in args.inputs]
         counts = cluster.run(places, str(args.out), job, args.workers, args.device, args.address)
     except UsageError:
@@ -234,9 +236,9 @@ def _upscale_large(
     picture = read_picture(source, LARGE_PIXELS)
     for note in picture.notes:
         print(f"{source}: {note}", file=sys.stderr)
-    bands = Bands(pipeline, picture, plan, args.seed, args.batch_size)
+    bands = Bands(pipeline, picture, plan, args.seed, args.batch_size, args.color_fix)
     shape = (bands.height, bands.width, 3 if picture.alpha is None else 4)
-    text = json.dumps({"plan": json.loads(plan.to_json()), "seed": args.seed})
+    text = json.dumps({"plan": json.loads(plan.to_json()), "seed": args.seed, "color_fix": args.color_fix})
     write_tiff(_shown(bands), output, shape, text)
     print(f"{source} -> {output}  {bands.width}x{bands.height}  {time.perf_counter() - began:.1f} s")
     return {"input": str(source), "output": str(output), **bands.report()}
@@ -255,7 +257,7 @@ def _shown(bands: Bands) -> Iterator[np.ndarray]:
 
 def _refine(pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, args: argparse.Namespace) -> Result:
     show = sys.stderr.isatty()
-    for event in pipeline.refine(analysis, plan, seed=args.seed, batch_size=args.batch_size):
+    for event in pipeline.refine(analysis, plan, args.seed, args.batch_size, args.color_fix):
         if show and isinstance(event, Progress):
             print(f"\r{event.done}/{event.total} evaluations", end="", file=sys.stderr, flush=True)
     if show:

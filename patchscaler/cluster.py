@@ -48,17 +48,20 @@ class Job:
     seed: int
     weights: str
     batch_size: int | None = None
+    color_fix: bool = True
+    dtype: str | None = None  # what suits the device
 
     def describe(self) -> dict:
         """What decides the pixels, as the manifest records it."""
-        return json.loads(json.dumps({"plan": asdict(self.plan), "seed": self.seed, "weights": self.weights}))
+        facts = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        return json.loads(json.dumps(facts))
 
 
 class Worker:
     """One pipeline on one device, in a process of its own."""
 
-    def load(self, weights: str, device: str | None) -> None:
-        self.pipeline = load_pipeline(weights, device)
+    def load(self, job: Job, device: str | None) -> None:
+        self.pipeline = load_pipeline(job.weights, device, job.dtype)
 
     def upscale(self, source: str, output: str, job: Job, repeated: bool) -> dict:
         """The manifest's entry for one image. ``repeated``: a worker died on it, perhaps after it was written."""
@@ -67,8 +70,7 @@ class Worker:
         begin = time.perf_counter()
         try:
             picture = fetch(source)
-            options = {"batch_size": job.batch_size} if job.batch_size else {}
-            result = self.pipeline(picture, job.plan, job.seed, **options)
+            result = self.pipeline(picture, job.plan, job.seed, job.batch_size, job.color_fix)
             store(result.picture, output, result.png_text())
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # this image's fault, or its size's
             return {"status": "failed", "error": str(error) or type(error).__name__}
@@ -100,7 +102,8 @@ class Manifest:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{self.path} cannot be read: {error}") from error
             if not same and self.content["images"]:
-                raise UsageError(f"{self.path} is of another plan, seed or weights; choose another folder")
+                what = "plan, seed, weights, colour fix or precision"
+                raise UsageError(f"{self.path} is of another {what}; choose another folder")
 
     def record(self, source: str, entry: dict) -> None:
         self.content["images"][source] = entry
@@ -154,7 +157,7 @@ def run(
         return counts
     _start_ray(address)
     try:
-        _work(waiting, job, *_crew(kind, workers, device, job.weights), manifest, counts, say)
+        _work(waiting, job, *_crew(kind, workers, device, job), manifest, counts, say)
     finally:
         manifest.save()
         ray.shutdown()
@@ -247,7 +250,7 @@ def _start_ray(address: str | None) -> None:
 
 
 def _crew(
-    kind: type[Worker], count: int | None, device: str | None, weights: str
+    kind: type[Worker], count: int | None, device: str | None, job: Job
 ) -> tuple[int, Callable[[], tuple[ActorHandle, ray.ObjectRef]]]:
     """How many workers to have, and what starts one and has it load the pipeline.
 
@@ -266,7 +269,7 @@ def _crew(
 
     def hire() -> tuple[ActorHandle, ray.ObjectRef]:
         worker = actor.remote()
-        return worker, worker.load.remote(weights, "cuda" if on_gpu else device)
+        return worker, worker.load.remote(job, "cuda" if on_gpu else device)
 
     return count, hire
 

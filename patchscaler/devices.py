@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache, wraps
+from functools import wraps
 from inspect import isgeneratorfunction
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 Value = TypeVar("Value")
 
-PINNED = 2**28  # bytes of a tensor above which its copies to and from a GPU are not pinned: no program gets that memory
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class OutOfMemory(MemoryError):
@@ -37,146 +36,47 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes fast in it, else float32. Both have the same range."""
+def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
+    """The precision of that name, of PATCHSCALER_DTYPE where no name is given, or what suits the device.
+
+    That is bfloat16 where the processor has instructions for it, else float32: both have the same range. Other
+    processors emulate bfloat16 and are slower in it. Raises ValueError if the name is unknown.
+    """
+    name = name or os.environ.get("PATCHSCALER_DTYPE") or "auto"
+    if name in DTYPES:
+        return getattr(torch, name)
+    if name != "auto":
+        raise ValueError(f"dtype {name!r} is none of auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         with torch.cuda.device(device) if device.index is not None else nullcontext():  # it asks the current one
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return _measured_cpu_dtype() if device.type == "cpu" else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
 
 
-@cache
-def _measured_cpu_dtype() -> torch.dtype:
-    """bfloat16 if it is clearly faster than float32 here, measured once per process in at most about 0.3 s.
-
-    CPUs with bf16 instructions run convolutions about twice as fast in it; the others emulate it and are
-    slower than in float32. Names and flags do not tell the two apart on every platform, so the clock decides.
-    """
-    return torch.bfloat16 if _seconds(torch.bfloat16) < 0.8 * _seconds(torch.float32) else torch.float32
-
-
-@torch.inference_mode()
-def _seconds(dtype: torch.dtype, budget: float = 0.1) -> float:
-    """The shortest time for one convolution and one matrix product like those of the models."""
-    image = torch.ones(1, 96, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    kernel = torch.ones(96, 96, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    tokens, weight = torch.ones(256, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + budget
-    for _ in range(10):
-        start = time.perf_counter()
-        F.conv2d(image, kernel, padding=1)
-        F.linear(tokens, weight)
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > end:
-            break
-    return best
+def _cpu_has_bf16() -> bool:
+    """Whether torch finds bfloat16 products in the CPU: AVX512-BF16, or AMX. Names as of torch 2.8 to 2.13."""
+    queries = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(query is not None and query() for query in queries)
 
 
 class Stopwatch:
-    """Seconds between laps, counting what the device was asked to do and has not yet finished."""
+    """Seconds by stage, counting what the device was asked to do and has not yet finished."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *stages: str):
         self.device = device
+        self.seconds = dict.fromkeys(stages, 0.0)
         self.last = 0.0
         self.lap()
 
-    def lap(self, wait: bool = True) -> float:
-        """Without ``wait``, a GPU is left to its work, and only what the host did counts."""
-        if wait:
-            wait_for(self.device)
+    def lap(self, stage: str | None = None) -> float:
+        """Wait for the device; the seconds since the last lap, which are added to those of the stage."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
+        if stage is not None:
+            self.seconds[stage] += seconds
         return seconds
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to do: on CUDA on the current stream, others may go on."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    elif device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-class Laps:
-    """Seconds between marks in the work of a device, which does not wait for them: only `seconds` does."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._marks: list[torch.cuda.Event | float] = []
-        self.mark()
-
-    def mark(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Here on the current stream of a CUDA device, or on another one."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(stream or torch.cuda.current_stream(self.device))
-            self._marks.append(event)
-            return
-        wait_for(self.device)
-        self._marks.append(time.perf_counter())
-
-    def over(self) -> bool:
-        """Whether the device has come to the last mark."""
-        return self.device.type != "cuda" or self._marks[-1].query()
-
-    def seconds(self) -> list[float]:
-        """Those from each mark to the next, once the device has come to the last one."""
-        pairs = zip(self._marks, self._marks[1:])
-        if self.device.type != "cuda":
-            return [after - before for before, after in pairs]
-        self._marks[-1].synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
-
-
-@cache
-def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
-    """The one stream of a CUDA device for a use: torch keeps freed memory for the stream that had it."""
-    return torch.cuda.Stream(device)
-
-
-class HostCopies:
-    """Copies to the CPU. Those of a CUDA GPU go beside its further work, on a stream of their own."""
-
-    def __init__(self, device: torch.device):
-        self.stream = side_stream(device, "copies to the CPU") if device.type == "cuda" else None
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """The tensor on the CPU, contiguous. Neither may be written to, nor this one read, before `wait` is over."""
-        if self.stream is None:
-            return tensor.cpu().contiguous()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.nbytes <= PINNED)
-        self.stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(self.stream):
-            host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self.stream)  # or its memory would be given away before it is read
-        return host
-
-    def wait(self) -> None:
-        if self.stream is not None:
-            self.stream.synchronize()
-
-
-@contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """What a CUDA device is asked to do here, it does after all that came before and beside what comes next.
-
-    Whoever uses the results waits for them first, and keeps till then what was taken from outside.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = side_stream(device, "beside")
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device, from the CPU to a CUDA GPU through pinned memory and without waiting for its earlier work."""
-    if device.type != "cuda" or tensor.device.type != "cpu" or tensor.nbytes > PINNED:
-        return tensor.to(device)
-    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-    return pinned.to(device, non_blocking=True)
 
 
 def most_at_once(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from patchscaler.checkpoints import DEFAULT_WEIGHTS
+from patchscaler.devices import DTYPES
 from patchscaler.grouping import PRESETS, SamplingPlan
 
 
@@ -14,10 +15,11 @@ class UsageError(ValueError):
 
 
 def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
-    """--seed, --device, --weights and --batch-size."""
+    """--seed, --device, --dtype, --weights and --batch-size."""
     add = parser.add_argument
     add("--seed", type=seed, default=0, help="whole number from 0 to 2^63 - 1 (default: 0)")
     add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
+    add("--dtype", choices=DTYPES, help="precision (default: PATCHSCALER_DTYPE, or what suits the device)")
     add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
     add("--batch-size", type=positive, help="patches at once (default: 64; on a GPU, by its free memory)")
 

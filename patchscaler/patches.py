@@ -95,8 +95,6 @@ def split(latents: Tensor, grid: PatchGrid) -> Tensor:
     """Cut Cxhxw into the NxCxVxV patches of the grid. Raises ValueError if the grid is for another size."""
     if latents.shape[-2:] != (grid.height, grid.width):
         raise ValueError(f"latents {tuple(latents.shape)} do not fit a grid of {grid.height}x{grid.width}")
-    if latents.is_cuda:
-        return _split_at_once(latents, grid)
     return torch.stack([patch.cells(latents) for patch in grid.patches])
 
 
@@ -109,8 +107,6 @@ def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
     if len(patches) != len(grid) or patches.shape[-2:] != (grid.size, grid.size):
         expected = f"{len(grid)} of {grid.size}x{grid.size}"
         raise ValueError(f"patches {tuple(patches.shape)} do not fit a grid of {expected}")
-    if patches.is_cuda:
-        return _merge_at_once(patches, grid)
     total = torch.zeros(patches.shape[1], grid.height, grid.width, device=patches.device)  # C h w
     weights = torch.zeros(grid.height, grid.width, device=patches.device)  # h w
     blend(grid.patches, patches, total, weights)
@@ -125,69 +121,12 @@ def blend(places: Iterable[Patch], values: Tensor, total: Tensor, weights: Tenso
         patch.cells(weights, top).add_(weight)
 
 
-def _split_at_once(latents: Tensor, grid: PatchGrid) -> Tensor:
-    """`split` in few operations. On a GPU each takes as long to start as a patch to copy; on a CPU they are slower."""
-    starts = _starts_on(latents.device, grid)
-    within = torch.arange(grid.size, device=latents.device)  # V
-    rows, columns = ((each[:, None] + within).flatten() for each in starts)  # RV, SV
-    cut = latents.index_select(1, rows).index_select(2, columns)  # CxRVxSV
-    cut = cut.unflatten(2, (-1, grid.size)).unflatten(1, (-1, grid.size))  # CxRxVxSxV
-    return cut.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()  # NxCxVxV
-
-
-def _merge_at_once(patches: Tensor, grid: PatchGrid) -> Tensor:
-    """`merge` in few operations, bit by bit: a cell's first patches are added, then its second ones, and so on."""
-    rows, columns = _starts_on(patches.device, grid)
-    spread = patches.float().unflatten(0, (len(rows), len(columns)))  # RxSxCxVxV
-    spread = spread.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # CxRVxSV
-    total = patches.new_zeros(patches.shape[1], grid.height, grid.width, dtype=torch.float32)  # Cxhxw
-    weights = total.new_zeros(grid.height, grid.width)  # hxw
-    columns = _layers(columns, grid.width, grid.size, grid._starts(grid.width))
-    for places, row_weight in _layers(rows, grid.height, grid.size, grid._starts(grid.height)):
-        strip = spread.index_select(1, places)  # CxhxSV
-        for across, column_weight in columns:
-            weight = row_weight[:, None] * column_weight  # hxw
-            total += strip.index_select(2, across) * weight
-            weights += weight
-    return (total / weights).to(patches.dtype)
-
-
-def _layers(starts: Tensor, length: int, size: int, known: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """For the first, second, ... patch over each of ``length`` cells: which of the SV cells it is, and its weight.
-
-    Where there is no such patch, the weight is 0. ``known`` are the starts as the host has them.
-    """
-    cells = torch.arange(length, device=starts.device)
-    first = (starts[:, None] + size <= cells).sum(0)  # so many patches end before the cell
-    line = _gaussian_line(size, starts.device)
-    layers = []
-    for layer in range(max(sum(start <= other < start + size for other in known) for start in known)):
-        patch = first + layer
-        there = (patch < len(starts)) & (starts[patch.clamp(max=len(starts) - 1)] <= cells)
-        patch = torch.where(there, patch, first)
-        offset = cells - starts[patch]
-        layers.append((patch * size + offset, line[offset] * there))
-    return layers
-
-
-def _starts_on(device: torch.device, grid: PatchGrid) -> tuple[Tensor, Tensor]:
-    """First rows and first columns of the patches, made there: a copy from the host would be waited for."""
-    spare = [length - grid.size for length in (grid.height, grid.width)]
-    gaps = [math.ceil(each / grid.stride) for each in spare]
-    steps = (torch.arange(count + 1, device=device, dtype=torch.float64) for count in gaps)
-    return tuple((step * each / max(1, count)).round().long() for step, each, count in zip(steps, spare, gaps))
-
-
 def gaussian_weight(size: int) -> Tensor:
     """VxV float32 weights in (0, 1]: a Gaussian of variance .04 in units of the patch width.
 
     Neighbours 12 cells apart share 4 cells. Variance .04 spreads their disagreement over these, at most 29 % of
     it between two cells; with the .01 of StableSR's half-overlapping tiles it would be 83 %, a hard seam.
     """
-    line = _gaussian_line(size, torch.device("cpu"))
+    offset = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / size
+    line = torch.exp(-offset.square() / (2 * 0.04))
     return line[:, None] * line[None, :]
-
-
-def _gaussian_line(size: int, device: torch.device) -> Tensor:
-    offset = (torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2) / size
-    return torch.exp(-offset.square() / (2 * 0.04))

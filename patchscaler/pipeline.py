@@ -1,4 +1,4 @@
-"""The pipeline of the paper's Figure 2: restore coarsely, judge, and refine each patch by its difficulty.
+"""The pipeline of the paper's Figure 2: restore coarsely, and refine each patch by its difficulty.
 
 B batch, N patches, C channels, H W pixels, h w latents, V patch side, T timesteps, K priors, D width.
 """
@@ -6,26 +6,26 @@ B batch, N patches, C channels, H W pixels, h w latents, V patch side, T timeste
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.batches import Patches, Step, make_batches, patch_bytes, sample_batches
-from patchscaler.color import add_detail, wavelet_color_fix
-from patchscaler.devices import HostCopies, Laps, advised, beside, fitting_batch, halving, to_device
+from patchscaler.batches import sample_on_several
+from patchscaler.color import wavelet_color_fix
+from patchscaler.devices import Stopwatch, advised, fitting_batch, halving
 from patchscaler.figures import priors_sheet
 from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
 from patchscaler.interrupts import still_wanted
-from patchscaler.making import Made, all_finite, require_finite
+from patchscaler.making import require_finite
 from patchscaler.models import (
     GRM,
     PatchDiT,
@@ -36,13 +36,22 @@ from patchscaler.models import (
     encode_latents,
 )
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
-from patchscaler.predictors import record
 from patchscaler.records import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
 from patchscaler.retrieval import Priors, retrieve
-from patchscaler.sampling import Scheduler, alphas_cumprod, widened
+from patchscaler.sampling import (
+    Batch,
+    Patches,
+    Scheduler,
+    Step,
+    check_schedule,
+    make_batches,
+    patch_bytes,
+    sample_batches,
+)
 from patchscaler.tiles import Local, tiled
 
 SCALE = 4
+STAGES = ("encode", "restore", "retrieve", "refine", "decode", "color")
 TILE = 256  # cells along the side of a tile: of 2048 pixels
 LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
 
@@ -51,7 +60,8 @@ class PatchScalerPipeline(DiffusionPipeline):
     """x4 super-resolution of photographs of any size, by patch-adaptive group sampling.
 
     Each network runs in its own dtype; latents between them are float32. ``vae`` may be any diffusers
-    autoencoder with 8 pixels per latent cell; ``scheduler`` is one that `patchscaler.sampling` takes. No call
+    autoencoder with 8 pixels per latent cell; an AutoencoderKL is set to tile large pictures itself. ``scheduler`` is
+    one that `patchscaler.sampling` takes, with the betas that Patch-DiT was trained with; else ValueError. No call
     changes the pipeline, so threads may share it.
     """
 
@@ -75,6 +85,9 @@ class PatchScalerPipeline(DiffusionPipeline):
             texture_memory=texture_memory,
             scheduler=scheduler,
         )
+        check_schedule(transformer, scheduler)
+        if isinstance(vae, AutoencoderKL):  # its normalisation and attention see the whole picture
+            vae.enable_tiling()
         self.copies: list[PatchDiT] = []  # of Patch-DiT, on the other devices of `refine_on`
 
     def refine_on(self, others: Sequence[torch.device | str]) -> None:
@@ -86,14 +99,9 @@ class PatchScalerPipeline(DiffusionPipeline):
         self.copies = [copy.deepcopy(self.transformer).to(device) for device in others]
 
     def compile(self) -> None:
-        """Have `torch.compile` make Patch-DiT faster, for batches of any size; the first batches wait for it.
-
-        On a CUDA GPU its small batches are recorded as well, and then replayed, unless several devices refine.
-        """
+        """Have `torch.compile` make Patch-DiT faster, for batches of any size; the first batches wait for it."""
         for network in (self.transformer, *self.copies):
             network.compile(dynamic=True)
-        if self._execution_device.type == "cuda" and not self.copies:
-            record(self.transformer)
 
     def fitting_batch(self, asked: int | None = None) -> int:
         """Patches at once: as many as asked for, or what suits the device. Raises ValueError if that is below 1."""
@@ -107,28 +115,28 @@ class PatchScalerPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        image: Picture | Image.Image | str | Path,
+        image: Picture | Image.Image | str | Path | np.ndarray | Tensor,
         plan: SamplingPlan | None = None,
         generator: torch.Generator | int | None = None,
         batch_size: int | None = None,
+        color_fix: bool = True,
     ) -> Result:
         """Upscale one image x4. ``plan`` is the paper's unless given.
 
-        ``generator`` is a seed or a source of one; without it the seed is 0, so that the same image gives the
-        same result. ``batch_size`` counts patches; without it, it is what suits the device. Raises ImageError for
-        an unreadable image and RuntimeError if the networks give NaN.
+        The image is a file, a Picture, a PIL image, an array HxWx3 of uint8 or a tensor 3xHxW in [-1, 1]; TypeError
+        for anything else. ``generator`` is a seed or a source of one; without it the seed is 0, so that the same
+        image gives the same result. ``batch_size`` counts patches; without it, it is what suits the device.
+        ``color_fix`` is as in `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks
+        give NaN.
         """
         # 1. Read the image.
-        if isinstance(image, (str, Path)):
-            image = read_picture(image)
-        elif isinstance(image, Image.Image):
-            image = picture_from_pil(image)
-        # 2. Restore it coarsely, judge the restoration and look up texture priors.
-        analysis = self.analyze(image, batch_size)
+        picture = as_picture(image)
+        # 2. Restore it coarsely, with a confidence, and look up texture priors.
+        analysis = self.analyze(picture, batch_size)
         # 3. Refine the patches, group by group, and assemble them.
         if isinstance(generator, torch.Generator):
             generator = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
-        *_, result = self.refine(analysis, plan or SamplingPlan.paper(), generator or 0, batch_size)
+        *_, result = self.refine(analysis, plan or SamplingPlan.paper(), generator or 0, batch_size, color_fix)
         return result
 
     @torch.inference_mode()
@@ -136,51 +144,44 @@ class PatchScalerPipeline(DiffusionPipeline):
     def analyze(self, picture: Picture, batch_size: int | None = None) -> Analysis:
         """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
-        host, laps = HostCopies(device), Laps(device)
+        clock = Stopwatch(device, "encode", "restore", "retrieve", "decode")
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
-        upscaled = bicubic(to_device(picture.rgb[None], device), SCALE)  # 1x3xHxW
-        enlarged = host.take(upscaled[0])  # 3xHxW
+        upscaled = bicubic(picture.rgb[None].to(device), SCALE)  # 1x3xHxW
         height, width = upscaled.shape[-2:]
         grid = PatchGrid.covering(height, width, self.transformer.config.size)
         beyond = (0, LATENT_PIXELS * grid.width - width, 0, LATENT_PIXELS * grid.height - height)
-        padded = F.pad(upscaled, beyond, mode="replicate")  # 1x3x8hx8w
-        y_lr = self.by_tiles(self.encoding, padded)  # 1xCxhxw
-        del padded
-        laps.mark()
+        y_lr = self.by_tiles(self.encoding, F.pad(upscaled, beyond, mode="replicate"))  # 1xCxhxw
+        enlarged = upscaled[0].cpu()  # 3xHxW
+        clock.lap("encode")
 
         # 2. Restore, with a confidence (Eq. 1).
         y0, confidence = self.by_tiles(self.restoring, y_lr).split([y_lr.shape[1], 1], dim=1)  # 1xCxhxw, 1x1xhxw
-        finite = {"the restored latent": all_finite(y0), "the confidence": all_finite(confidence)}
-        finite = {name: host.take(each) for name, each in finite.items()}
-        latents, judged = host.take(y0[0]), host.take(confidence[0].clone())  # not with the latents in tow
-        laps.mark()
+        require_finite("the restored latent", y0)
+        require_finite("the confidence", confidence)
+        clock.lap("restore")
 
         # 3. Cut into overlapping patches and prompt each with the texture priors that it resembles.
-        patches = split(y0[0], grid)  # NxCxVxV
-        patch_confidence = host.take(split(confidence[0], grid).mean((1, 2, 3)))  # N
-        priors, prompt = self.prompt(patches, batch_size, host)
-        prompt = host.take(prompt)
-        laps.mark()
+        patch_confidence = split(confidence[0], grid).mean((1, 2, 3)).cpu()  # N
+        priors, prompt = self.prompt(split(y0[0], grid), batch_size)
+        prompt = prompt.cpu()  # NxLxD
+        clock.lap("retrieve")
 
         # 4. Decode the coarse image.
-        coarse = host.take(self._decoded(y0[0], upscaled[0]))  # 3xHxW
-        laps.mark(host.stream)
+        coarse = self._decoded(y0[0], height, width).cpu().contiguous()  # 3xHxW
+        clock.lap("decode")
 
-        host.wait()
-        for name, each in finite.items():
-            require_finite(name, each)
         return Analysis(
             picture=picture,
-            latents=latents,
-            confidence=judged,
+            latents=y0[0].cpu(),
+            confidence=confidence[0].cpu().clone(),  # on the CPU a view, which would keep y0 alive with it
             grid=grid,
             patch_confidence=patch_confidence,
-            priors=Priors.joined(priors),
+            priors=priors,
             prompt=prompt,
             bicubic=enlarged,
             coarse=coarse,
-            seconds=dict(zip(("encode", "restore", "retrieve", "decode"), laps.seconds(), strict=True)),
+            seconds=clock.seconds,
         )
 
     @torch.inference_mode()
@@ -198,116 +199,77 @@ class PatchScalerPipeline(DiffusionPipeline):
     ) -> Iterator[Progress | Partial | Result]:
         """Yield Progress after every denoising step of every batch, and last the Result.
 
-        A patch's result depends on its y0, confidence, prompt, (T, N) and the seed only. Close the generator to stop
-        early. Raises RuntimeError rather than return pixels that are NaN, and OutOfMemory if memory is short for the
-        smallest batches and tiles.
+        A patch's result depends on its y0, prompt, (T, N) and the seed only. Close the generator to stop early. Raises
+        RuntimeError rather than return pixels that are NaN, and OutOfMemory if memory is short for the smallest
+        batches and tiles.
 
         Args:
-            color_fix: give the output the structure of the coarse picture (`add_detail`) and the low frequencies of
-                the bicubic upscale. Without it, it is what the decoder makes of the refined latent.
+            color_fix: give the output the low frequencies, and so the colours, of the bicubic upscale. Without it,
+                it is what the decoder makes of the refined latent.
             by_hand: the groups of some patches, by index, in place of those that their confidence gives.
             earlier: patches of a run over the same analysis. Those with the same T, N and seed are taken over;
                 on a CPU the result is bit by bit that of a full run.
-            partial: also yield a Partial after every group that changed a patch, but for the last such group. On a
-                CUDA GPU it is made while the next group is sampled, and comes in between that group's steps.
+            partial: also yield a Partial after every group that changed a patch, but for the last such group.
         """
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
+        clock = Stopwatch(device, "retrieve", "refine", "decode", "color")
         grid = analysis.grid
+        check_schedule(self.transformer, self.scheduler)
 
         # 1. Group the patches by confidence (Eq. 2), and see which of them are new.
         assignment = assign(analysis.patch_confidence, plan, by_hand)  # N
         start, steps = times_and_steps(plan, assignment)  # N, N
-        latents = to_device(analysis.latents, device)  # Cxhxw
-        y0 = split(latents, grid)  # NxCxVxV
-        if earlier is None:
-            rendered, x0 = torch.ones(len(grid), dtype=torch.bool), y0.clone()  # N, NxCxVxV
-        else:
-            rendered = earlier.differs(start, steps, seed)
-            x0 = torch.where(to_device(rendered, device)[:, None, None, None], y0, to_device(earlier.patches, device))
+        rendered = torch.ones_like(start, dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
+        members = [((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))]
 
-        # 2. Decode the coarse picture once if it did not come along: all pictures below take their structure from it.
-        laps, wanted = Laps(device), None
-        if color_fix:
-            upscaled = to_device(analysis.bicubic, device)  # 3xHxW
-            if analysis.coarse is None:
-                coarse = self._decoded(latents, upscaled)  # 3xHxW
-                laps.mark()
-            else:
-                coarse = to_device(analysis.coarse, device)
-            wanted = coarse[None], upscaled[None]
+        # 2. What all patches start from: y0, their prompts, and one noise for the whole latent, which is drawn on the
+        # CPU to be the same for every batch and device.
+        y0 = split(analysis.latents.to(device), grid)  # NxCxVxV
+        x0 = y0.clone()
+        if earlier is not None:
+            x0[(~rendered).to(device)] = earlier.patches[~rendered].to(device)
+        drawn = torch.randn(analysis.latents.shape, generator=torch.Generator("cpu").manual_seed(seed))
+        noise = split(drawn.to(device), grid)  # NxCxVxV
+        clock.lap("refine")
+        prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else analysis.prompt.to(device)  # NxLxD
+        clock.lap("retrieve")
 
-        # 3. Draw one noise for the whole latent, on the CPU, to have the same for every batch and device.
-        generator = torch.Generator("cpu").manual_seed(seed)
-        drawn = torch.randn(latents.shape, generator=generator, pin_memory=device.type == "cuda")
-        noise = split(to_device(drawn, device), grid)  # NxCxVxV
-        noise = self.widened(noise, y0, split(to_device(analysis.confidence, device), grid), start)
-
-        # 4. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
-        prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else to_device(analysis.prompt, device)
+        # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         patches = Patches(y0, noise, prompt, x0)
-        members = {group: ((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))}
-        members = {group: indices for group, indices in members.items() if len(indices)}
-        # Groups that share a batch are finished together, so for the picture after each group they do not.
-        runs = [{group: indices} for group, indices in members.items()] if partial else [members]
-        total = int(steps[rendered].sum())
-        done, until, spent, finished = 0, 0, dict.fromkeys(range(len(GROUPS)), 0.0), ~rendered
-        busy = [0.0] * (1 + len(self.copies))  # seconds of each device
-        each = torch.zeros(len(grid), dtype=torch.float64) if earlier is None else earlier.seconds.clone()  # N
-        decode = 0.0
-        making: tuple[int, Sampled, Made] | None = None  # the picture after a group
-        for run in runs:
-            until += sum(plan.steps[group] * len(indices) for group, indices in run.items())
-            for step in chain([Step()], self.sample(patches, run, plan, batch_size)):
+        done, total, spent = 0, int(steps[rendered].sum()), [0.0] * len(GROUPS)
+        seconds = torch.zeros(len(grid), dtype=torch.float64) if earlier is None else earlier.seconds.clone()  # N
+        for group, indices in enumerate(members):
+            for step in self.sample(patches, make_batches(group, indices, plan, batch_size)):
                 done += step.evaluations
-                busy[step.device] += sum(step.seconds.values())
-                for group, k in step.steps.items():
-                    spent[group] += step.seconds[group]
-                    each[members[group]] = spent[group] / len(members[group])
-                    yield Progress(group, k, plan.steps[group], step.patches[group], done, total)
-                if making and (making[-1].over() or done == until):
-                    (group, sampled, made), making = making, None
-                    decode += made.wait()[0]
-                    yield Partial(group, made.picture, replace(sampled, patches=made.patches))
-            if partial and done < total:
-                (group,) = run
-                finished = finished | (assignment == group)
-                sampled = Sampled(x0.clone(), start * finished, steps * finished, seed, each.clone())
-                with beside(device):
-                    making = group, sampled, self._finish(analysis, sampled.patches, wanted)
+                spent[group] += step.seconds
+                clock.lap("refine")
+                if step.evaluations > 0:
+                    yield Progress(group, step.step, plan.steps[group], len(step.batch), done, total)
+                    clock.lap()  # the time of whoever reads the events is not ours
+            seconds[indices] = spent[group] / max(1, len(indices))
+            if partial and len(indices) and done < total:
+                ready = ~rendered | (assignment <= group)  # N
+                sampled = Sampled(x0.cpu().clone(), start * ready, steps * ready, seed, seconds.clone())
+                yield Partial(group, self._assembled(analysis, x0, color_fix, clock), sampled)
+                clock.lap()
 
-        # 5. Blend the overlapping patches once, decode, and take the colours and the transparency of the input.
-        made = self._finish(analysis, x0, wanted)
-        seconds, color = made.wait()
-        decode += seconds + sum(laps.seconds())
-
+        # 4. Blend the patches, decode, and take over the colours.
+        picture = self._assembled(analysis, x0, color_fix, clock)
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
-        groups = [
-            GroupReport(
-                name,
-                counts[group],
-                plan.start[group],
-                plan.steps[group],
-                plan.steps[group] * len(members.get(group, ())),
-                spent[group],
-            )
-            for group, name in enumerate(GROUPS)
-        ]
+        evaluations = [plan.steps[group] * len(indices) for group, indices in enumerate(members)]
+        before = {name: analysis.seconds[name] for name in ("encode", "restore", "retrieve", "decode")}
         yield Result(
-            picture=made.picture,
+            picture=picture,
             plan=plan,
             seed=seed,
             assignment=assignment,
-            groups=groups,
-            seconds={
-                **{name: analysis.seconds[name] for name in ("encode", "restore", "retrieve")},
-                "refine": max(busy),
-                "decode": analysis.seconds["decode"] + decode,
-                "color": color,
-            },
+            groups=[*map(GroupReport, GROUPS, counts, plan.start, plan.steps, evaluations, spent)],
+            seconds={name: before.get(name, 0) + clock.seconds.get(name, 0) for name in STAGES},
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            sampled=Sampled(made.patches, start, steps, seed, each),
+            sampled=Sampled(x0.cpu(), start, steps, seed, seconds),
             rendered=rendered,
+            color_fix=color_fix,
             by_hand=dict(by_hand or {}),
         )
 
@@ -324,28 +286,26 @@ class PatchScalerPipeline(DiffusionPipeline):
         queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen]
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
-    def _finish(self, analysis: Restored, x0: Tensor, wanted: tuple[Tensor, Tensor] | None) -> Made:
-        """Patches NxCxVxV as the upscaled picture, which takes structure and colours of two others 1x3xHxW."""
-        host, laps = HostCopies(x0.device), Laps(x0.device)
+    def _assembled(self, analysis: Restored, x0: Tensor, color_fix: bool, clock: Stopwatch) -> Picture:
+        """Patches NxCxVxV as the upscaled picture, on the CPU."""
+        # 1. Blend the overlapping patches and decode.
         x_hr = merge(x0, analysis.grid)  # Cxhxw
-        output = self._decoded(x_hr, analysis.bicubic)[None]  # 1x3xHxW
-        laps.mark()
-        if wanted is not None:
-            coarse, upscaled = wanted
-            output = add_detail(coarse, output).clamp_(-1, 1)
-            output = wavelet_color_fix(output, upscaled).clamp_(-1, 1)
-        finite = {"the refined latent": all_finite(x_hr), "the output": all_finite(output)}
-        finite = {name: host.take(each) for name, each in finite.items()}
+        require_finite("the refined latent", x_hr)
+        output = self._decoded(x_hr, *analysis.bicubic.shape[-2:])  # 3xHxW
+        clock.lap("decode")
+        # 2. Take the colours and the transparency of the input.
+        if color_fix:
+            output = wavelet_color_fix(output[None], analysis.bicubic[None].to(output.device))[0].clamp_(-1, 1)
+        require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:
             alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
-        picture, patches = Picture(host.take(output[0]), alpha, analysis.picture.notes), host.take(x0)
-        laps.mark(host.stream)
-        return Made(picture, patches, x0, finite, host, laps)
+        picture = Picture(output.cpu().contiguous(), alpha, analysis.picture.notes)
+        clock.lap("color")
+        return picture
 
-    def _decoded(self, latents: Tensor, image: Tensor) -> Tensor:
-        """The picture 3xHxW of latents Cxhxw, which may reach beyond it; `image` has its size."""
-        height, width = image.shape[-2:]
+    def _decoded(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The picture 3xHxW of latents Cxhxw, which may reach beyond it."""
         return self.by_tiles(self.decoding, latents[None])[0, :, :height, :width]
 
     @property
@@ -372,31 +332,51 @@ class PatchScalerPipeline(DiffusionPipeline):
         side = min(TILE, max(values.shape[-2:]) // local.before)
         return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
 
-    def prompt(self, patches: Tensor, batch_size: int, host: HostCopies | None = None) -> tuple[list[Priors], Tensor]:
-        """Algorithm 1 and the texture encoder, in batches: of patches NxCxVxV the prompt NxLxD, on their device.
-
-        With ``host`` also the Priors of every batch, which it brings to the CPU.
+    def prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
+        """Algorithm 1 and the texture encoder, in batches: the Priors of patches NxCxVxV, on the CPU, and the prompt
+        NxLxD on the device of the patches.
         """
-        return halving(partial(self._prompt, patches, host), batch_size, 1, patches.device)
+        return halving(partial(self._prompt, patches), batch_size, 1, patches.device)
 
-    def _prompt(self, patches: Tensor, host: HostCopies | None, batch_size: int) -> tuple[list[Priors], Tensor]:
+    def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         found, prompts = [], []
         for batch in patches.split(batch_size):
             still_wanted()
             queries = self.texture_classifier.features(batch)  # NxD
             priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
             prompts.append(self.texture_encoder(priors.values, priors.similarities, batch).float())  # NxLxD
-            if host:
-                found.append(Priors(*map(host.take, (priors.indices, priors.similarities, priors.values))))
-        return found, prompts[0] if len(prompts) == 1 else torch.cat(prompts)
+            found.append(Priors(priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu()))
+        return Priors.joined(found), prompts[0] if len(prompts) == 1 else torch.cat(prompts)
 
-    def widened(self, noise: Tensor, y0: Tensor, confidence: Tensor, start: Tensor) -> Tensor:
-        """Noise NxCxVxV as wide as the confidence Nx1xVxV says that y0 errs: see `patchscaler.sampling.widened`."""
-        return widened(noise, self.grm.expected_error(y0, confidence), start, alphas_cumprod(self.scheduler))
+    def sample(self, patches: Patches, batches: Sequence[Batch]) -> Iterator[Step]:
+        """Sample batches of the patches on all devices: see `sample_batches`."""
+        if self.copies:
+            return sample_on_several([self.transformer, *self.copies], self.scheduler, patches, batches)
+        return sample_batches(self.transformer, self.scheduler, patches, deque(batches))
 
-    def sample(
-        self, patches: Patches, members: Mapping[int, Tensor], plan: SamplingPlan, batch_size: int
-    ) -> Iterator[Step]:
-        """Sample the ``members`` of the groups, LongTensors: see `sample_batches`."""
-        batches = make_batches(members, plan, batch_size)
-        return sample_batches([self.transformer, *self.copies], self.scheduler, plan, patches, batches)
+
+def as_picture(image: Picture | Image.Image | str | Path | np.ndarray | Tensor) -> Picture:
+    """What the pipeline may be given, as a Picture. ImageError for an unreadable file, TypeError for anything else."""
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, (str, Path)):
+        return read_picture(image)
+    if isinstance(image, Image.Image):
+        return picture_from_pil(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return picture_from_pil(Image.fromarray(image))
+        said = f"an array {'x'.join(map(str, image.shape))} of {image.dtype}"
+    elif isinstance(image, Tensor):
+        said = f"a tensor {'x'.join(map(str, image.shape))} of {str(image.dtype).removeprefix('torch.')}"
+        if image.dtype.is_floating_point and image.ndim == 3 and image.shape[0] == 3 and image.numel():
+            rgb = image.detach().float().cpu()
+            if rgb.abs().max() <= 1:  # nor is NaN
+                return Picture(rgb)
+            said += f" from {rgb.min().item():g} to {rgb.max().item():g}"
+    else:
+        said = type(image).__name__
+    raise TypeError(
+        f"the image is {said}; it must be a path, a PIL image, a Picture, an array HxWx3 of uint8, or a tensor 3xHxW "
+        "in [-1, 1]"
+    )

@@ -28,25 +28,24 @@ class Restored:
 
     picture: Picture
     latents: Tensor  # y0 Cxhxw, the restored latent
-    confidence: Tensor  # 1xhxw in [0, 1]
     grid: PatchGrid
     patch_confidence: Tensor  # N in [0, 1], the mean over each patch
     prompt: Tensor | None  # NxLxD; None: refinement looks the priors up again
     bicubic: Tensor  # 3xHxW in [-1, 1]
     seconds: dict[str, float]
-    coarse: Tensor | None  # 3xHxW in [-1, 1]; None: refinement decodes y0 again
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis(Restored):
     """All that is known of a picture before sampling, on the CPU in float32, so that it can be kept and sent."""
 
+    confidence: Tensor  # 1xhxw in [0, 1]
     priors: Priors
-    coarse: Tensor  # 3xHxW in [-1, 1]; never None
+    coarse: Tensor  # 3xHxW in [-1, 1]
 
     def restored(self) -> Restored:
         """The part that refinement needs, in less than half the bytes, for where they are sent."""
-        return Restored(**{**{field.name: getattr(self, field.name) for field in fields(Restored)}, "coarse": None})
+        return Restored(**{field.name: getattr(self, field.name) for field in fields(Restored)})
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,18 @@ class Result:
     dtype: str
     sampled: Sampled
     rendered: Tensor  # BoolTensor N, the patches sampled in this run
+    color_fix: bool  # whether the colours are those of the input
     by_hand: dict[int, int] = field(default_factory=dict)  # patch -> group, where a person overrode Eq. 2
 
     def png_text(self) -> dict[str, str]:
         """What the lossless PNG carries in its text chunks, for `write_png`."""
         software = f"PatchScaler {patchscaler.__version__}"
         text = {"Software": software, "plan": self.plan.to_json(), "seed": str(self.seed)}
-        return {**text, "by_hand": json.dumps(self.by_hand)} if self.by_hand else text
+        if not self.color_fix:
+            text["color_fix"] = "off"
+        if self.by_hand:
+            text["by_hand"] = json.dumps(self.by_hand)
+        return text
 
     def report(self) -> dict:
         """Everything but the pixels, as values that JSON can hold."""
@@ -134,6 +138,7 @@ class Result:
             "version": patchscaler.__version__,
             "plan": asdict(self.plan),
             "seed": self.seed,
+            "color_fix": self.color_fix,
             "device": self.device,
             "dtype": self.dtype,
             "groups": [asdict(group) for group in self.groups],

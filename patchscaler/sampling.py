@@ -1,40 +1,43 @@
-"""Shortcut sampling: start part-way down the diffusion from the coarse patch, then predict x0 step by step.
+"""Shortcut sampling: start part-way down the diffusion from the coarse patch, then predict x0 step by step (Eq. 4-7).
 
-Samplers are functions over explicit inputs. Time t runs from 1 to 1000 and abar_t is ``alphas[t - 1]``, as
-diffusers counts from 0. A schedule is any pair (start, steps) with 1 <= steps <= start <= 1000.
+Functions over explicit inputs. Time t runs from 1 to 1000 and abar_t is ``alphas[t - 1]``, as diffusers counts from 0.
+A schedule is any pair (start, steps) with 1 <= steps <= start <= 1000.
+N patches, C channels, V patch side, L prompt tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from patchscaler.devices import to_device
-from patchscaler.grouping import MAX_TIMESTEP
+from patchscaler.devices import Stopwatch, is_out_of_memory, out_of_memory, release
+from patchscaler.grouping import MAX_TIMESTEP, SamplingPlan
+from patchscaler.models import PatchDiT
 
 Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
 Predict = Callable[[Tensor, int], Tensor]  # (x_t NxCxVxV, t) -> x0 prediction NxCxVxV
-Callback = Callable[[int, Tensor, Tensor], None]  # (step from 0, x0 prediction, x_next)
-
-# For `widened`, measured with the compact weights on 22 held-out training crops. The distance of the log power
-# spectrum to the truth's, and the contrast of places that are smooth in truth, in units of the truth's: uniform
-# sampling 1.24 and 3.06; the plan with e2 counted once 1.44 and 2.68, twice 1.31 and 3.16, as below 1.31 and 3.07.
-WIDENING, ROUGH = 2.5, 0.6
 
 _SHARED = {"prediction_type": "sample", "num_train_timesteps": MAX_TIMESTEP, "thresholding": False}
+_DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}
 REQUIRED = {
     DDIMScheduler: {**_SHARED, "clip_sample": False},
-    DPMSolverMultistepScheduler: {**_SHARED, "algorithm_type": "dpmsolver++"},
+    DPMSolverMultistepScheduler: {**_SHARED, **_DPM, "use_flow_sigmas": False},
 }
 
 
-def alphas_cumprod(scheduler: Scheduler) -> Tensor:
-    """abar_t for t = 1..1000, a float64 tensor of 1000 on the CPU; abar_t is element t - 1.
+# The schedule
 
-    ValueError for a scheduler that :func:`sample` cannot follow: it must be DDIM or DPM-Solver++, predict
+
+def alphas_cumprod(scheduler: Scheduler) -> Tensor:
+    """abar_t for t = 1..1000, a float32 tensor of 1000 on the CPU; abar_t is element t - 1.
+
+    ValueError for a scheduler that :func:`denoise` cannot follow: it must be DDIM or DPM-Solver++ (2M), predict
     the sample, know 1000 timesteps, and neither clip nor threshold (latents are not bounded by 1).
     """
     required = REQUIRED.get(type(scheduler))
@@ -43,7 +46,24 @@ def alphas_cumprod(scheduler: Scheduler) -> Tensor:
     for name, value in required.items():
         if scheduler.config[name] != value:
             raise ValueError(f"the scheduler has {name}={scheduler.config[name]!r}, it must be {value!r}")
-    return scheduler.alphas_cumprod.double().cpu()
+    return scheduler.alphas_cumprod.float().cpu()
+
+
+def check_schedule(network: PatchDiT, scheduler: Scheduler) -> None:
+    """ValueError unless the scheduler has the abar that Patch-DiT's filter holds, as it was trained with that.
+
+    Differences of the size that the filter's rounding to bfloat16 or float16 makes are let pass.
+    """
+    ours, theirs = network.signal.float().cpu(), alphas_cumprod(scheduler).sqrt()
+    excess = (ours - theirs).abs() - 2**-8 * theirs - 1e-3
+    if (excess > 0).any():
+        t = int(excess.argmax())
+        config = scheduler.config
+        betas = f"{config.beta_schedule} betas from {config.beta_start} to {config.beta_end}"
+        raise ValueError(
+            f"at t={t + 1} the scheduler ({betas}) has abar={theirs[t] ** 2:.4f}, and the schedule that Patch-DiT was "
+            f"trained with has abar={ours[t] ** 2:.4f}"
+        )
 
 
 def timesteps(start: int, steps: int) -> list[int]:
@@ -53,138 +73,169 @@ def timesteps(start: int, steps: int) -> list[int]:
     return [round(start * (steps - k) / steps) for k in range(steps)]
 
 
+# One patch
+
+
 def shortcut_start(y0: Tensor, noise: Tensor, start: int, alphas: Tensor) -> Tensor:
     """Eq. 6 and 7: y_tau = sqrt(abar) y0 + sqrt(1 - abar) noise at tau = ``start``. All NxCxVxV."""
     abar = alphas[start - 1].item()
     return abar**0.5 * y0 + (1 - abar) ** 0.5 * noise
 
 
-def widened(noise: Tensor, error: Tensor, start: Tensor, alphas: Tensor) -> Tensor:
-    """The noise of Eq. 7 for patches whose y0 is not quite x0, NxCxVxV still.
-
-    Eq. 6 takes y0 for x0 and so starts too close to y0: seen from y0, x_tau spreads by 1 - abar + abar e2, with e2
-    the squared error of y0. Started without that, a patch at tau = 400 lacks much of the detail that y0 lacks. e2
-    counts `WIDENING` times where it is `ROUGH` and above, which brings the paper's plan near to the spectrum of
-    uniform sampling, and less and less below: in smooth places more shows as grain.
-
-    Args:
-        noise: standard normal, NxCxVxV.
-        error: e2 as it is foretold, Nx1xVxV.
-        start: tau of each patch, a LongTensor N.
-    """
-    abar = to_device(alphas[start - 1].float(), noise.device).view(-1, 1, 1, 1)
-    error = WIDENING * error * (error / ROUGH).clamp(max=1).sqrt()
-    return noise * (1 + error * abar / (1 - abar)).sqrt()
-
-
 def denoise(
     predict: Predict, y0: Tensor, noise: Tensor, start: int, steps: int, scheduler: Scheduler
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (step from 0, x0 prediction, x_next) after every evaluation; the last x_next is the prediction.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sample from the shortcut start: (x0 prediction, x_next) after every evaluation; the last x_next is the result.
 
-    ``scheduler`` is read, never stepped: each call follows a fresh copy, so threads may share it. Arithmetic
-    between evaluations is float32 on the device of ``y0``, whatever dtype ``predict`` returns.
+    The scheduler's class chooses the solver, its betas the schedule. It is read, never stepped, so threads may share
+    it. Arithmetic between evaluations is float32 on the device of ``y0``, whatever dtype ``predict`` returns.
     """
-    path = _Path(scheduler, start, steps)
-    x_t = path.start(y0, noise)  # NxCxVxV
-    for k, t in enumerate(path.times):
+    alphas = alphas_cumprod(scheduler)
+    times = timesteps(start, steps)
+    solver = ddim if isinstance(scheduler, DDIMScheduler) else dpm_solver
+    return solver(predict, shortcut_start(y0.float(), noise.float(), start, alphas), times, alphas)
+
+
+def ddim(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Deterministic DDIM (Song et al. 2021) from x_t NxCxVxV at times[0] down ``times``, and to x0 at the end.
+
+    Ours, as diffusers' DDIM only steps by 1000 // N.
+    """
+    for t, s in zip(times, [*times[1:], 0]):
         x0 = predict(x_t, t).float()  # NxCxVxV
-        x_t = path.step(k, x_t, x0)
-        yield k, x0, x_t
+        if s == 0:
+            x_t = x0
+        else:
+            abar_t, abar_s = alphas[t - 1].item(), alphas[s - 1].item()
+            noise = (x_t - abar_t**0.5 * x0) / (1 - abar_t) ** 0.5
+            x_t = abar_s**0.5 * x0 + (1 - abar_s) ** 0.5 * noise
+        yield x0, x_t
 
 
-def nested(schedules: Sequence[tuple[int, int]]) -> bool:
-    """Whether the times of each (start, steps) are the last ones of the schedule before it."""
-    grids = [timesteps(*schedule) for schedule in schedules]
-    return all(later == grid[-len(later) :] for grid, later in zip(grids, grids[1:]))
+def dpm_solver(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2) from x_t NxCxVxV at times[0] down ``times``, and to x0.
 
-
-def denoise_together(
-    predict: Predict,
-    y0: Tensor,
-    noise: Tensor,
-    counts: Sequence[int],
-    schedules: Sequence[tuple[int, int]],
-    scheduler: Scheduler,
-) -> Iterator[tuple[Tensor, ...]]:
-    """Groups on one grid of times as one batch, which grows when the next group's time has come.
-
-    Yield the x0 predictions of the groups under way after every evaluation. Those of a group are bit by bit what
-    `denoise` gives for it alone, if ``predict`` treats patches alone. Raises ValueError for schedules that are not
-    `nested`.
-
-    Args:
-        y0, noise: NxCxVxV, the patches of the first group first.
-        counts: patches of each group; their sum is N.
-        schedules: (start, steps) of each group. ``predict`` is given the first patches, up to those under way.
+    With h the step in lambda = log(sqrt(abar) / sqrt(1 - abar)), x0 is extrapolated through the prediction before,
+    but not in the first step, which has none. In the last one h is infinite, and the result is the prediction.
     """
-    if not nested(schedules):
-        raise ValueError(f"the schedules {list(schedules)} do not share one grid of times")
-    paths = [_Path(scheduler, *schedule) for schedule in schedules]
-    parts = list(zip(y0.split(list(counts)), noise.split(list(counts)), strict=True))
-    states: list[Tensor] = []  # x_t of the groups under way
-    for k, t in enumerate(paths[0].times):
-        for path, part in zip(paths[len(states) :], parts[len(states) :]):
-            if path.times[0] == t:
-                states.append(path.start(*part))
-        x_t = states[0] if len(states) == 1 else torch.cat(states)
-        predictions = predict(x_t, t).float().split(list(counts[: len(states)]))
-        late = [len(paths[0].times) - len(path.times) for path in paths]  # steps before a group's first
-        states = [path.step(k - wait, *pair) for path, wait, *pair in zip(paths, late, states, predictions)]
-        yield predictions
+    before = h_before = None
+    for t, s in zip(times, [*times[1:], 0]):
+        x0 = predict(x_t, t).float()  # NxCxVxV
+        if s == 0:
+            x_t = x0
+        else:
+            (signal_t, noise_t), (signal_s, noise_s) = (_signal_and_noise(alphas[each - 1].item()) for each in (t, s))
+            h = math.log(signal_s / noise_s) - math.log(signal_t / noise_t)
+            end = x0 if before is None else x0 + h / (2 * h_before) * (x0 - before)
+            x_t = noise_s / noise_t * x_t - signal_s * math.expm1(-h) * end
+            before, h_before = x0, h
+        yield x0, x_t
 
 
-def sample(
-    predict: Predict,
-    y0: Tensor,
-    noise: Tensor,
-    start: int,
-    steps: int,
-    scheduler: Scheduler,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Run :func:`denoise` to its end. ``y0``, ``noise`` and the returned x0 are NxCxVxV.
+def _signal_and_noise(abar: float) -> tuple[float, float]:
+    return abar**0.5, (1 - abar) ** 0.5
 
-    ``callback(step, x0_prediction, x_next)`` is called after every evaluation and may raise to stop.
+
+# Many patches
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Patches to be sampled and where their x0 goes, on any device. All NxCxVxV but the prompt NxLxD."""
+
+    y0: Tensor
+    noise: Tensor
+    prompt: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Patches of one group that are sampled together, from ``start`` in ``steps`` evaluations."""
+
+    group: int
+    start: int
+    steps: int
+    indices: Tensor  # LongTensor, on the CPU
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def parts(self, count: int) -> list[Batch]:
+        """Up to ``count`` batches of nearly equal size, none empty."""
+        return [replace(self, indices=part) for part in self.indices.tensor_split(min(count, len(self)))]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One evaluation of a batch is done."""
+
+    batch: Batch
+    step: int  # 1..steps; 0 where memory ran out and the batch is made again, in halves
+    seconds: float
+    evaluations: int  # in patches; negative where those of a batch did not count
+    device: int = 0  # which of several did it
+
+
+def make_batches(group: int, indices: Tensor, plan: SamplingPlan, size: int) -> list[Batch]:
+    """Batches of up to ``size`` patches of one group, whose LongTensor ``indices`` may be empty."""
+    start, steps = plan.start[group], plan.steps[group]
+    return [Batch(group, start, steps, part) for part in indices.split(size) if len(part)]
+
+
+def sample_batches(
+    network: PatchDiT, scheduler: Scheduler, patches: Patches, todo: deque[Batch]
+) -> Iterator[Step]:
+    """Sample batches on the network's device until none is left in ``todo``, and yield a Step after every evaluation.
+
+    Other threads may empty ``todo`` as well. A batch for which memory is short is made again in halves; a single patch
+    for which it is raises OutOfMemory.
     """
-    for k, x0, x_next in denoise(predict, y0, noise, start, steps, scheduler):
-        if callback is not None:
-            callback(k, x0, x_next)
-    return x0
+    device = network.device
+    while todo:
+        try:
+            batch = todo.popleft()
+        except IndexError:  # another thread was faster
+            return
+        done, clock = 0, Stopwatch(device)
+        try:
+            for x0, _ in _begin(network, scheduler, patches, batch):
+                done += 1
+                if done == batch.steps:
+                    patches.x0[batch.indices.to(patches.x0.device)] = x0.to(patches.x0.device)
+                x0 = None  # noqa: PLW2901  the caller may keep us waiting
+                yield Step(batch, done, clock.lap(), len(batch))
+                clock.lap()
+            continue
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(batch) == 1:  # here the error, which held what there was no memory for, is gone
+            raise out_of_memory(device)
+        release(device)
+        todo.extendleft(reversed(batch.parts(2)))
+        yield Step(batch, 0, clock.lap(), -done * len(batch))
 
 
-class _Path:
-    """One schedule on its way from x_start to x0: what is added at its start, and what each step does."""
+def _begin(network: PatchDiT, scheduler: Scheduler, patches: Patches, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """`denoise` with f_theta for one batch, on the network's device."""
+    device = network.device
+    y0, noise, prompt = (
+        values[batch.indices.to(values.device)].to(device) for values in (patches.y0, patches.noise, patches.prompt)
+    )
+    keys = network.prompt_keys(prompt)  # once, not per step
 
-    def __init__(self, scheduler: Scheduler, start: int, steps: int):
-        self.alphas = alphas_cumprod(scheduler)
-        self.times = timesteps(start, steps)
-        is_dpm = isinstance(scheduler, DPMSolverMultistepScheduler)
-        self._solve = _dpm_step(scheduler, self.times) if is_dpm else _ddim_step
+    def predict(x_t: Tensor, t: int) -> Tensor:
+        # One time for all: besides being cheaper, its products then have the same shape in every batch,
+        # without which float32 results of a patch would depend on the size of its batch (by 2e-6).
+        return network(x_t, y0, torch.full((1,), t, device=device), keys)
 
-    def start(self, y0: Tensor, noise: Tensor) -> Tensor:
-        return shortcut_start(y0.float(), noise.float(), self.times[0], self.alphas)
-
-    def step(self, k: int, x_t: Tensor, x0: Tensor) -> Tensor:
-        """x at the time after step ``k``; after the last one that is x0."""
-        if k + 1 == len(self.times):
-            return x0
-        return self._solve(x_t, x0, self.times[k], self.times[k + 1], self.alphas)
+    return denoise(predict, y0, noise, batch.start, batch.steps, scheduler)
 
 
-def _ddim_step(x_t: Tensor, x0: Tensor, t: int, s: int, alphas: Tensor) -> Tensor:
-    """Deterministic DDIM from t to s < t. Ours, as diffusers' DDIM only steps by 1000 // N."""
-    abar_t, abar_s = alphas[t - 1].item(), alphas[s - 1].item()
-    noise = (x_t - abar_t**0.5 * x0) / (1 - abar_t) ** 0.5
-    return abar_s**0.5 * x0 + (1 - abar_s) ** 0.5 * noise
-
-
-def _dpm_step(scheduler: DPMSolverMultistepScheduler, times: list[int]) -> Callable[..., Tensor]:
-    """The multistep solver on ``times``. It remembers earlier predictions, hence a copy per run."""
-    solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    solver.set_timesteps(timesteps=[t - 1 for t in times])
-
-    def step(x_t: Tensor, x0: Tensor, t: int, s: int, alphas: Tensor) -> Tensor:
-        return solver.step(x0, t - 1, x_t, return_dict=False)[0]
-
-    return step
+def patch_bytes(network: PatchDiT, length: int) -> int:
+    """About what one patch of a batch takes on the device of ``network``, for a prompt of ``length`` tokens."""
+    config = network.config
+    tokens = (config.size // config.patch) ** 2
+    values = 2 * config.depth * length + 16 * tokens  # keys and values; states of a block and what it makes of them
+    return values * config.width * network.dtype.itemsize

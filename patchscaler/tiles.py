@@ -35,8 +35,10 @@ class Local:
         """How many cells away an input can change the output, at most; None if that is the whole picture.
 
         Measured once per network, whatever its layers: NaN in one cell of a strip turns everything into NaN that
-        the cell reaches.
+        the cell reaches. A diffusers autoencoder that tiles by itself does so from the picture's corner.
         """
+        if getattr(self.network, "use_tiling", False):
+            return None
         known = _reaches.setdefault(self.network, {})
         if self.name not in known:
             height, width = PROBE

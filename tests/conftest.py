@@ -39,6 +39,7 @@ def make_tiny_pipeline(vae=None, channels: int = 4) -> PatchScalerPipeline:
                 if not parameter.any():  # zero-initialised layers would hide what lies before them
                     torch.nn.init.normal_(parameter, std=0.1)
         scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
+        models["transformer"].set_filter(scheduler.alphas_cumprod, torch.full((channels,), 0.5))
     pipeline = PatchScalerPipeline(**models, scheduler=scheduler)
     for model in models.values():
         model.eval()

@@ -1,32 +1,29 @@
-"""Batches: shared out among devices with the same result, made again in parts, and free to run ahead of the host."""
+"""Batches of one group: shared out among devices with the same result, and made again in parts."""
 
 from __future__ import annotations
 
 import copy
 import time
 import weakref
+from collections import deque
 from contextlib import suppress
 
 import pytest
 import torch
 from conftest import make_tiny_pipeline
 
-from patchscaler.batches import Batch, Patches, make_batches, makespan, place, sample_batches
-from patchscaler.devices import Stopwatch, fitting_batch
+from patchscaler.batches import makespan, place, sample_on_several
+from patchscaler.devices import fitting_batch
 from patchscaler.grouping import SamplingPlan
 from patchscaler.records import Progress
+from patchscaler.sampling import Batch, Patches, make_batches, sample_batches
 
-PLAN = SamplingPlan(0.95, 0.75, start=(200, 400, 600), steps=(2, 4, 6))  # on one grid
-OFF_GRID = SamplingPlan(0.95, 0.75, start=(200, 500, 900), steps=(1, 2, 3))
-
-
-def groups(*counts: int) -> dict[int, torch.Tensor]:
-    return dict(enumerate(torch.arange(sum(counts)).split(counts)))
+PLAN = SamplingPlan(0.95, 0.75, start=(200, 400, 600), steps=(2, 4, 6))
+HARD = 2
 
 
-def together(*counts: int) -> Batch:
-    """All groups in one batch, that with the earliest start first."""
-    return Batch(dict(reversed(groups(*counts).items())))
+def hard(count: int, size: int = 64) -> list[Batch]:
+    return make_batches(HARD, torch.arange(count), PLAN, size)
 
 
 def random_patches(count: int, device: str = "cpu") -> Patches:
@@ -43,25 +40,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (7, 0, 2), (0, 0, 1), (13, 5, 8)])
+@pytest.mark.parametrize("count", [1, 3, 13, 40])
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-def test_every_device_has_a_share_of_every_patch_once(counts, devices):
-    for plan in (PLAN, OFF_GRID):
-        batches = make_batches(groups(*counts), plan, 5)
-        placed = place(batches, plan, devices)
-        assert all(map(len, placed))
-        given = torch.cat([members for batch in placed for members in batch.members.values()])
-        assert given.sort().values.tolist() == [*range(sum(counts))]
-        assert len(placed) >= min(devices, sum(counts))
-        for part in batches[0].parts(devices):
-            assert abs(len(part) - len(batches[0]) / min(devices, len(batches[0]))) < 1
-            for group, members in part.members.items():  # an equal share of each group
-                assert abs(len(members) - len(batches[0].members[group]) / devices) < 1 or len(batches[0]) < devices
+def test_every_device_has_a_share_of_every_patch_once(count, devices):
+    placed = place(hard(count, 5), devices)
+    assert all(map(len, placed)) and len(placed) >= min(devices, count)
+    given = torch.cat([batch.indices for batch in placed])
+    assert given.sort().values.tolist() == [*range(count)]
+    sizes = [len(part) for part in hard(count)[0].parts(devices)]
+    assert sum(sizes) == count and max(sizes) - min(sizes) <= 1
 
 
-def test_memory_for_one_patch_is_enough_though_groups_share_a_batch(tiny_pipeline):
-    patches, batch = random_patches(3), together(1, 1, 1)
-    whole = run(tiny_pipeline, patches, [batch], 1)
+def test_no_batch_is_made_of_an_empty_group():
+    assert make_batches(0, torch.arange(0), PLAN, 8) == []
+    assert [(b.start, b.steps, len(b)) for b in make_batches(1, torch.arange(9), PLAN, 8)] == [(400, 4, 8), (400, 4, 1)]
+
+
+def test_memory_for_one_patch_is_enough(tiny_pipeline):
+    patches = random_patches(3)
+    whole = run(tiny_pipeline, patches, hard(3), 1)
 
     def short(_, inputs):
         if len(inputs[0]) > 1:
@@ -69,9 +66,28 @@ def test_memory_for_one_patch_is_enough_though_groups_share_a_batch(tiny_pipelin
 
     hook = tiny_pipeline.transformer.register_forward_pre_hook(short)
     try:
-        assert torch.equal(run(tiny_pipeline, patches, [batch], 1), whole)
+        assert torch.equal(run(tiny_pipeline, patches, hard(3), 1), whole)
     finally:
         hook.remove()
+
+
+def test_evaluations_that_did_not_count_are_taken_back(tiny_pipeline):
+    """Memory that runs out in the third step of four patches: two steps of them are made again."""
+    calls = []
+
+    def short(_, inputs):
+        calls.append(len(inputs[0]))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = tiny_pipeline.transformer.register_forward_pre_hook(short)
+    try:
+        steps = [*sample_batches(tiny_pipeline.transformer, tiny_pipeline.scheduler, random_patches(4), deque(hard(4)))]
+    finally:
+        hook.remove()
+    assert [step.evaluations for step in steps[:4]] == [4, 4, -8, 2]
+    assert sum(step.evaluations for step in steps) == 4 * PLAN.steps[HARD]
+    assert calls == [4] * 3 + [2] * 2 * PLAN.steps[HARD]
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -87,25 +103,29 @@ def test_what_an_error_held_is_free_once_it_was_handled(tiny_pipeline, devices, 
     hook = tiny_pipeline.transformer.register_forward_pre_hook(fail)
     try:
         with suppress(MemoryError, ZeroDivisionError):
-            run(tiny_pipeline, random_patches(3), [together(1, 1, 1)], devices)
+            run(tiny_pipeline, random_patches(3), hard(3), devices)
     finally:
         hook.remove()
     assert made and not any(ref() is not None for ref in made)
 
 
+@torch.inference_mode()
 def run(pipeline, patches: Patches, batches: list[Batch], devices: int, pause: float = 0) -> torch.Tensor:
     networks = [copy.deepcopy(pipeline.transformer) for _ in range(devices)]
     for network in networks:
         network.register_forward_hook(lambda _, inputs, __: time.sleep(pause * len(inputs[0])))
-    for step in sample_batches(networks, pipeline.scheduler, PLAN, patches, batches):
+    if devices == 1:
+        steps = sample_batches(networks[0], pipeline.scheduler, patches, deque(batches))
+    else:
+        steps = sample_on_several(networks, pipeline.scheduler, patches, batches)
+    for step in steps:
         assert 0 <= step.device < devices
     return patches.x0.clone()
 
 
 def test_the_time_of_several_devices_is_as_the_cost_model_says(tiny_pipeline, one_thread):
     """Devices whose time is known: a pause for each patch, long beside what the host does for it, on one core too."""
-    patches, counts = random_patches(40), (20, 12, 8)
-    batches = make_batches(groups(*counts), PLAN, 8)
+    patches, batches, evaluations = random_patches(40), hard(40, 8), 40 * PLAN.steps[HARD]
 
     def fastest(devices: int, pause: float) -> float:
         times = []
@@ -115,15 +135,13 @@ def test_the_time_of_several_devices_is_as_the_cost_model_says(tiny_pipeline, on
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    pause = max(0.005, 8 * fastest(1, 0) / PLAN.evaluations(counts))
+    pause = max(0.005, 8 * fastest(1, 0) / evaluations)
     for devices in (1, 2):
-        placed = place(batches, PLAN, devices)
-        predicted = makespan([pause * batch.evaluations(PLAN) for batch in placed], devices)
-        assert predicted < 1.15 * pause * PLAN.evaluations(counts) / devices
+        predicted = makespan([pause * batch.steps * len(batch) for batch in place(batches, devices)], devices)
+        assert predicted < 1.15 * pause * evaluations / devices
         assert predicted <= fastest(devices, pause) < 1.5 * predicted
 
 
-@pytest.mark.parametrize("plan", [PLAN, OFF_GRID])
 def test_two_devices_give_the_result_of_one(tiny_pipeline, picture, plan):
     analysis = tiny_pipeline.analyze(picture)
     *events, one = tiny_pipeline.refine(analysis, plan)
@@ -148,21 +166,8 @@ def test_what_befalls_one_device_is_raised(picture):
         list(pipeline.refine(analysis, PLAN, batch_size=1))
 
 
-def test_the_host_never_waits_within_a_batch(tiny_pipeline, monkeypatch):
-    """On the meta device there are no values: reading one, for which a GPU is waited for, raises."""
-    waits = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waits.append(device))
-    network, patches = copy.deepcopy(tiny_pipeline.transformer).to("meta"), random_patches(9, "meta")
-    steps = [*sample_batches([network], tiny_pipeline.scheduler, PLAN, patches, [together(3, 3, 3)])]
-    assert len(steps) == 6 and len(waits) == 2  # before the first and after the last
-    with pytest.raises(RuntimeError):
-        patches.x0.sum().item()
-    Stopwatch(torch.device("meta")).lap(wait=False)
-    assert len(waits) == 3  # for its start only
-
-
 def test_patch_dit_is_one_graph_for_batches_of_any_size(tiny_pipeline):
-    """What `torch.compile` and ahead-of-time compilation need; here without the compiler of C++ behind them."""
+    """What `torch.compile` needs; here without the compiler of C++ behind it."""
     network, patches = copy.deepcopy(tiny_pipeline.transformer), random_patches(7)
     graph = torch.compile(network, backend="eager", fullgraph=True, dynamic=True)
     with torch.inference_mode():

@@ -75,6 +75,12 @@ def test_dtype_and_mode_of_what_is_loaded(saved):
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_scheduler_of_other_betas_is_refused(copied):
+    edit_json(copied / "scheduler" / "scheduler_config.json", beta_schedule="scaled_linear")
+    with pytest.raises(CheckpointError, match="scheduler \\(scaled_linear betas.* Patch-DiT was trained with has abar"):
+        load(copied)
+
+
 def test_half_precision_files_load_in_any_dtype(tmp_path, tiny_pipeline):
     make_tiny_pipeline().to(torch.float16).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "transformer" / WEIGHTS)
@@ -86,7 +92,7 @@ def test_half_precision_files_load_in_any_dtype(tmp_path, tiny_pipeline):
 
 
 def test_device_and_dtype_are_picked(saved, monkeypatch):
-    monkeypatch.setattr(checkpoints, "pick_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(checkpoints, "pick_dtype", lambda device, name: torch.float32)
     pipeline = load_pipeline(str(saved))
     assert pipeline.transformer.dtype == torch.float32
     with pytest.raises(ValueError, match="nonsense"):

@@ -80,6 +80,30 @@ def test_same_seed_same_file(upscale, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_without_the_color_fix(upscale, tmp_path):
+    save_image(tmp_path / "a.png")
+    report, seen = tmp_path / "report.json", []
+    for options in ([], ["--no-color-fix"]):
+        assert upscale("a.png", options=[*options, "--report", report]) == 0
+        with Image.open(tmp_path / "out" / "a.png") as image:
+            seen.append((image.text.get("color_fix"), json.loads(report.read_text())["color_fix"], image.tobytes()))
+    (said, reported, fixed), (said_off, reported_off, raw) = seen
+    assert (said, reported) == (None, True) and (said_off, reported_off) == ("off", False) and fixed != raw
+
+
+def test_a_precision_by_option_or_environment(upscale, tmp_path, monkeypatch, capsys):
+    save_image(tmp_path / "a.png")
+    report = tmp_path / "report.json"
+    monkeypatch.setenv("PATCHSCALER_DTYPE", "bfloat16")
+    for options, expected in (([], "bfloat16"), (["--dtype", "float32"], "float32")):
+        assert upscale("a.png", options=[*options, "--report", report]) == 0
+        assert json.loads(report.read_text())["dtype"] == expected
+    monkeypatch.setenv("PATCHSCALER_DTYPE", "int8")
+    with pytest.raises(SystemExit):
+        upscale("a.png")
+    assert "dtype 'int8' is none of auto, float32, bfloat16, float16" in capsys.readouterr().err
+
+
 def test_alpha_is_kept(upscale, tmp_path):
     save_image(tmp_path / "a.png", "RGBA")
     assert upscale("a.png") == 0
@@ -212,6 +236,7 @@ def test_plan_from_a_file_with_one_value_replaced(upscale, tmp_path):
         (["a.png"], ["--batch-size", "0"], "0 is less than 1"),
         (["a.png"], ["--devices", "cpu,cpu"], "--device and --devices are both given"),
         (["a.png"], ["--device", "abacus"], "abacus"),
+        (["a.png"], ["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
 def test_usage_errors_run_nothing(upscale, tmp_path, names, options, message, capsys):

@@ -142,7 +142,7 @@ def test_what_would_lose_something_is_refused(tmp_path):
         cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), job)
     manifest = cluster.Manifest(str(tmp_path / "out"), job)
     manifest.record("somewhere/b.png", {"status": "done"})
-    with pytest.raises(UsageError, match="another plan, seed or weights"):
+    with pytest.raises(UsageError, match="another plan, seed, weights, colour fix or precision"):
         cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), cluster.Job(PLAN, 1, "w"))
     with pytest.raises(UsageError, match="bucket: "):
         cluster.run(["nosuchprotocol://bucket"], str(tmp_path / "out"), job)

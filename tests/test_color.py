@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchscaler.color import REACH, STRENGTH, add_detail, wavelet_color_fix
+from patchscaler.color import wavelet_color_fix
 
 
 def random_images(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,33 +22,12 @@ def low(image: torch.Tensor, *distances: int) -> torch.Tensor:
     return image
 
 
-def luma(image: torch.Tensor) -> torch.Tensor:
-    return (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3, keepdim=True)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (3, 5), (31, 33), (80, 64)])
 def test_equals_the_direct_computation(size):
     output, reference = random_images(2, 3, *size)
     fixed = wavelet_color_fix(output, reference)
     lows = (low(image, 1, 2, 4, 8, 16) for image in (reference, output))
     torch.testing.assert_close(fixed, output + next(lows) - next(lows), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (300, 20)])
-def test_detail_is_that_of_the_luma_above_a_blur_of_one_pixel(size):
-    coarse, refined = random_images(2, 3, *size)
-    detailed = add_detail(coarse, refined)
-    gained = luma(refined - coarse)
-    expected = STRENGTH * (gained - low(gained, 1, 1))
-    torch.testing.assert_close(detailed - coarse, expected.expand_as(coarse), rtol=0, atol=1e-5)
-
-
-def test_grain_of_another_colour_and_slow_changes_are_no_detail():
-    coarse, noise = random_images(1, 3, 64, 64)
-    grain = noise - luma(noise)
-    ramp = torch.linspace(-0.5, 0.5, 64).expand(1, 3, 64, 64)
-    inner = (..., slice(2, -2), slice(2, -2))
-    torch.testing.assert_close(add_detail(coarse, coarse + grain + ramp)[inner], coarse[inner], rtol=0, atol=1e-5)
 
 
 def test_restores_a_colour_shift():
@@ -65,18 +44,18 @@ def test_keeps_detail_and_takes_slow_colour_from_the_reference():
     torch.testing.assert_close(fixed[inner], (ramp + checks)[inner], rtol=0, atol=1e-3)
 
 
-def test_a_pixel_reaches_31_pixels_and_with_its_detail_33():
+def test_a_pixel_reaches_31_pixels_and_bands_do_not_show():
+    """1 + 2 + 4 + 8 + 16: what rows in bands rely on."""
     image = torch.zeros(1, 3, 101, 101)
     reference = image.clone()
     reference[..., 50, 50] = 1
-    for output, reach in [(image, 31), (add_detail(image, reference), REACH)]:
-        rows = wavelet_color_fix(output, reference if reach == 31 else image)[0, 0].abs().sum(dim=1).nonzero().flatten()
-        assert (rows.min(), rows.max()) == (50 - reach, 50 + reach)
-    assert REACH == 33
+    rows = wavelet_color_fix(image, reference)[0, 0].abs().sum(dim=1).nonzero().flatten()
+    assert (rows.min(), rows.max()) == (50 - 31, 50 + 31)
+    output, reference = random_images(2, 3, 600, 3)  # higher than what is blurred at once
+    direct = output + low(reference - output, 1, 2, 4, 8, 16)
+    torch.testing.assert_close(wavelet_color_fix(output, reference), direct, rtol=0, atol=1e-5)
 
 
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="1, 3, 4, 4"):
         wavelet_color_fix(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 1))
-    with pytest.raises(ValueError, match="1, 3, 4, 4"):
-        add_detail(torch.zeros(1, 3, 4, 1), torch.zeros(1, 3, 4, 4))

@@ -54,6 +54,18 @@ def test_the_patch_batch_changes_no_pixel_by_more_than_one_level(pipeline, cat):
     assert all((other - whole).abs().max() <= 1 for other in others)
 
 
+def test_the_final_image_tends_to_the_coarse_one_as_t_falls(pipeline, cat):
+    """Eq. 7 at small T is y0 and hardly any noise: what is done to the coarse image grows with T."""
+    analysis = pipeline.analyze(cat)
+    distances = []  # root mean square, in levels of 8 bits
+    for start, steps in ((1, 1), (50, 1), (400, 4)):
+        plan = SamplingPlan(0.95, 0.75, start=(start,) * 3, steps=(steps,) * 3)
+        *_, result = pipeline.refine(analysis, plan, color_fix=False)
+        distances.append(127.5 * (result.picture.rgb - analysis.coarse).square().mean().sqrt().item())
+    first, middle, last = distances
+    assert first < 1 and 1.5 * first < middle < 3 and 1.5 * middle < last, distances
+
+
 @pytest.mark.parametrize("plan", [SamplingPlan.paper(), SamplingPlan.uniform()], ids=["paper", "uniform"])
 def test_a_smooth_gradient_has_no_seam(pipeline, plan):
     """The largest step between neighbouring pixels across a patch's border is not above that elsewhere."""

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
+import platform
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from patchscaler import devices
-
-
-@pytest.fixture(autouse=True)
-def forget_measurement():
-    devices._measured_cpu_dtype.cache_clear()
-    yield
-    devices._measured_cpu_dtype.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -47,40 +43,49 @@ def test_mps_takes_float32():
     assert devices.pick_dtype(torch.device("mps")) is torch.float32
 
 
-@pytest.mark.parametrize(("bf16", "expected"), [(0.5, torch.bfloat16), (0.9, torch.float32)])
-def test_cpu_takes_bf16_only_if_clearly_faster(monkeypatch, bf16, expected):
-    monkeypatch.setattr(devices, "_seconds", lambda dtype: bf16 if dtype is torch.bfloat16 else 1)
-    assert devices.pick_dtype(torch.device("cpu")) is expected
+@pytest.mark.parametrize("named", ["avx512_bf16", "amx_tile"])
+def test_a_cpu_takes_bf16_if_it_has_instructions_for_it(monkeypatch, named):
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == named, raising=False)
+    assert devices.pick_dtype(torch.device("cpu")) is torch.bfloat16
+    monkeypatch.setattr(torch.cpu, f"_is_{named}_supported", lambda: False)
+    assert devices.pick_dtype(torch.device("cpu")) is torch.float32
+    for name in ("avx512_bf16", "amx_tile"):  # as in a torch that cannot be asked
+        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
+    assert devices.pick_dtype(torch.device("cpu")) is torch.float32
 
 
-def test_cpu_is_measured_once_and_quickly():
-    start = time.perf_counter()
+def test_the_precision_is_that_of_the_processor_however_slow_it_is_today(monkeypatch):
     first = devices.pick_dtype(torch.device("cpu"))
-    assert time.perf_counter() - start < 3  # 0.3 s on a machine that does nothing else
-    assert first in (torch.bfloat16, torch.float32)
+    slow = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **options: time.sleep(0.2) or slow(*args, **options))
     assert devices.pick_dtype(torch.device("cpu")) is first
-    assert devices._measured_cpu_dtype.cache_info().misses == 1
+    flags = Path("/proc/cpuinfo")
+    if flags.exists() and "x86" in platform.machine():
+        has = "avx512_bf16" in flags.read_text() or "amx_tile" in flags.read_text()
+        assert first is (torch.bfloat16 if has else torch.float32)
 
 
-def test_copies_to_the_host_are_whole_and_contiguous_as_soon_as_they_were_waited_for():
-    host = devices.HostCopies(torch.device("cpu"))
-    turned = torch.randn(4, 3).T
-    copy = host.take(turned)
-    host.wait()
-    assert copy.is_contiguous() and torch.equal(copy, turned)
+def test_a_precision_is_taken_by_name_from_the_call_or_the_environment(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("PATCHSCALER_DTYPE", "float16")
+    assert devices.pick_dtype(cpu) is torch.float16
+    assert devices.pick_dtype(cpu, "float32") is torch.float32  # what is asked for comes first
+    monkeypatch.setenv("PATCHSCALER_DTYPE", "float8")
+    with pytest.raises(ValueError, match="dtype 'float8' is none of auto, float32, bfloat16, float16"):
+        devices.pick_dtype(cpu)
 
 
-def test_what_a_cpu_does_is_over_at_once():
-    laps = devices.Laps(torch.device("cpu"))
-    time.sleep(0.02)
-    laps.mark()
-    with devices.beside(torch.device("cpu")):
-        time.sleep(0.01)
-    laps.mark()
-    assert laps.over()
-    first, second = laps.seconds()
-    assert first >= 0.02 and second >= 0.01
+def test_a_stopwatch_adds_up_stages_and_drops_what_is_none():
+    clock = devices.Stopwatch(torch.device("cpu"), "a", "b")
+    for stage in ("a", None, "b", "a"):
+        time.sleep(0.02)
+        assert clock.lap(stage) >= 0.02
+    assert 0.04 <= clock.seconds["a"] and 0.02 <= clock.seconds["b"] < clock.seconds["a"]
 
 
-def test_the_largest_batch_of_a_gpu_is_known_without_one():
-    assert devices.most_at_once(torch.device("cuda")) == 1024 and devices.most_at_once(torch.device("cpu")) == 64
+def test_a_stopwatch_waits_for_devices_other_than_the_cpu(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
+    devices.Stopwatch(torch.device("meta")).lap()
+    assert waits == [torch.device("meta")] * 2  # at its start and at the lap

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"images", "color", "patches", "devices", "figures", "interrupts", "tiles", "tiff", "making"},
     {"models"},
-    {"grouping", "sampling", "retrieval", "adapters", "predictors"},
+    {"grouping", "sampling", "retrieval", "adapters"},
     {"pipeline", "records", "checkpoints", "options", "cluster", "batches", "bands"},
     {"ui", "cli", "training", "evaluation"},
 ]

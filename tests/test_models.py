@@ -19,7 +19,7 @@ from patchscaler.models import (
     encode_latents,
 )
 from patchscaler.models.autoencoder import decode_unclamped
-from patchscaler.models.grm import GRMOutput, confidence_loss, error_signs, restoration_loss
+from patchscaler.models.grm import GRMOutput, confidence_loss, restoration_loss
 from patchscaler.models.texture_encoder import match_statistics
 
 N, K, C, V = 3, 2, 4, 16
@@ -126,19 +126,6 @@ def test_grm_takes_any_size_and_starts_as_the_identity(size):
     assert torch.equal(output.latents, latents)
     assert output.confidence.shape == (1, 1, *size)
     assert 0 < output.confidence.min() and output.confidence.max() < 1
-
-
-def test_the_error_is_foretold_from_confidence_and_texture():
-    latents, confidence = _random(2, C, 12, 12), torch.full((2, 1, 12, 12), 0.5)
-    latents[0] *= 0.1
-    confidence[:, :, 6:] = 0.9
-    confidence[:, :, 9:] = 1.0
-    assert not GRM(C, (8, 16), (1, 1, 1)).expected_error(latents, confidence).any()
-    error = GRM(C, (8, 16), (1, 1, 1), error_fit=(-0.5, 1.0, 0.0)).expected_error(latents, confidence)
-    assert error.shape == (2, 1, 12, 12) and (error > 0).all()
-    assert error[1].mean() == pytest.approx(100 * error[0].mean().item(), rel=0.01)  # as the texture's power
-    twice = error_signs(latents, 1 - (1 - confidence) / 2)[:, 0]
-    assert (error_signs(latents, confidence)[:, 0] <= twice).all() and twice.max() == 13
 
 
 def test_confidence_loss_is_least_at_eta_over_error():

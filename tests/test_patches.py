@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchscaler.patches import PatchGrid, _merge_at_once, _split_at_once, gaussian_weight, merge, split
+from patchscaler.patches import PatchGrid, gaussian_weight, merge, split
 
 SIZES = [(16, 16), (16, 17), (17, 16), (16, 28), (29, 27), (16, 211), (53, 40), (31, 100)]
 
@@ -101,14 +101,3 @@ def test_the_nearest_patch_to_a_pixel():
     for (x, y), index in {(0, 0): 0, (111, 0): 0, (113, 0): 1, (319, 0): 2, (0, 113): 3, (319, 223): 5}.items():
         assert grid.nearest(x, y).index == index
     assert grid.nearest(-5, 9999).index == 3
-
-
-@pytest.mark.parametrize("size", [(16, 16), (17, 40), (18, 29), (30, 41), (64, 64), (100, 47)])
-def test_on_a_gpu_patches_are_cut_and_blended_at_once_to_the_same_bits(size):
-    grid = PatchGrid(*size)
-    draw = torch.Generator().manual_seed(0)
-    cut = split(latents := torch.randn(3, *size, generator=draw), grid)
-    assert torch.equal(_split_at_once(latents, grid), cut)
-    others = torch.randn(cut.shape, generator=draw)
-    assert torch.equal(_merge_at_once(others, grid), merge(others, grid))
-    assert _merge_at_once(others.bfloat16(), grid).dtype == torch.bfloat16

@@ -4,18 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from patchscaler.sampling import (
-    ROUGH,
-    WIDENING,
-    alphas_cumprod,
-    denoise,
-    denoise_together,
-    nested,
-    sample,
-    shortcut_start,
-    timesteps,
-    widened,
-)
+from patchscaler.sampling import alphas_cumprod, denoise, shortcut_start, timesteps
 
 PAIRS = [(1, 1), (2, 1), (2, 2), (7, 7), (7, 3), (400, 8), (700, 14), (1000, 20), (1000, 1), (999, 31)]
 
@@ -24,8 +13,13 @@ def ddim(**options):
     return DDIMScheduler(prediction_type="sample", clip_sample=False, **options)
 
 
-def dpm(order=2, **options):
-    return DPMSolverMultistepScheduler(prediction_type="sample", solver_order=order, **options)
+def dpm(**options):
+    return DPMSolverMultistepScheduler(prediction_type="sample", **options)
+
+
+def sample(*args):
+    *_, (_, x0) = denoise(*args)
+    return x0
 
 
 def draws(n=2):
@@ -66,23 +60,11 @@ def test_shortcut_start_is_eq6():
     torch.testing.assert_close(shortcut_start(y0, noise, 400, alphas), expected.float())
 
 
-def test_a_start_is_widened_where_y0_errs_and_less_in_smooth_places():
-    alphas = torch.linspace(0.9999, 0.0001, 1000, dtype=torch.float64)
-    noise = torch.randn(4, 32, 64, 64, generator=torch.Generator().manual_seed(0))
-    start, error = torch.tensor([400, 400, 400, 1000]), torch.tensor([0.0, ROUGH / 4, 2 * ROUGH, ROUGH])
-    wide = widened(noise, error.view(4, 1, 1, 1).expand(4, 1, 64, 64), start, alphas)
-    spread = [shortcut_start(torch.zeros(1), part, t, alphas).var().item() for part, t in zip(wide, start.tolist())]
-    abar = alphas[399].item()
-    added = [abar * WIDENING * part for part in (0, ROUGH / 8, 2 * ROUGH)]  # a quarter of ROUGH counts half
-    assert spread == pytest.approx([*(1 - abar + each for each in added), 1.0], rel=0.01)
-    assert torch.equal(wide[0], noise[0])
-
-
 @pytest.mark.parametrize(("start", "steps"), PAIRS)
 @pytest.mark.parametrize(
     "scheduler",
-    [ddim(), ddim(beta_schedule="scaled_linear"), dpm(1), dpm(2), dpm(3), dpm(2, solver_type="heun")],
-    ids=["ddim", "ddim-scaled", "dpm1", "dpm2", "dpm3", "dpm2-heun"],
+    [ddim(), ddim(beta_schedule="scaled_linear"), dpm(), dpm(beta_schedule="scaled_linear")],
+    ids=["ddim", "ddim-scaled", "dpm", "dpm-scaled"],
 )
 def test_oracle_keeps_every_intermediate_on_the_path(scheduler, start, steps):
     """With the true x0 predicted and y0 = x0, x_t = sqrt(abar) x0 + sqrt(1 - abar) noise at every t."""
@@ -108,14 +90,52 @@ def test_ddim_from_a_coarse_start_keeps_the_implied_noise():
     abar = alphas[699].item()
     implied = (shortcut_start(y0, noise, 700, alphas) - abar**0.5 * x0) / (1 - abar) ** 0.5
     times = timesteps(700, 14)
-    for k, prediction, x_next in denoise(lambda x_t, t: x0, y0, noise, 700, 14, scheduler):
+    for k, (prediction, x_next) in enumerate(denoise(lambda x_t, t: x0, y0, noise, 700, 14, scheduler)):
         assert torch.equal(prediction, x0)
         if k + 1 < 14:
             expected = shortcut_start(x0, implied, times[k + 1], alphas)
             torch.testing.assert_close(x_next, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_dpm_order_two_is_the_better_solver():
+@pytest.mark.parametrize(("start", "steps"), [(1, 1), (2, 2), (7, 7), (400, 8), (700, 14), (1000, 20), (999, 31)])
+@pytest.mark.parametrize("betas", [{}, {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}])
+def test_dpm_solver_is_diffusers_at_every_step(start, steps, betas):
+    y0, noise, _ = draws()
+    scheduler, theirs = dpm(**betas), dpm(**betas)
+    times = timesteps(start, steps)
+    theirs.set_timesteps(timesteps=[t - 1 for t in times])
+    abar = theirs.alphas_cumprod[start - 1]
+    x_t = abar.sqrt() * y0 + (1 - abar).sqrt() * noise
+
+    def predict(x_t, t):
+        return torch.tanh(x_t) * (1 - t / 2000) + t / 5000
+
+    seen = []
+    for t, (x0, x_next) in zip(times, denoise(predict, y0, noise, start, steps, scheduler), strict=True):
+        expected = predict(x_t, t)
+        torch.testing.assert_close(x0, expected, atol=1e-4, rtol=1e-4)
+        x_t = theirs.step(expected, t - 1, x_t, return_dict=False)[0]
+        torch.testing.assert_close(x_next, x_t, atol=1e-4, rtol=1e-4)
+        seen.append(t)
+    assert seen == times
+
+
+@pytest.mark.parametrize("scheduler", [ddim(), dpm()], ids=["ddim", "dpm"])
+def test_one_step_is_one_evaluation_at_t(scheduler):
+    y0, noise, _ = draws()
+    asked = []
+
+    def predict(x_t, t):
+        asked.append(t)
+        torch.testing.assert_close(x_t, shortcut_start(y0, noise, 700, scheduler.alphas_cumprod))
+        return x_t + 1
+
+    ((x0, result),) = denoise(predict, y0, noise, 700, 1, scheduler)
+    assert asked == [700] and torch.equal(x0, result)
+    torch.testing.assert_close(result, shortcut_start(y0, noise, 700, scheduler.alphas_cumprod) + 1)
+
+
+def test_the_second_order_is_the_better_solver():
     """For x0 ~ N(0, 0.25) the ideal prediction is linear, and exactly x_t keeps its size in deviations."""
     noise = draws()[1]
     prior = 0.25
@@ -124,22 +144,21 @@ def test_dpm_order_two_is_the_better_solver():
         return (alphas[t - 1] * prior + 1 - alphas[t - 1]).sqrt().item()
 
     errors = {}
-    for name, scheduler in {"ddim": ddim(), "dpm1": dpm(1), "dpm2": dpm(2)}.items():
-        alphas = alphas_cumprod(scheduler)
+    for name, scheduler in {"ddim": ddim(), "dpm": dpm()}.items():
+        alphas = scheduler.alphas_cumprod
 
         def ideal(x_t, t, alphas=alphas):
             return x_t * (alphas[t - 1].sqrt() * prior / spread(t, alphas) ** 2).item()
 
         start, steps, zero = 900, 12, torch.zeros_like(noise)
-        states = [x_next for _, _, x_next in denoise(ideal, zero, noise, start, steps, scheduler)]
+        states = [x_next for _, x_next in denoise(ideal, zero, noise, start, steps, scheduler)]
         t = timesteps(start, steps)[-1]
-        begin = shortcut_start(zero, noise, start, alphas)
+        begin = noise * (1 - alphas[start - 1]).sqrt()
         errors[name] = (states[-2] - begin * spread(t, alphas) / spread(start, alphas)).abs().max().item()
-    assert errors["dpm2"] < 0.5 * errors["ddim"]
-    assert errors["dpm1"] == pytest.approx(errors["ddim"], rel=1e-2)  # first order is DDIM
+    assert errors["dpm"] < 0.5 * errors["ddim"]
 
 
-@pytest.mark.parametrize("scheduler", [ddim(), dpm(2), dpm(3)], ids=["ddim", "dpm2", "dpm3"])
+@pytest.mark.parametrize("scheduler", [ddim(), dpm()], ids=["ddim", "dpm"])
 def test_batches_runs_and_interleaving_do_not_matter(scheduler):
     y0, noise, _ = draws(4)
 
@@ -150,52 +169,13 @@ def test_batches_runs_and_interleaving_do_not_matter(scheduler):
     assert torch.equal(whole, sample(predict, y0, noise, 500, 9, scheduler))
     runs = [denoise(predict, y0[i : i + 1], noise[i : i + 1], 500, 9, scheduler) for i in range(4)]
     *_, last = zip(*runs, strict=True)
-    assert torch.equal(whole, torch.cat([x_next for _, _, x_next in last]))
-
-
-@pytest.mark.parametrize("scheduler", [ddim(), dpm(2), dpm(3)], ids=["ddim", "dpm2", "dpm3"])
-@pytest.mark.parametrize("schedules", [[(1000, 20), (700, 14), (400, 8)], [(9, 3), (9, 3)], [(7, 7), (1, 1)]])
-def test_groups_on_one_grid_grow_into_one_batch(scheduler, schedules):
-    y0, noise, _ = draws(5)
-    counts, sizes = [1, 3, 1][: len(schedules)], []
-    y0, noise = y0[: sum(counts)], noise[: sum(counts)]
-
-    def predict(x_t, t):
-        sizes.append(len(x_t))
-        return torch.tanh(x_t) * (1 - t / 2000)
-
-    *_, last = denoise_together(predict, y0, noise, counts, schedules, scheduler)
-    assert len(sizes) == schedules[0][1] and sizes == sorted(sizes)  # as many calls as the longest takes alone
-    assert sum(sizes) == sum(count * steps for count, (_, steps) in zip(counts, schedules))
-    for x0, *part, schedule in zip(last, y0.split(counts), noise.split(counts), schedules, strict=True):
-        assert torch.equal(x0, sample(predict, *part, *schedule, scheduler))
-
-
-def test_groups_off_the_grid_do_not_go_together():
-    assert nested([(1000, 20), (700, 14), (400, 8)]) and nested([(5, 2)]) and not nested([(400, 8), (700, 14)])
-    y0, noise, _ = draws()
-    with pytest.raises(ValueError, match="900, 3.*500, 2.*one grid"):
-        [*denoise_together(lambda x, t: x, y0, noise, [1, 1], [(900, 3), (500, 2)], ddim())]
-
-
-def test_callback_sees_every_step_and_may_stop():
-    y0, noise, _ = draws()
-    seen = []
-    result = sample(lambda x, t: x / 2, y0, noise, 10, 3, ddim(), lambda k, x0, x: seen.append((k, x0, x)))
-    assert [k for k, _, _ in seen] == [0, 1, 2]
-    assert torch.equal(seen[-1][1], result) and torch.equal(seen[-1][2], result)
-
-    def stop(k, x0, x_next):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sample(lambda x, t: x, y0, noise, 10, 3, ddim(), stop)
+    assert torch.equal(whole, torch.cat([x_next for _, x_next in last]))
 
 
 def test_half_precision_predictions_do_not_lower_the_state():
     y0, noise, _ = draws()
     for scheduler in (ddim(), dpm()):
-        for _, x0, x_next in denoise(lambda x, t: x.bfloat16(), y0, noise, 100, 4, scheduler):
+        for x0, x_next in denoise(lambda x, t: x.bfloat16(), y0, noise, 100, 4, scheduler):
             assert x0.dtype == x_next.dtype == torch.float32
 
 
@@ -208,6 +188,8 @@ def test_half_precision_predictions_do_not_lower_the_state():
         (ddim(num_train_timesteps=500), "num_train_timesteps=500"),
         (ddim(thresholding=True), "thresholding=True"),
         (dpm(algorithm_type="sde-dpmsolver++"), "algorithm_type='sde-dpmsolver"),
+        (dpm(solver_order=3), "solver_order=3"),
+        (dpm(solver_type="heun"), "solver_type='heun'"),
     ],
 )
 def test_unfit_schedulers_are_refused(scheduler, message):

@@ -17,7 +17,6 @@ from patchscaler.training import weights
 from patchscaler.training.build_memory import farthest_points
 from patchscaler.training.data import ImageBank, is_held_out
 from patchscaler.training.fit import fit, learning_rate, make_accelerator, parser, pool_size, step_generator
-from patchscaler.training.grm import error_fit
 from patchscaler.training.optimizer import MuonAdamW
 from patchscaler.training.pairs import draw_pairs
 from patchscaler.training.patch_dit import ANY_TIME, draw_times
@@ -87,16 +86,6 @@ def test_drawn_crops_replace_photographs_and_hold_ink_on_a_ground(images):
     assert all(page.shape == (64, 64, 3) and page.dtype == np.uint8 for page in pages)
     assert sum(int(np.ptp(page, axis=(0, 1)).max()) > 60 for page in pages) >= 17  # a page may come out empty
     assert np.array_equal(draw_page(64, 3), pages[3])
-
-
-def test_what_foretells_the_error_is_found_again():
-    generator = step_generator(0, 0)
-    signs = torch.randn(4, 2, 16, 16, generator=generator)
-    errors = (0.5 * signs[:, :1] - 2 * signs[:, 1:] + 1 + torch.randn(4, 1, 16, 16, generator=generator)).exp()
-    first, second, constant = error_fit(signs, errors)
-    assert (first, second) == (pytest.approx(0.5, abs=0.1), pytest.approx(-2, abs=0.1))
-    foretold = (first * signs[:, :1] + second * signs[:, 1:] + constant).exp()
-    assert foretold.mean().item() == pytest.approx(errors.mean().item(), rel=1e-4)
 
 
 def test_times_stay_mostly_within_the_groups_start():

@@ -212,7 +212,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     pairs, device = prepare(args)
     try:
-        pipeline = load_pipeline(args.weights, device)
+        pipeline = load_pipeline(args.weights, device, args.dtype)
         print(benchmark(pipeline, pairs, args.out, args.plan, args.seed, args.batch_size), end="")
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)

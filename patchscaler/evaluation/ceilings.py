@@ -47,7 +47,7 @@ def _rows(pipeline: PatchScalerPipeline, low, high, plan: SamplingPlan, seed: in
     y_lr = _encode(pipeline, analysis.bicubic, analysis.latents.shape[-2:])  # C×h×w
 
     def refined(latents: Tensor, by_hand: dict[int, int] | None = None) -> Tensor:
-        *_, result = pipeline.refine(replace(analysis, latents=latents, coarse=None), plan, seed, by_hand=by_hand)
+        *_, result = pipeline.refine(replace(analysis, latents=latents), plan, seed, by_hand=by_hand)
         return result.picture.rgb
 
     images = {

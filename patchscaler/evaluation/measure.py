@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchscaler.batches import make_batches, makespan, place
+from patchscaler.batches import makespan, place
 from patchscaler.checkpoints import load_pipeline
 from patchscaler.devices import pick_dtype
 from patchscaler.evaluation import standins
@@ -29,6 +29,7 @@ from patchscaler.models import PatchDiT
 from patchscaler.patches import PatchGrid, split
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.records import Analysis, Progress, Result
+from patchscaler.sampling import make_batches
 
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it
 BATCH = 64  # patches of Patch-DiT at once
@@ -125,16 +126,14 @@ def predict(
 ) -> float:
     """Seconds of the refinement on so many devices, from the patches and the seconds of each group on one.
 
-    The cost model: an evaluation of a group's patch takes what it took on average; batches go to devices as
-    `sample_batches` hands them out.
+    The cost model: an evaluation of a group's patch takes what it took on average; groups come one after another, and
+    the batches of a group go to devices as `sample_on_several` hands them out.
     """
-    each = [spent / max(1, count * steps) for count, spent, steps in zip(patches, seconds, plan.steps)]
-    members = {group: torch.arange(count) for group, count in enumerate(patches)}
-    costs = [
-        sum(each[group] * plan.steps[group] * len(indices) for group, indices in batch.members.items())
-        for batch in place(make_batches(members, plan, batch_size), plan, devices)
-    ]
-    return makespan(costs, devices)
+    total = 0.0
+    for group, (count, spent) in enumerate(zip(patches, seconds, strict=True)):
+        batches = place(make_batches(group, torch.arange(count), plan, batch_size), devices)
+        total += makespan([spent / count * len(batch) for batch in batches], devices)
+    return total
 
 
 def standin(task: dict) -> dict:

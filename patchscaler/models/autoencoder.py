@@ -12,7 +12,6 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from patchscaler.devices import to_device
 from patchscaler.models.blocks import residual_stack
 from patchscaler.patches import LATENT_PIXELS
 
@@ -120,4 +119,4 @@ def _statistics(vae: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
     else:
         shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
         mean, std = [shift or 0.0], [1.0 / (scale or 1.0)]
-    return tuple(to_device(torch.tensor(values), device).view(1, -1, 1, 1) for values in (mean, std))
+    return tuple(torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))

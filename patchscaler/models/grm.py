@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
@@ -43,7 +42,6 @@ class GRM(ModelMixin, ConfigMixin):
         depths: residual blocks before, at and after half size.
         eta: η of Eq. 1, the squared latent error up to which the confidence saturates at 1. It plays no part
             in inference; it is kept here because it says what a confidence means.
-        error_fit: what `expected_error` multiplies its two signs by, and what it adds; None if it was not measured.
     """
 
     @register_to_config
@@ -53,7 +51,6 @@ class GRM(ModelMixin, ConfigMixin):
         widths: tuple[int, int] = (96, 192),
         depths: tuple[int, int, int] = (2, 4, 2),
         eta: float | None = None,
-        error_fit: tuple[float, float, float] | None = None,
     ):
         super().__init__()
         full, half = widths
@@ -80,36 +77,6 @@ class GRM(ModelMixin, ConfigMixin):
         added = self.restore(features)[..., :height, :width]  # B×c×h×w
         logits = self.judge(features)[..., :height, :width]  # B×1×h×w
         return GRMOutput(latents=y_lr + added.to(y_lr.dtype), confidence_logits=logits)
-
-    def expected_error(self, latents: Tensor, confidence: Tensor) -> Tensor:
-        """e² of Eq. 1 as it is foretold without x_HR: B×1×h×w, float32; 0 if `error_fit` is None.
-
-        Args:
-            latents: y_HR, or patches of it, B×c×h×w.
-            confidence: C there, B×1×h×w.
-        """
-        if self.config.error_fit is None:
-            return torch.zeros_like(confidence, dtype=torch.float32)
-        by_odds, by_texture, constant = self.config.error_fit
-        odds, texture = error_signs(latents, confidence).split(1, dim=1)  # B×1×h×w each
-        return (by_odds * odds + by_texture * texture + constant).exp()
-
-
-def error_signs(latents: Tensor, confidence: Tensor) -> Tensor:
-    """What log e² is linear in, B×2×h×w float32, for y_HR B×c×h×w and C B×1×h×w.
-
-    The first is the logit of C, between −13 and 13, where float32 ends. Below η, where C saturates, it says little
-    more; there the second does: the logarithm of how far y_HR differs from its surroundings, which is little in a sky.
-    """
-    odds = torch.logit(confidence.double()).clamp(-13, 13).float()
-    latents = latents.float()
-    texture = (latents - _surroundings(latents)).square().mean(1, keepdim=True)
-    return torch.cat([odds, (_surroundings(texture) + 1e-6).log()], 1)
-
-
-def _surroundings(values: Tensor) -> Tensor:
-    """The mean over 3×3, B×c×h×w still."""
-    return F.avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def squared_error(latents: Tensor, target: Tensor) -> Tensor:

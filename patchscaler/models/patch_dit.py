@@ -112,7 +112,8 @@ class PatchDiT(ModelMixin, ConfigMixin):
         x = self.final(modulate(x, shift, scale))  # N×L'×2c·p²
         side = size // patch
         x = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), patch)  # N×2c×V×V
-        added, trust = x.to(y0.dtype).chunk(2, dim=1)  # N×c×V×V each
+        # In one order of memory, or the sigmoid of a single patch would differ in its last bit from that of many.
+        added, trust = x.contiguous().to(y0.dtype).chunk(2, dim=1)  # N×c×V×V each
         gain, signal = self.gain[t - 1][..., None, None], self.signal[t - 1].view(-1, 1, 1, 1)  # N×c×1×1, N×1×1×1
         return y0 + 2 * trust.sigmoid() * gain * (x_t - signal * y0) + added
 

@@ -8,8 +8,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchscaler.devices import to_device
-
 CHANNELS_PER_BUFFER = 16
 
 
@@ -60,7 +58,7 @@ class TextureMemory(ModelMixin, ConfigMixin):
 
     def patches(self, indices: Tensor) -> Tensor:
         """RTM-value at integer indices of any shape: …×c×V×V, float32."""
-        scales = to_device(torch.tensor(self.config.scales), indices.device).view(-1, 1, 1)
+        scales = torch.tensor(self.config.scales, device=indices.device).view(-1, 1, 1)
         codes = torch.cat([stored[indices] for stored in self._value_codes()], dim=-3)
         return codes.float() * scales
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from patchscaler.grouping import SamplingPlan, assign, times_and_steps
 from patchscaler.models.autoencoder import decode_unclamped, load_autoencoder
-from patchscaler.models.grm import GRM, confidence_loss, error_signs, restoration_loss, squared_error
+from patchscaler.models.grm import GRM, confidence_loss, restoration_loss, squared_error
 from patchscaler.training.data import ImageBank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
 from patchscaler.training.pairs import draw_pairs
@@ -85,7 +85,7 @@ def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
     Where it is not saturated C is η / e². A shift of its logits by b stands for η multiplied by eᵇ, and a scale a
     for e² taken to the power of a, which spreads the patches over the groups. a and b are chosen so that the paper's
     plan takes `HARD` of the patches for hard and needs `EVALUATIONS` of those of uniform sampling. They go into the
-    last layer, and η and what foretells e² into the config.
+    last layer, and η into the config.
     """
     outputs = [model(part) for part in y_lr.split(16)]
     logits = torch.cat([output.confidence_logits.float() for output in outputs])  # B×1×h×w
@@ -110,9 +110,7 @@ def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
     model.judge[-1].weight.mul_(scale)
     model.judge[-1].bias.mul_(scale).add_(shift)
     eta = errors.flatten().quantile(ETA_QUANTILE).item() * math.exp(shift / scale)
-    confidence = (scale * logits + shift).sigmoid()
-    signs = error_signs(latents, confidence)  # B×2×h×w
-    model.register_to_config(eta=eta, error_fit=error_fit(signs, errors))
+    model.register_to_config(eta=eta)
     simple, _, hard = (groups.bincount(minlength=3) / len(groups)).tolist()
     return {
         "y_LR, squared latent error": squared_error(y_lr, x_hr).mean().item(),
@@ -121,18 +119,6 @@ def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
         "share of simple patches": simple,
         "share of hard patches": hard,
     }
-
-
-def error_fit(signs: Tensor, errors: Tensor) -> tuple[float, ...]:
-    """a, b and c of log e² ≈ a s₁ + b s₂ + c for signs B×2×h×w and e² B×1×h×w, by least squares.
-
-    c is then moved until the mean of e² itself is right.
-    """
-    rows = F.pad(signs.movedim(1, -1).flatten(0, 2), (0, 1), value=1.0)  # n×3
-    wanted = errors.flatten()
-    factors = torch.linalg.lstsq(rows, wanted.log()[:, None]).solution[:, 0]
-    factors[2] += (wanted.mean() / (rows @ factors).exp().mean()).log()
-    return tuple(factors.tolist())
 
 
 def _bisect(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:

@@ -51,8 +51,8 @@ class Loaded(NamedTuple):
     def restored(self) -> Restored:
         """The same for refinement, which looks the priors up again: that takes a fiftieth of its time."""
         upscaled = bicubic(self.picture.rgb[None], SCALE)[0]
-        found = self.latents, self.confidence, self.grid, self.patch_confidence
-        return Restored(self.picture, *found, None, upscaled, self.seconds, None)
+        found = self.latents, self.grid, self.patch_confidence
+        return Restored(self.picture, *found, None, upscaled, self.seconds)
 
 
 def fingerprint(pipeline: PatchScalerPipeline) -> str:

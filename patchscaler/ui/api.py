@@ -322,10 +322,9 @@ def _result(result: Result, order: Order) -> tuple[dict, dict]:
         "height": picture.height,
         **result.report(),
         "by_hand": _named(order.by_hand),
-        "color_fix": order.color_fix,
         "notes": list(picture.notes),
     }
-    return _handed(save_final(result, _name(order.source), color_fix=order.color_fix)), report
+    return _handed(save_final(result, _name(order.source))), report
 
 
 def _grouped(plan: SamplingPlan, assignment: Tensor, by_hand: ByHand) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Batch:
         """A file's progress, and last its Outcome. Nothing of it is cached: no dial will be turned for it."""
         for event in self._runner.fresh_events(order):
             if isinstance(event, Result):
-                picture = save_final(event, order.source, color_fix=order.color_fix)
+                picture = save_final(event, order.source)
                 preview = to_pil(event.picture)
                 preview.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
                 seconds = sum(event.seconds.values())

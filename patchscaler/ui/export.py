@@ -49,10 +49,9 @@ def save_preview(image: Image.Image, name: str) -> Path:
     return path
 
 
-def save_final(result: Result, source: str, name: str = "x4", color_fix: bool = True) -> Path:
-    """The lossless PNG, made once, with its plan and seed inside, and with what is not as usual."""
-    text = result.png_text() if color_fix else {**result.png_text(), "color_fix": "off"}
-    return write_png(result.picture, new_folder() / f"{stem(source)}_{name}.png", text)
+def save_final(result: Result, source: str, name: str = "x4") -> Path:
+    """The lossless PNG, made once, with its plan, seed and colour fix inside."""
+    return write_png(result.picture, new_folder() / f"{stem(source)}_{name}.png", result.png_text())
 
 
 def stem(source: str) -> str:

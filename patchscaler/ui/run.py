@@ -270,7 +270,7 @@ class Runner:
                     yield Update({"final": path, "stale": html.unfinished(refined, count)}, shown)
                 case Result():
                     result = event
-                    path = export.save_final(result, order.source, color_fix=order.color_fix)
+                    path = export.save_final(result, order.source)
                     shown = _shown(order, result.sampled, path, result.report())
                     self._learn(order, result, analysis)
                     anew, count = int(result.rendered.sum()), len(result.rendered)
@@ -289,7 +289,7 @@ class Runner:
                     yield Update(view, shown)
                     sampling = time.perf_counter()  # of the baseline
                 case Baseline(Result() as uniform):
-                    path = export.save_final(uniform, order.source, "uniform", order.color_fix)
+                    path = export.save_final(uniform, order.source, "uniform")
                     self._learn(order, uniform, analysis, partial=False)
                     status = html.status(f"{done} The baseline is done too.")
                     view = {**self._baseline(order, result, uniform), "status": status}
