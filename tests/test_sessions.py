@@ -48,7 +48,7 @@ def test_a_group_of_which_some_patches_were_reused_says_so(runner, image, dials)
     simple = int(confidence.argmax())
     rows = groups_of(last(run(runner, image, dials, by_hand={simple: 2}), "timing"))
     count = int(rows["hard"]["patches"])
-    assert f"{count - 1} of {count} patches reused" in rows["hard"]["seconds"]
+    assert f"{count - 1} of {count} reused" in rows["hard"]["seconds"]
     assert "reused" in rows["simple"]["seconds"] and "reused" in rows["medium"]["seconds"]
 
 

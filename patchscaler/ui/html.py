@@ -209,7 +209,9 @@ def costs(result: Result) -> list[GroupCost]:
 def timing(result: Result, reused: bool) -> str:
     """Bar and tables: each group's cost, and the seconds of every stage. `reused`: the analysis is an earlier one."""
     groups = costs(result)
-    seconds = {**result.seconds, "refine": sum(group.seconds for group in groups)}
+    taken_over = result.sampled.seconds[~result.rendered].sum().item()
+    seconds = {**result.seconds, "refine": result.seconds["refine"] + taken_over}
+    sampling = sum(group.seconds for group in groups)
     rows = "".join(
         f'<tr><th scope="row">{_swatch(i)}{group.name.capitalize()}</th><td>{group.patches}</td><td>{group.start}</td>'
         f"<td>{group.steps}</td><td>{group.evaluations:,}</td>"
@@ -232,8 +234,8 @@ def timing(result: Result, reused: bool) -> str:
         '<th scope="col">Evaluations</th><th scope="col">Seconds</th>'
         '<th scope="col">ms per patch-step</th></tr></thead>'
         f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">All</th><td>{patches}</td><td></td><td></td>'
-        f"<td>{evaluations:,}</td><td>{seconds['refine']:.2f}</td>"
-        f"<td>{_per_step(seconds['refine'], evaluations)}</td></tr></tfoot></table>"
+        f"<td>{evaluations:,}</td><td>{sampling:.2f}</td>"
+        f"<td>{_per_step(sampling, evaluations)}</td></tr></tfoot></table>"
         '<table class="stages"><caption>Stages</caption><thead><tr><th scope="col">Stage</th>'
         f'<th scope="col">Seconds</th></tr></thead><tbody>{stages}</tbody></table></div>'
     )
@@ -257,7 +259,7 @@ def _taken_over(reused: int, patches: int) -> str:
     """The mark on seconds of an earlier run."""
     if not reused:
         return ""
-    return _quiet("reused" if reused == patches else f"{reused} of {_patches(patches)} reused")
+    return _quiet("reused" if reused == patches else f"{reused} of {patches} reused")
 
 
 def _quiet(note: str) -> str:
