@@ -24,6 +24,7 @@ from patchscaler.ui.jobs import Jobs, Stops
 from patchscaler.ui.state import (
     DIALS,
     Known,
+    PageState,
     Rendered,
     SessionCache,
     Settings,
@@ -51,11 +52,10 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """The run that the page opens with: what it shows, and what it left in the cache."""
+    """The run that the page opens with: what the page shows and holds, and what is in the cache for it."""
 
-    source: str
     view: View
-    shown: Shown
+    page: PageState
     known: Known
     rendered: Rendered
 
@@ -213,9 +213,10 @@ class Runner:
         view |= grouped(known, rendered.sampled, order.plan, order.seed, {}, self.calibration, None)
         sides = closeup.SIDES[0], closeup.SIDES[2]
         view["compare"] = closeup.pair(known, shown, sides)
-        view["zoom"] = closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], None)
+        center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
+        view["zoom"] = closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], center)
         view["note"] = "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>"
-        return Opening(source, view, shown, known, rendered)
+        return Opening(view, PageState(source, shown, center=center, opened=True), known, rendered)
 
     def _looked(self, order: Order) -> Iterator[Update]:
         """What can be said of an image before any run. Its groups too, unless that takes long."""
