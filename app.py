@@ -19,7 +19,7 @@ os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"pat
 
 import spaces  # noqa: F401, I001  before torch: on ZeroGPU it takes hold of CUDA first
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
+from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.ui.events import WAITING
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.page import build_page, launch_settings

@@ -25,12 +25,12 @@ from safetensors.torch import load_file
 
 from patchscaler import Picture, SamplingPlan, load_pipeline, read_picture, write_png
 from patchscaler.adapters import group_sample, unet_denoiser, x0_scheduler
-from patchscaler.checkpoints import DEFAULT_WEIGHTS
-from patchscaler.devices import pick_device, pick_dtype
+from patchscaler.device import pick_device, pick_dtype
 from patchscaler.evaluation.standins import STANDINS, materialise
-from patchscaler.grouping import GROUPS, PRESETS
+from patchscaler.loading import DEFAULT_WEIGHTS
 from patchscaler.models import decode_latents, encode_latents, load_autoencoder
 from patchscaler.patches import LATENT_PIXELS
+from patchscaler.plan import GROUPS, PRESETS
 
 SIZE, STRIDE = 64, 48  # V of a patch, in latent cells: what Stable Diffusion was trained at
 TILE_STRIDE = 32  # StableSR's released code

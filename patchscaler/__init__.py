@@ -1,10 +1,10 @@
 """PatchScaler: x4 super-resolution of photographs that spends diffusion steps only where they are needed."""
 
-from patchscaler.checkpoints import CheckpointError, load_pipeline
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import ImageError, Picture, read_picture, to_pil, write_png
+from patchscaler.loading import CheckpointError, load_pipeline
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Progress, Result
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Progress, Result
 
 __version__ = "0.1.0"
 

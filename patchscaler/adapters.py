@@ -15,8 +15,8 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.patches import PatchGrid, merge, split
+from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.sampling import Scheduler, denoise
 
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t NxCxVxV, t in 1..1000, the patches' indices N) -> x0 NxCxVxV

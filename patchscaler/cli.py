@@ -15,11 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from patchscaler.bands import Bands
-from patchscaler.checkpoints import CheckpointError, load_pipeline
-from patchscaler.devices import pick_device, pick_dtype
+from patchscaler.device import pick_device, pick_dtype
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import (
     FORMATS,
     OUTPUT_PER_INPUT,
@@ -30,9 +27,12 @@ from patchscaler.images import (
     read_picture,
     write_png,
 )
+from patchscaler.large import Bands
+from patchscaler.loading import CheckpointError, load_pipeline
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Analysis, Progress, Result
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Analysis, Progress, Result
 
 STAGES = ("coarse", "qmap", "priors")
 LARGE_PIXELS = 64_000_000  # of the input: what --large takes, as this is held in memory

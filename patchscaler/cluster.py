@@ -30,10 +30,10 @@ from PIL import Image
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from patchscaler.checkpoints import load_pipeline
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import FORMATS, ImageError, Limits, Picture, read_picture, write_png
+from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError
+from patchscaler.plan import SamplingPlan
 
 MANIFEST = "manifest.json"
 ATTEMPTS = 2  # an image on which so many workers died is given up

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS
-from patchscaler.devices import DTYPES
-from patchscaler.grouping import PRESETS, SamplingPlan
+from patchscaler.device import DTYPES
+from patchscaler.loading import DEFAULT_WEIGHTS
+from patchscaler.plan import PRESETS, SamplingPlan
 
 
 class UsageError(ValueError):

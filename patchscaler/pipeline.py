@@ -18,13 +18,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.batches import sample_on_several
+from patchscaler.cancellation import still_wanted
 from patchscaler.color import wavelet_color_fix
-from patchscaler.devices import Stopwatch, advised, fitting_batch, halving
+from patchscaler.device import Stopwatch, advised, fitting_batch, halving
 from patchscaler.figures import priors_sheet
-from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
-from patchscaler.interrupts import still_wanted
 from patchscaler.making import require_finite
 from patchscaler.models import (
     GRM,
@@ -36,7 +34,8 @@ from patchscaler.models import (
     encode_latents,
 )
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
-from patchscaler.records import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
+from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
+from patchscaler.results import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
 from patchscaler.retrieval import Priors, retrieve
 from patchscaler.sampling import (
     Batch,
@@ -48,6 +47,7 @@ from patchscaler.sampling import (
     patch_bytes,
     sample_batches,
 )
+from patchscaler.several import sample_on_several
 from patchscaler.tiles import Local, tiled
 
 SCALE = 4

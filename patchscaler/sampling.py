@@ -16,9 +16,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from patchscaler.devices import Stopwatch, is_out_of_memory, out_of_memory, release
-from patchscaler.grouping import MAX_TIMESTEP, SamplingPlan
+from patchscaler.device import Stopwatch, is_out_of_memory, out_of_memory, release
 from patchscaler.models import PatchDiT
+from patchscaler.plan import MAX_TIMESTEP, SamplingPlan
 
 Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
 Predict = Callable[[Tensor, int], Tensor]  # (x_t NxCxVxV, t) -> x0 prediction NxCxVxV

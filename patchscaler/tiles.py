@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from patchscaler.interrupts import still_wanted
+from patchscaler.cancellation import still_wanted
 
 PROBE = (4, 160)  # cells of the strip on which a reach is measured
 ALIGN = 4  # pieces begin at multiples of this many cells, so that a network that halves sees whole pairs

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.models import (
     GRM,
@@ -18,6 +17,7 @@ from patchscaler.models import (
     TextureMemory,
 )
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui.run import Runner
 from patchscaler.ui.state import dials_of
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 from gradio_client.utils import apply_diff
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui.events import RUN
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.page import build_page, launch_settings

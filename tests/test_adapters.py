@@ -19,8 +19,8 @@ from diffusers import (
 from PIL import Image
 
 from patchscaler.adapters import group_sample, unet_denoiser, x0_scheduler
-from patchscaler.grouping import SamplingPlan
 from patchscaler.patches import PatchGrid, merge, split
+from patchscaler.plan import SamplingPlan
 from patchscaler.sampling import shortcut_start
 
 ROOT = Path(__file__).parent.parent

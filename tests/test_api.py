@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from service import Service, serving
 
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture, write_png
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import made_with
 

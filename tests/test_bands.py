@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from patchscaler import bands
-from patchscaler.bands import Bands, Rows
-from patchscaler.grouping import SamplingPlan
+from patchscaler import large
 from patchscaler.images import Picture, to_pil
+from patchscaler.large import Bands, Rows
+from patchscaler.plan import SamplingPlan
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 400, 600), steps=(1, 2, 3))
 
@@ -24,8 +24,8 @@ def random_picture(height: int, width: int, alpha: bool = False) -> Picture:
 
 @pytest.fixture(autouse=True)
 def low_bands(monkeypatch):
-    monkeypatch.setattr(bands, "BAND", 16)
-    monkeypatch.setattr(bands, "PATCHES", 5)
+    monkeypatch.setattr(large, "BAND", 16)
+    monkeypatch.setattr(large, "PATCHES", 5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 90), (150, 3), (77, 61), (131, 40), (160, 96)])
@@ -63,11 +63,11 @@ def test_no_more_rows_are_kept_than_are_asked_for():
 
 
 def test_noise_in_pieces_is_that_of_a_whole_run(tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(bands, "NOISE", 2**14)
+    monkeypatch.setattr(large, "NOISE", 2**14)
     upscaling = Bands(tiny_pipeline, random_picture(638, 550), PLAN, seed=11)
     grid = upscaling.grid
     shape = (4, grid.height, grid.width)
-    assert 4 * grid.height * grid.width % 16 and 4 * grid.height * grid.width > 3 * bands.NOISE
+    assert 4 * grid.height * grid.width % 16 and 4 * grid.height * grid.width > 3 * large.NOISE
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(11))
     with open(tmp_path / "noise", "w+b") as file:
         upscaling._draw(file)

@@ -100,8 +100,8 @@ def test_a_png_of_the_page_restores_its_settings(runner, image, dials):
 
 
 def test_a_plan_beyond_the_dials_is_named_and_not_restored(runner, tmp_path, dials, tiny_pipeline, picture):
-    from patchscaler.grouping import SamplingPlan
     from patchscaler.images import write_png
+    from patchscaler.plan import SamplingPlan
 
     result = tiny_pipeline(picture, SamplingPlan(0.9, 0.1, (1, 2, 3), (1, 1, 1)))
     path = write_png(result.picture, tmp_path / "made.png", result.png_text())

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscaler.__main__ import main
 from patchscaler.evaluation import bench, bench_tables, measure, standins
-from patchscaler.grouping import PRESETS
+from patchscaler.plan import PRESETS
 
 ROOT = Path(__file__).parent.parent
 

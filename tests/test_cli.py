@@ -11,8 +11,8 @@ from PIL import Image
 
 from patchscaler import __version__
 from patchscaler.__main__ import main
-from patchscaler.grouping import SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan
 
 QUICK = ("--start", "40,70,100", "--steps", "1,2,3")
 STAGES = {"encode", "restore", "retrieve", "refine", "decode", "color"}

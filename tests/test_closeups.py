@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from visitor import click, closeups, last, run, settings
 
-from patchscaler.grouping import PRESETS
+from patchscaler.plan import PRESETS
 from patchscaler.ui import closeup, export
 from patchscaler.ui.state import DIALS, dials_of
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from patchscaler import cluster
 from patchscaler.__main__ import main
-from patchscaler.grouping import SamplingPlan
 from patchscaler.options import UsageError
+from patchscaler.plan import SamplingPlan
 
 IMAGES = 40
 PLAN = SamplingPlan(0.9, 0.5, start=(20, 30, 40), steps=(1, 2, 2))

@@ -9,8 +9,8 @@ import torch
 
 from patchscaler import Picture, SamplingPlan, load_pipeline, read_picture, write_png
 from patchscaler.color import wavelet_color_fix
-from patchscaler.grouping import GROUPS
 from patchscaler.images import bicubic
+from patchscaler.plan import GROUPS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE_STEP = SamplingPlan(0.95, 0.75, start=(400, 700, 1000), steps=(1, 1, 1))

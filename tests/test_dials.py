@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patchscaler.grouping import PRESETS, SamplingPlan, assign
+from patchscaler.plan import PRESETS, SamplingPlan, assign
 from patchscaler.ui.state import MAX_SEED, RANGES, dials_of, hold_order, in_range, plan_of, preset_of, seed_of
 from patchscaler.ui.tune import thresholds_within
 from patchscaler.ui.zerogpu import Calibration, Call

@@ -14,14 +14,14 @@ from PIL import Image
 from textures import texture
 
 from patchscaler.__main__ import main
-from patchscaler.checkpoints import load_pipeline
 from patchscaler.evaluation import benchmark as bench
 from patchscaler.evaluation import components, reliability, scores, tables
 from patchscaler.evaluation import sweep as sweeps
 from patchscaler.evaluation.metrics import psnr_y, seam_score
-from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
+from patchscaler.loading import load_pipeline
 from patchscaler.patches import PatchGrid
+from patchscaler.plan import GROUPS, SamplingPlan
 
 PLAN = SamplingPlan(0.6, 0.4, start=(20, 30, 40), steps=(1, 2, 3))
 # 40x36 becomes 160x144: a grid of 2x2 patches. 8x11 is smaller than one patch.

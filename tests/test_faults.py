@@ -19,8 +19,8 @@ from corpus import encoded, noise
 from PIL import Image
 from service import QUICK, SLOW, Service, serving
 
-from patchscaler.grouping import SamplingPlan
-from patchscaler.interrupts import still_wanted
+from patchscaler.cancellation import still_wanted
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui import jobs as jobs_module
 from patchscaler.ui.events import WAITING
 from patchscaler.ui.state import dials_of

@@ -14,7 +14,7 @@ from corpus import encoded, noise
 from PIL import Image
 from service import Service, file_data, serving
 
-from patchscaler.grouping import SamplingPlan
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui import server, state
 from patchscaler.ui.state import dials_of
 

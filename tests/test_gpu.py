@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from patchscaler import devices, load_pipeline, read_picture, sampling, to_pil
-from patchscaler.bands import Bands
-from patchscaler.grouping import GROUPS, SamplingPlan
+from patchscaler import device as devices
+from patchscaler import load_pipeline, read_picture, sampling, to_pil
 from patchscaler.images import Picture
-from patchscaler.records import Partial, Result
+from patchscaler.large import Bands
+from patchscaler.plan import GROUPS, SamplingPlan
+from patchscaler.results import Partial, Result
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "1-astronaut.png"
 PLAN = SamplingPlan.paper()

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from visitor import collected, last, moved, run, settings, tuner
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan
 from patchscaler.ui.state import Shown, dials_of
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from service import SLOW, file_data
 
 from patchscaler.__main__ import main
-from patchscaler.checkpoints import CheckpointError, write_checksums
+from patchscaler.loading import CheckpointError, write_checksums
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120

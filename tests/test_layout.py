@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 # Imports run downwards only. Parts on one floor may import each other, except the four at the top.
 FLOORS = [
-    {"images", "color", "patches", "devices", "figures", "interrupts", "tiles", "tiff", "making"},
+    {"images", "color", "patches", "device", "figures", "cancellation", "tiles", "tiff", "making"},
     {"models"},
-    {"grouping", "sampling", "retrieval", "adapters"},
-    {"pipeline", "records", "checkpoints", "options", "cluster", "batches", "bands"},
+    {"plan", "sampling", "retrieval", "adapters"},
+    {"pipeline", "results", "loading", "options", "cluster", "several", "large"},
     {"ui", "cli", "training", "evaluation"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor} | {

@@ -19,8 +19,8 @@ from gradio_client import Client, handle_file
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import read_picture, write_png
+from patchscaler.plan import SamplingPlan
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))

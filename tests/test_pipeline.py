@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchscaler
 from patchscaler.adapters import group_sample
-from patchscaler.bands import Bands
 from patchscaler.color import wavelet_color_fix
-from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError, Picture, bicubic, to_pil, write_png
+from patchscaler.large import Bands
 from patchscaler.models import decode_latents
 from patchscaler.patches import merge, split
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.records import Partial, Progress, Result
+from patchscaler.plan import GROUPS, SamplingPlan
+from patchscaler.results import Partial, Progress, Result
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 500, 900), steps=(1, 2, 3))
 

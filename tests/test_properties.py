@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchscaler.grouping import GROUPS, MAX_TIMESTEP, SamplingPlan
 from patchscaler.images import Picture
+from patchscaler.plan import GROUPS, MAX_TIMESTEP, SamplingPlan
 
 # The same examples every time, and no clock: the machine may be busy.
 CALM = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,7 +6,7 @@ import re
 
 from visitor import closeups, last, run, settings, tuner
 
-from patchscaler.grouping import GROUPS
+from patchscaler.plan import GROUPS
 from patchscaler.ui.state import SessionCache
 
 

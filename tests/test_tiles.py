@@ -11,9 +11,9 @@ from conftest import make_tiny_pipeline
 from torch import nn
 
 import patchscaler
-from patchscaler.devices import OutOfMemory, halving, is_out_of_memory
-from patchscaler.grouping import SamplingPlan
+from patchscaler.device import OutOfMemory, halving, is_out_of_memory
 from patchscaler.images import Picture
+from patchscaler.plan import SamplingPlan
 from patchscaler.tiles import ALIGN, Local, pieces, tiled
 
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from conftest import make_tiny_pipeline
-from patchscaler.grouping import SamplingPlan
+from patchscaler.plan import SamplingPlan
 from patchscaler.images import Picture
 pipeline, plan = make_tiny_pipeline(), SamplingPlan(0.95, 0.75, (400, 700, 1000), (1, 1, 1))
 generator = torch.Generator().manual_seed(0)

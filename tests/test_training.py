@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from patchscaler.checkpoints import load_pipeline
+from patchscaler.loading import load_pipeline
 from patchscaler.training import weights
 from patchscaler.training.build_memory import farthest_points
 from patchscaler.training.data import ImageBank, is_held_out

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from visitor import click, last, moved, run, settings, tuner
 
-from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import read_picture
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui.state import DIALS, Known, dials_of, plan_of
 
 

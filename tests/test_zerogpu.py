@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from visitor import closeups, last, run, settings
 
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.patches import PatchGrid
-from patchscaler.records import Analysis, Partial, Progress, Result
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Analysis, Partial, Progress, Result
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.zerogpu import (
     MOST_SECONDS,
@@ -200,10 +200,10 @@ from spaces.zero import client, torch as emulation, wrappers
 wrappers.torch.init = lambda uuid: None  # there is no GPU, so the weights stay where they are
 wrappers.torch.move = lambda callback=None: None
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-from patchscaler.checkpoints import load_pipeline
-from patchscaler.grouping import SamplingPlan
+from patchscaler.loading import load_pipeline
+from patchscaler.plan import SamplingPlan
 from patchscaler.images import write_png
-from patchscaler.records import Result
+from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.zerogpu import Order

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS
-from patchscaler.devices import pick_device
+from patchscaler.device import pick_device
 from patchscaler.evaluation import bench_tables as tables
 from patchscaler.evaluation.measure import in_new_process
 from patchscaler.evaluation.standins import STANDINS
-from patchscaler.grouping import PRESETS
+from patchscaler.loading import DEFAULT_WEIGHTS
 from patchscaler.options import UsageError
+from patchscaler.plan import PRESETS
 
 DEFAULT_IMAGE = Path(__file__).parents[2] / "examples" / "1-astronaut.png"
 SIZES = {512: 1, 2048: 4}  # output pixels along a side -> copies of the 128x128 tile in each direction

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from patchscaler.evaluation.measure import predict
 from patchscaler.evaluation.standins import HALF_STRIDE, STANDINS, TILE, tiles
-from patchscaler.grouping import GROUPS, PRESETS
+from patchscaler.plan import GROUPS, PRESETS
 
 STAGES = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
 DEVICES = (1, 2, 4, 8)

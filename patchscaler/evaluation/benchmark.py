@@ -17,20 +17,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from patchscaler.checkpoints import load_pipeline
-from patchscaler.devices import pick_device
+from patchscaler.device import pick_device
 from patchscaler.evaluation.components import MAX_TRUTH_PIXELS, find_images, patch_errors, read_image, to_8bit
 from patchscaler.evaluation.metrics import seam_score
 from patchscaler.evaluation.reliability import write_reliability
 from patchscaler.evaluation.scores import METRICS, Scorer, find_scorer
 from patchscaler.evaluation.sheets import contact_sheet
 from patchscaler.evaluation.tables import differences_table, groups_table, means_table
-from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan
 from patchscaler.images import ImageError
+from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Analysis, Result
+from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
+from patchscaler.results import Analysis, Result
 
 UNIFORM = PRESETS["uniform"]
 COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.evaluation.benchmark import Pair, describe_run, find_pairs, read_truth, score, with_progress
 from patchscaler.evaluation.components import read_image
 from patchscaler.evaluation.scores import Scorer, find_scorer
 from patchscaler.evaluation.tables import means_table
-from patchscaler.grouping import GROUPS, SamplingPlan
+from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.patches import LATENT_PIXELS
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import GROUPS, SamplingPlan
 
 
 def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], plan: SamplingPlan, seed: int = 0) -> str:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.checkpoints import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.evaluation.metrics import psnr_rgb
 from patchscaler.images import FORMATS, MAX_INPUT_PIXELS, ImageError, Picture, bicubic, read_picture
+from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, split
 from patchscaler.pipeline import SCALE, PatchScalerPipeline

@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchscaler.batches import makespan, place
-from patchscaler.checkpoints import load_pipeline
-from patchscaler.devices import pick_dtype
+from patchscaler.device import pick_dtype
 from patchscaler.evaluation import standins
 from patchscaler.evaluation.components import read_image
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture
+from patchscaler.loading import load_pipeline
 from patchscaler.models import PatchDiT
 from patchscaler.patches import PatchGrid, split
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Analysis, Progress, Result
+from patchscaler.plan import GROUPS, SamplingPlan, assign
+from patchscaler.results import Analysis, Progress, Result
 from patchscaler.sampling import make_batches
+from patchscaler.several import makespan, place
 
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it
 BATCH = 64  # patches of Patch-DiT at once

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchscaler.evaluation.components import spearman
-from patchscaler.grouping import SamplingPlan
+from patchscaler.plan import SamplingPlan
 
 BINS = 10
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patchscaler.figures import qmap_overlay
 from patchscaler.images import Picture, to_pil
-from patchscaler.records import Analysis, Result
+from patchscaler.results import Analysis, Result
 
 _PANEL = 1024  # longest side of a picture on the sheet
 _LEAST, _LABEL, _GAP = 64, 24, 8  # room for a panel, and for its label above

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from patchscaler.checkpoints import load_pipeline
 from patchscaler.evaluation.benchmark import (
     Pair,
     add_data_options,
@@ -25,9 +24,10 @@ from patchscaler.evaluation.benchmark import (
 from patchscaler.evaluation.components import read_image
 from patchscaler.evaluation.scores import find_scorer
 from patchscaler.evaluation.tables import HEADINGS, mean_of, means_table
-from patchscaler.grouping import SamplingPlan
+from patchscaler.loading import load_pipeline
 from patchscaler.options import add_pipeline_options
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan
 
 PAPER, UNIFORM = SamplingPlan.paper(), SamplingPlan.uniform()
 KEYS = ("psnr_y", "haarpsi", "spectrum_distance")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from patchscaler.devices import pick_dtype
+from patchscaler.device import pick_dtype
 from patchscaler.training.optimizer import MuonAdamW
 
 WARMUP = 0.03  # part of the budget over which the learning rate rises

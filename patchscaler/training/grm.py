@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchscaler.grouping import SamplingPlan, assign, times_and_steps
 from patchscaler.models.autoencoder import decode_unclamped, load_autoencoder
 from patchscaler.models.grm import GRM, confidence_loss, restoration_loss, squared_error
+from patchscaler.plan import SamplingPlan, assign, times_and_steps
 from patchscaler.training.data import ImageBank
 from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
 from patchscaler.training.pairs import draw_pairs

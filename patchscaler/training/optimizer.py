@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from patchscaler.devices import pick_dtype
+from patchscaler.device import pick_dtype
 
 
 class MuonAdamW:

@@ -13,13 +13,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
-from patchscaler.grouping import SamplingPlan, assign, times_and_steps
 from patchscaler.models.autoencoder import load_autoencoder
 from patchscaler.models.grm import GRM
 from patchscaler.models.patch_dit import PatchDiT, denoising_loss
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_encoder import TextureEncoder
 from patchscaler.models.texture_memory import TextureMemory
+from patchscaler.plan import SamplingPlan, assign, times_and_steps
 from patchscaler.retrieval import retrieve
 from patchscaler.sampling import alphas_cumprod
 from patchscaler.training.data import ImageBank

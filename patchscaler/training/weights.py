@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from patchscaler.checkpoints import write_checksums
+from patchscaler.loading import write_checksums
 from patchscaler.models import GRM, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory, load_autoencoder
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.training import autoencoder, build_memory, grm, patch_dit, texture_classifier

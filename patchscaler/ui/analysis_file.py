@@ -23,7 +23,7 @@ from patchscaler.figures import preview_size
 from patchscaler.images import OUTPUT_PER_INPUT, Limits, Picture, bicubic
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Analysis, Restored
+from patchscaler.results import Analysis, Restored
 
 FORMAT = "PatchScaler analysis 2"
 STAGES = ("encode", "restore", "retrieve", "decode")

@@ -20,11 +20,11 @@ from torch import Tensor, empty, tensor
 
 import patchscaler
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
 from patchscaler.images import Picture, write_png
 from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import SCALE
-from patchscaler.records import Result
+from patchscaler.plan import GROUPS, SamplingPlan, assign
+from patchscaler.results import Result
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import new_folder, save_final, stem
 from patchscaler.ui.html import explain, shortened

@@ -12,9 +12,9 @@ from zipfile import ZIP_STORED, ZipFile
 import gradio as gr
 from PIL import Image
 
-from patchscaler.grouping import GROUPS
 from patchscaler.images import to_pil
-from patchscaler.records import Progress, Result
+from patchscaler.plan import GROUPS
+from patchscaler.results import Progress, Result
 from patchscaler.ui import html
 from patchscaler.ui.export import new_folder, save_final, save_preview, stem
 from patchscaler.ui.html import explain, visible_error

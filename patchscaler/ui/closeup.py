@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import Picture, to_pil
 from patchscaler.patches import LATENT_PIXELS, Patch
+from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui import html
 from patchscaler.ui.export import save_preview
 from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, checked_choice, whole_pictures

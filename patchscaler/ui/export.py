@@ -16,9 +16,9 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import SamplingPlan, assign
 from patchscaler.images import Picture, read_png_text, to_pil, write_png
-from patchscaler.records import Analysis, Result
+from patchscaler.plan import SamplingPlan, assign
+from patchscaler.results import Analysis, Result
 from patchscaler.ui import html
 from patchscaler.ui.html import visible_error
 from patchscaler.ui.state import (

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.figures import GROUP_COLORS
-from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.images import ImageError
 from patchscaler.making import NotFiniteError
 from patchscaler.patches import PatchGrid
-from patchscaler.records import Progress, Result
+from patchscaler.plan import GROUPS, SamplingPlan
+from patchscaler.results import Progress, Result
 from patchscaler.ui.jobs import JobError
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from gradio.context import LocalContext
 
+from patchscaler.cancellation import answering
 from patchscaler.images import limit_from_environment
-from patchscaler.interrupts import answering
 
 log = logging.getLogger(__name__)
 

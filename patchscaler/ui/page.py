@@ -9,8 +9,8 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
 from patchscaler.figures import GROUP_COLORS
-from patchscaler.grouping import GROUPS, SamplingPlan
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.ui import closeup, events, html, server
 from patchscaler.ui.api import Endpoints
 from patchscaler.ui.jobs import Jobs

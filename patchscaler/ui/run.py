@@ -12,12 +12,12 @@ from typing import Any
 
 import gradio as gr
 
-from patchscaler.devices import most_at_once
-from patchscaler.grouping import SamplingPlan
+from patchscaler.device import most_at_once
 from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Analysis, Partial, Progress, Restored, Result, Sampled
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Analysis, Partial, Progress, Restored, Result, Sampled
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs, Stops

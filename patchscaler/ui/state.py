@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.figures import grey_preview
-from patchscaler.grouping import PRESETS, SamplingPlan
-from patchscaler.records import Analysis, Sampled
+from patchscaler.plan import PRESETS, SamplingPlan
+from patchscaler.results import Analysis, Sampled
 from patchscaler.ui.html import visible_error
 
 ByHand = dict[int, int]  # patch -> group

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from patchscaler.figures import qmap_overlay
-from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
-from patchscaler.records import Sampled
+from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
+from patchscaler.results import Sampled
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.state import (
     CUSTOM,

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.figures import priors_sheet
-from patchscaler.grouping import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.images import Picture
 from patchscaler.models import decode_latents
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.records import Analysis, Progress, Restored, Result, Sampled
+from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
+from patchscaler.results import Analysis, Progress, Restored, Result, Sampled
 from patchscaler.ui.html import explain
 
 REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten

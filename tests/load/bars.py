@@ -145,7 +145,7 @@ def main(parts: list[str]) -> None:
                 {"regroup": regroup, "coarse": coarse}[part](Path(folder))
                 continue
             if runner is None:
-                from patchscaler.checkpoints import load_pipeline
+                from patchscaler.loading import load_pipeline
                 from patchscaler.ui.run import Runner
 
                 runner = Runner(load_pipeline(WEIGHTS))

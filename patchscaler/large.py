@@ -18,13 +18,13 @@ from torch import Tensor
 
 import patchscaler
 from patchscaler.color import REACH, wavelet_color_fix
-from patchscaler.devices import Stopwatch, advising
-from patchscaler.grouping import GROUPS, SamplingPlan, assign
+from patchscaler.device import Stopwatch, advising
 from patchscaler.images import Picture, bicubic, to_pil
 from patchscaler.making import require_finite
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
 from patchscaler.pipeline import SCALE, STAGES, PatchScalerPipeline
-from patchscaler.records import GroupReport
+from patchscaler.plan import GROUPS, SamplingPlan, assign
+from patchscaler.results import GroupReport
 from patchscaler.sampling import Patches, make_batches
 from patchscaler.tiles import Local
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 
-from patchscaler.devices import pick_device, pick_dtype
+from patchscaler.device import pick_device, pick_dtype
 from patchscaler.pipeline import PatchScalerPipeline
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "assets" / "weights" / "compact"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchscaler import devices
+from patchscaler import device
 
 
 @pytest.mark.parametrize(
@@ -20,46 +20,46 @@ def test_auto_takes_the_best_there_is(monkeypatch, name, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)  # it may not be there
-    assert devices.pick_device(name) == torch.device(expected)
+    assert device.pick_device(name) == torch.device(expected)
 
 
 def test_a_named_device_is_taken_as_it_is():
-    assert devices.pick_device("cpu") == torch.device("cpu")
+    assert device.pick_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["bogus", "", "cuda:99", "cpu:x"])
 def test_unknown_and_missing_devices_are_refused(name):
     with pytest.raises(ValueError, match=f"device '{name}'"):
-        devices.pick_device(name)
+        device.pick_device(name)
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_cuda_takes_bf16_where_the_gpu_has_it(monkeypatch, bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    assert devices.pick_dtype(torch.device("cuda")) is expected
+    assert device.pick_dtype(torch.device("cuda")) is expected
 
 
 def test_mps_takes_float32():
-    assert devices.pick_dtype(torch.device("mps")) is torch.float32
+    assert device.pick_dtype(torch.device("mps")) is torch.float32
 
 
 @pytest.mark.parametrize("named", ["avx512_bf16", "amx_tile"])
 def test_a_cpu_takes_bf16_if_it_has_instructions_for_it(monkeypatch, named):
     for name in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == named, raising=False)
-    assert devices.pick_dtype(torch.device("cpu")) is torch.bfloat16
+    assert device.pick_dtype(torch.device("cpu")) is torch.bfloat16
     monkeypatch.setattr(torch.cpu, f"_is_{named}_supported", lambda: False)
-    assert devices.pick_dtype(torch.device("cpu")) is torch.float32
+    assert device.pick_dtype(torch.device("cpu")) is torch.float32
     for name in ("avx512_bf16", "amx_tile"):  # as in a torch that cannot be asked
         monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
-    assert devices.pick_dtype(torch.device("cpu")) is torch.float32
+    assert device.pick_dtype(torch.device("cpu")) is torch.float32
 
 
 def test_the_precision_is_that_of_the_processor_however_slow_it_is_today(monkeypatch):
-    first = devices.pick_dtype(torch.device("cpu"))
+    first = device.pick_dtype(torch.device("cpu"))
     slow = F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *args, **options: time.sleep(0.2) or slow(*args, **options))
-    assert devices.pick_dtype(torch.device("cpu")) is first
+    assert device.pick_dtype(torch.device("cpu")) is first
     flags = Path("/proc/cpuinfo")
     if flags.exists() and "x86" in platform.machine():
         has = "avx512_bf16" in flags.read_text() or "amx_tile" in flags.read_text()
@@ -69,15 +69,15 @@ def test_the_precision_is_that_of_the_processor_however_slow_it_is_today(monkeyp
 def test_a_precision_is_taken_by_name_from_the_call_or_the_environment(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setenv("PATCHSCALER_DTYPE", "float16")
-    assert devices.pick_dtype(cpu) is torch.float16
-    assert devices.pick_dtype(cpu, "float32") is torch.float32  # what is asked for comes first
+    assert device.pick_dtype(cpu) is torch.float16
+    assert device.pick_dtype(cpu, "float32") is torch.float32  # what is asked for comes first
     monkeypatch.setenv("PATCHSCALER_DTYPE", "float8")
     with pytest.raises(ValueError, match="dtype 'float8' is none of auto, float32, bfloat16, float16"):
-        devices.pick_dtype(cpu)
+        device.pick_dtype(cpu)
 
 
 def test_a_stopwatch_adds_up_stages_and_drops_what_is_none():
-    clock = devices.Stopwatch(torch.device("cpu"), "a", "b")
+    clock = device.Stopwatch(torch.device("cpu"), "a", "b")
     for stage in ("a", None, "b", "a"):
         time.sleep(0.02)
         assert clock.lap(stage) >= 0.02
@@ -87,5 +87,5 @@ def test_a_stopwatch_adds_up_stages_and_drops_what_is_none():
 def test_a_stopwatch_waits_for_devices_other_than_the_cpu(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
-    devices.Stopwatch(torch.device("meta")).lap()
+    device.Stopwatch(torch.device("meta")).lap()
     assert waits == [torch.device("meta")] * 2  # at its start and at the lap

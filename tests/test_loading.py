@@ -10,11 +10,11 @@ from conftest import make_tiny_pipeline
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from patchscaler import checkpoints
-from patchscaler.checkpoints import CHECKSUMS, CheckpointError, load_pipeline, write_checksums
-from patchscaler.grouping import SamplingPlan
+from patchscaler import loading
 from patchscaler.images import Picture
+from patchscaler.loading import CHECKSUMS, CheckpointError, load_pipeline, write_checksums
 from patchscaler.pipeline import PatchScalerPipeline
+from patchscaler.plan import SamplingPlan
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 500, 900), steps=(1, 2, 3))
 PICTURE = Picture(torch.linspace(-1, 1, 3 * 33 * 34).view(3, 33, 34))
@@ -92,7 +92,7 @@ def test_half_precision_files_load_in_any_dtype(tmp_path, tiny_pipeline):
 
 
 def test_device_and_dtype_are_picked(saved, monkeypatch):
-    monkeypatch.setattr(checkpoints, "pick_dtype", lambda device, name: torch.float32)
+    monkeypatch.setattr(loading, "pick_dtype", lambda device, name: torch.float32)
     pipeline = load_pipeline(str(saved))
     assert pipeline.transformer.dtype == torch.float32
     with pytest.raises(ValueError, match="nonsense"):
@@ -230,7 +230,7 @@ def test_hub_ids_are_downloaded(saved, monkeypatch):
         asked.update(options, source=source)
         return str(saved)
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    monkeypatch.setattr(loading, "snapshot_download", download)
     assert isinstance(load("someone/patchscaler"), PatchScalerPipeline)
     assert asked == {"source": "someone/patchscaler", "allow_patterns": ["*.json", "*.safetensors", CHECKSUMS]}
 
@@ -243,7 +243,7 @@ def test_neither_folder_nor_hub_id(tmp_path, monkeypatch):
     def fail(source, **options):
         raise FileNotFoundError("offline")
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
+    monkeypatch.setattr(loading, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match="someone/else is no folder.*offline"):
         load("someone/else")
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import make_tiny_pipeline
 
-from patchscaler.batches import makespan, place, sample_on_several
-from patchscaler.devices import fitting_batch
-from patchscaler.grouping import SamplingPlan
-from patchscaler.records import Progress
+from patchscaler.device import fitting_batch
+from patchscaler.plan import SamplingPlan
+from patchscaler.results import Progress
 from patchscaler.sampling import Batch, Patches, make_batches, sample_batches
+from patchscaler.several import makespan, place, sample_on_several
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 400, 600), steps=(2, 4, 6))
 HARD = 2

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from patchscaler.grouping import GROUPS, PRESETS, SamplingPlan, assign
+from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign
 
 
 def test_paper_plan_is_the_papers():

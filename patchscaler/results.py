@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import patchscaler
-from patchscaler.grouping import SamplingPlan
 from patchscaler.images import Picture
 from patchscaler.patches import PatchGrid
+from patchscaler.plan import SamplingPlan
 from patchscaler.retrieval import Priors
 
 
