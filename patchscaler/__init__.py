@@ -5,8 +5,7 @@ from patchscaler.loading import CheckpointError, load_pipeline
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
 from patchscaler.results import Progress, Result
-
-__version__ = "0.1.0"
+from patchscaler.version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +15,7 @@ __all__ = [
     "Progress",
     "Result",
     "SamplingPlan",
+    "__version__",
     "load_pipeline",
     "read_picture",
     "to_pil",

@@ -1,4 +1,4 @@
-"""Long loops ask here, piece by piece, whether their work is still wanted; whoever started the work answers."""
+"""Cancellation: long loops ask here, piece by piece, whether they may go on; whoever runs them has set the answer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_answer: ContextVar[Callable[[], None] | None] = ContextVar("answer", default=None)
+_check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
 
 
 @contextmanager
-def answering(answer: Callable[[], None]) -> Iterator[None]:
-    """In this block, and in this thread only, `still_wanted` is answered: by an exception if the work is to end."""
-    token = _answer.set(answer)
+def cancellable(check: Callable[[], None]) -> Iterator[None]:
+    """In this block, and in this thread only, `check_cancelled` calls ``check``, which raises if the work is to end."""
+    token = _check.set(check)
     try:
         yield
     finally:
-        _answer.reset(token)
+        _check.reset(token)
 
 
-def still_wanted() -> None:
-    """Raises what the answer raises. Without anybody to answer, work goes on."""
-    answer = _answer.get()
-    if answer:
-        answer()
+def check_cancelled() -> None:
+    """Raises what the check raises. Without one, work goes on."""
+    check = _check.get()
+    if check:
+        check()

@@ -27,7 +27,7 @@ from patchscaler.images import (
     read_picture,
     write_png,
 )
-from patchscaler.large import Bands
+from patchscaler.large import Bands, write_tiff
 from patchscaler.loading import CheckpointError, load_pipeline
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.pipeline import PatchScalerPipeline
@@ -230,8 +230,6 @@ def _upscale_large(
     pipeline: PatchScalerPipeline, source: Path, output: Path, plan: SamplingPlan, args: argparse.Namespace
 ) -> dict:
     """`_upscale` in bands, which are written as they come. Stages are not kept."""
-    from patchscaler.tiff import write_tiff  # here, because it needs an extra
-
     began = time.perf_counter()
     picture = read_picture(source, LARGE_PIXELS)
     for note in picture.notes:

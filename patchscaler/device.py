@@ -119,12 +119,12 @@ def halving(run: Callable[[int], Value], size: int, least: int, device: torch.de
                 raise
         release(device)  # here the error, which held what `run` had made, is gone
         size = max(least, size // 2)
-    with advising(device):
+    with out_of_memory_errors(device):
         return run(size)
 
 
 @contextmanager
-def advising(device: torch.device) -> Iterator[None]:
+def out_of_memory_errors(device: torch.device) -> Iterator[None]:
     """Turn what says that memory ran out into OutOfMemory, which says what helps."""
     try:
         yield
@@ -135,17 +135,17 @@ def advising(device: torch.device) -> Iterator[None]:
         raise out_of_memory(device) from None
 
 
-def advised(method: Callable) -> Callable:
-    """`advising` for a method, or for a generator, of a pipeline and its device."""
+def raises_out_of_memory(method: Callable) -> Callable:
+    """`out_of_memory_errors` for a method, or for a generator, of a pipeline and its device."""
 
     @wraps(method)
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        with advising(self._execution_device):
+        with out_of_memory_errors(self._execution_device):
             return method(self, *args, **options)
 
     @wraps(method)
     def iterate(self: Any, *args: Any, **options: Any) -> Iterator[Any]:
-        with advising(self._execution_device):
+        with out_of_memory_errors(self._execution_device):
             yield from method(self, *args, **options)
 
     return iterate if isgeneratorfunction(method) else call

@@ -1,13 +1,17 @@
 """Pictures of any size, from top to bottom: memory is that of a band, and the pixels are those of a whole run.
 
+They may be written as tiled TIFF while they are made.
+
 Each stage makes the rows that the next one asks for, and forgets those that nobody will ask for again.
 C channels, H W pixels of the upscaled picture, h w latents, N patches, R rows, V patch side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
@@ -16,21 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import patchscaler
 from patchscaler.color import REACH, wavelet_color_fix
-from patchscaler.device import Stopwatch, advising
+from patchscaler.device import Stopwatch, out_of_memory_errors
 from patchscaler.images import Picture, bicubic, to_pil
-from patchscaler.making import require_finite
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
-from patchscaler.pipeline import SCALE, STAGES, PatchScalerPipeline
+from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
-from patchscaler.results import GroupReport
+from patchscaler.results import STAGES, GroupReport, describe_run, require_finite
 from patchscaler.sampling import Patches, make_batches
 from patchscaler.tiles import Local
 
 BAND = 64  # cells, of 8 pixels, that a stage makes at once
 PATCHES = 256  # at least as many are sampled at once, to fill batches
 NOISE = 2**20  # values drawn at once
+TIFF_TILE = 256  # pixels along the side of a tile of a file
 MARGIN = 4  # rows of the input, more than bicubic interpolation looks away
 
 
@@ -90,7 +93,7 @@ class Bands:
     @torch.inference_mode()
     def __iter__(self) -> Iterator[np.ndarray]:
         """Bands RxWx3 or RxWx4 of 8 bits. Raises OutOfMemory and, for NaN, RuntimeError."""
-        with advising(self.device), TemporaryFile() as noise:
+        with out_of_memory_errors(self.device), TemporaryFile() as noise:
             self._draw(noise)
             upscaled = Rows(LATENT_PIXELS * self.grid.height, self._upscaled)
             encoded = self._stage("encode", self.pipeline.encoding, upscaled, 3)
@@ -105,20 +108,10 @@ class Bands:
 
     def report(self) -> dict:
         """As that of a Result."""
-        groups = zip(GROUPS, self.counts, self.plan.start, self.plan.steps, self.spent, strict=True)
-        return {
-            "version": patchscaler.__version__,
-            "plan": asdict(self.plan),
-            "seed": self.seed,
-            "color_fix": self.color_fix,
-            "device": str(self.device),
-            "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
-            "groups": [
-                asdict(GroupReport(name, count, start, steps, count * steps, seconds))
-                for name, count, start, steps, seconds in groups
-            ],
-            "stages": self.seconds,
-        }
+        evaluations = [steps * count for steps, count in zip(self.plan.steps, self.counts, strict=True)]
+        groups = [*map(GroupReport, GROUPS, self.counts, self.plan.start, self.plan.steps, evaluations, self.spent)]
+        dtype = str(self.pipeline.transformer.dtype).removeprefix("torch.")
+        return describe_run(self.plan, self.seed, self.color_fix, str(self.device), dtype, groups, self.seconds)
 
     def _upscaled(self, first: int) -> Tensor:
         """Rows of the bicubic picture, filled up to the size of the grid: 3xRx8w."""
@@ -227,3 +220,56 @@ def _bicubic_rows(image: Tensor, first: int, last: int) -> Tensor:
     top = max(0, first // SCALE - MARGIN)
     rows = bicubic(image[None, :, top : -(-last // SCALE) + MARGIN], SCALE)[0]
     return rows[:, first - SCALE * top : last - SCALE * top]
+
+
+def write_tiff(
+    bands: Iterable[np.ndarray], path: str | Path, shape: tuple[int, int, int], description: str = ""
+) -> Path:
+    """Write bands of rows RxWxS of 8 bits, from top to bottom, as one TIFF of HxWxS, and return its path.
+
+    S is 3 for RGB or 4 for RGBA. Tiles are compressed without loss; above 2 GB the file is a BigTIFF. It appears whole
+    or not at all: it is written beside its place and then renamed. Whatever ``bands`` raise ends the writing.
+    """
+    import tifffile  # here, because it is an extra
+
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with tifffile.TiffWriter(temporary, bigtiff=np.prod(shape, dtype=np.int64) > 2**31) as file:
+            file.write(
+                _tiles(bands, shape[1]),
+                shape=shape,
+                dtype=np.uint8,
+                tile=(TIFF_TILE, TIFF_TILE),
+                photometric="rgb",
+                extrasamples=["unassalpha"] if shape[2] == 4 else None,
+                compression="zlib",
+                predictor=True,
+                description=description,
+                metadata=None,
+                software="PatchScaler",
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _tiles(bands: Iterable[np.ndarray], width: int) -> Iterator[np.ndarray]:
+    """Tiles from left to right and from top to bottom. Those at the right and the bottom are filled up with zeros."""
+    waiting: list[np.ndarray] = []
+
+    def cut(rows: np.ndarray) -> Iterator[np.ndarray]:
+        for left in range(0, width, TIFF_TILE):
+            tile = rows[:, left : left + TIFF_TILE]
+            yield np.pad(tile, [(0, TIFF_TILE - tile.shape[0]), (0, TIFF_TILE - tile.shape[1]), (0, 0)])
+
+    for band in bands:
+        waiting.append(band)
+        while sum(map(len, waiting)) >= TIFF_TILE:
+            rows = np.concatenate(waiting)
+            waiting = [rows[TIFF_TILE:].copy()]
+            yield from cut(rows[:TIFF_TILE])
+    rows = np.concatenate(waiting)
+    if len(rows):
+        yield from cut(rows)

@@ -18,12 +18,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.cancellation import still_wanted
+from patchscaler.cancellation import check_cancelled
 from patchscaler.color import wavelet_color_fix
-from patchscaler.device import Stopwatch, advised, fitting_batch, halving
+from patchscaler.device import Stopwatch, fitting_batch, halving, raises_out_of_memory
 from patchscaler.figures import priors_sheet
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
-from patchscaler.making import require_finite
 from patchscaler.models import (
     GRM,
     PatchDiT,
@@ -35,7 +34,17 @@ from patchscaler.models import (
 )
 from patchscaler.patches import LATENT_PIXELS, PatchGrid, merge, split
 from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
-from patchscaler.results import Analysis, GroupReport, Partial, Progress, Restored, Result, Sampled
+from patchscaler.results import (
+    STAGES,
+    Analysis,
+    GroupReport,
+    Partial,
+    Progress,
+    Restored,
+    Result,
+    Sampled,
+    require_finite,
+)
 from patchscaler.retrieval import Priors, retrieve
 from patchscaler.sampling import (
     Batch,
@@ -51,7 +60,6 @@ from patchscaler.several import sample_on_several
 from patchscaler.tiles import Local, tiled
 
 SCALE = 4
-STAGES = ("encode", "restore", "retrieve", "refine", "decode", "color")
 TILE = 256  # cells along the side of a tile: of 2048 pixels
 LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
 
@@ -140,7 +148,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         return result
 
     @torch.inference_mode()
-    @advised
+    @raises_out_of_memory
     def analyze(self, picture: Picture, batch_size: int | None = None) -> Analysis:
         """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
@@ -185,7 +193,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         )
 
     @torch.inference_mode()
-    @advised
+    @raises_out_of_memory
     def refine(
         self,
         analysis: Restored,
@@ -341,7 +349,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         found, prompts = [], []
         for batch in patches.split(batch_size):
-            still_wanted()
+            check_cancelled()
             queries = self.texture_classifier.features(batch)  # NxD
             priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
             prompts.append(self.texture_encoder(priors.values, priors.similarities, batch).float())  # NxLxD

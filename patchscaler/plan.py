@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, fields
 
 from torch import Tensor
 
-from patchscaler.models.patch_dit import MAX_TIMESTEP
-
 GROUPS = ("simple", "medium", "hard")
+MAX_TIMESTEP = 1000  # of the diffusion
 
 
 def _check_group_values(name: str, values: tuple[int, ...], limits: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the pipeline knows of a picture, tells while it works, and gives back. All of it is on the CPU and pickles.
+"""What the pipeline's methods return and yield. All of it is on the CPU and pickles.
 
 N patches, C channels, H W pixels, h w latents, V patch side, L tokens, D width.
 """
@@ -6,16 +6,29 @@ N patches, C channels, H W pixels, h w latents, V patch side, L tokens, D width.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-import patchscaler
 from patchscaler.images import Picture
 from patchscaler.patches import PatchGrid
 from patchscaler.plan import SamplingPlan
 from patchscaler.retrieval import Priors
+from patchscaler.version import __version__
+
+STAGES = ("encode", "restore", "retrieve", "refine", "decode", "color")
+
+
+class NotFiniteError(RuntimeError):
+    """The networks gave NaN or infinity; the message says where."""
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """Raise NotFiniteError, which calls them ``name``, if values are NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise NotFiniteError(f"{name} has values that are NaN or infinite; try dtype=torch.float32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +137,7 @@ class Result:
 
     def png_text(self) -> dict[str, str]:
         """What the lossless PNG carries in its text chunks, for `write_png`."""
-        software = f"PatchScaler {patchscaler.__version__}"
+        software = f"PatchScaler {__version__}"
         text = {"Software": software, "plan": self.plan.to_json(), "seed": str(self.seed)}
         if not self.color_fix:
             text["color_fix"] = "off"
@@ -134,13 +147,28 @@ class Result:
 
     def report(self) -> dict:
         """Everything but the pixels, as values that JSON can hold."""
-        return {
-            "version": patchscaler.__version__,
-            "plan": asdict(self.plan),
-            "seed": self.seed,
-            "color_fix": self.color_fix,
-            "device": self.device,
-            "dtype": self.dtype,
-            "groups": [asdict(group) for group in self.groups],
-            "stages": self.seconds,
-        }
+        return describe_run(
+            self.plan, self.seed, self.color_fix, self.device, self.dtype, self.groups, self.seconds
+        )
+
+
+def describe_run(
+    plan: SamplingPlan,
+    seed: int,
+    color_fix: bool,
+    device: str,
+    dtype: str,
+    groups: Sequence[GroupReport],
+    seconds: dict[str, float],
+) -> dict:
+    """A run as values that JSON can hold."""
+    return {
+        "version": __version__,
+        "plan": asdict(plan),
+        "seed": seed,
+        "color_fix": color_fix,
+        "device": device,
+        "dtype": dtype,
+        "groups": [asdict(group) for group in groups],
+        "stages": seconds,
+    }

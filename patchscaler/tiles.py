@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from patchscaler.cancellation import still_wanted
+from patchscaler.cancellation import check_cancelled
 
 PROBE = (4, 160)  # cells of the strip on which a reach is measured
 ALIGN = 4  # pieces begin at multiples of this many cells, so that a network that halves sees whole pairs
@@ -67,7 +67,7 @@ def tiled(local: Local, values: Tensor, side: int) -> Tensor:
     for top, bottom in pieces(height, side):
         for left, right in pieces(width, side):
             first, last = max(0, top - reach), min(height, bottom + reach)
-            still_wanted()
+            check_cancelled()
             start, end = max(0, left - reach), min(width, right + reach)
             tile = local.run(values[..., _pixels(first, last, local.before), _pixels(start, end, local.before)])
             if whole is None:

@@ -19,7 +19,7 @@ from corpus import encoded, noise
 from PIL import Image
 from service import QUICK, SLOW, Service, serving
 
-from patchscaler.cancellation import still_wanted
+from patchscaler.cancellation import check_cancelled
 from patchscaler.plan import SamplingPlan
 from patchscaler.ui import jobs as jobs_module
 from patchscaler.ui.events import WAITING
@@ -157,9 +157,9 @@ def test_a_large_picture_is_given_up_between_its_tiles(service, image, monkeypat
 
     def slowly_asked() -> None:
         asked.append(time.sleep(0.1))
-        still_wanted()
+        check_cancelled()
 
-    monkeypatch.setattr("patchscaler.tiles.still_wanted", slowly_asked)
+    monkeypatch.setattr("patchscaler.tiles.check_cancelled", slowly_asked)
     monkeypatch.setattr("patchscaler.pipeline.TILE", 4)  # cells: 25 tiles in each of three stages
     event = service.begin(image=image).json()["event_id"]
     with service.web.stream("GET", f"/gradio_api/call/v2/upscale/{event}"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from patchscaler.__main__ import main
 from patchscaler.images import read_picture
-from patchscaler.tiff import write_tiff
+from patchscaler.large import write_tiff
 
 
 def levels(*shape: int) -> np.ndarray:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 # Imports run downwards only. Parts on one floor may import each other, except the four at the top.
 FLOORS = [
-    {"images", "color", "patches", "device", "figures", "cancellation", "tiles", "tiff", "making"},
+    {"version", "images", "color", "patches", "device", "figures", "cancellation", "tiles", "plan"},
     {"models"},
-    {"plan", "sampling", "retrieval", "adapters"},
+    {"sampling", "retrieval", "adapters"},
     {"pipeline", "results", "loading", "options", "cluster", "several", "large"},
     {"ui", "cli", "training", "evaluation"},
 ]

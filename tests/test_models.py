@@ -37,12 +37,17 @@ def _autoencoder() -> tuple:
 def _grm() -> tuple:
     model = GRM(C, (8, 16), (1, 1, 1))
     torch.nn.init.normal_(model.restore.weight, std=0.1)
-    return model, lambda m: m(_random(2, C, 5, 7)).latents
+
+    def run(m: GRM) -> torch.Tensor:
+        output = m(_random(2, C, 5, 7))
+        return torch.cat([output.latents, output.confidence_logits.to(output.latents.dtype)], dim=1)
+
+    return model, run
 
 
 def _patch_dit() -> tuple:
     model = PatchDiT(C, V, 2, 32, 2, 2, 16)
-    for layer in (model.modulation, model.final, model.blocks[0].cross_out):  # leave the identity behind
+    for layer in (model.modulation, model.final, *(block.cross_out for block in model.blocks)):  # not the identity
         torch.nn.init.normal_(layer.weight, std=0.1)
     times = torch.tensor([1, 400, 1000])
     return model, lambda m: m(_random(N, C, V, V), _random(N, C, V, V), times, _random(N, 6, 16))
@@ -100,8 +105,15 @@ def test_every_parameter_gets_a_gradient(case):
     model, run = case
     if list(model.parameters()):  # the memory has none
         run(model.train()).float().square().sum().backward()
-    idle = {name for name, p in model.named_parameters() if p.grad is None}
-    assert idle <= {"null_prompt"} | {name for name in idle if name.startswith("judge")}
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert idle == ({"null_prompt"} if isinstance(model, PatchDiT) else set())
+
+
+def test_the_token_of_no_prompt_gets_a_gradient_where_there_is_no_prompt():
+    model, _ = _patch_dit()
+    y0 = _random(N, C, V, V)
+    model(y0, y0, torch.tensor([5]), None).square().sum().backward()
+    assert model.null_prompt.grad.any()
 
 
 def test_autoencoder_refuses_sizes_off_the_grid():

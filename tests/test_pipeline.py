@@ -5,8 +5,10 @@ import json
 import pickle
 import re
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -465,6 +467,24 @@ def test_a_schedule_that_patch_dit_was_not_trained_with_is_refused(tiny_pipeline
     swapped.scheduler = scaled
     with pytest.raises(ValueError, match=said):
         swapped(Picture(torch.zeros(3, 8, 8)), PLAN)
+
+
+# How it is built
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_from_refine_to_patch_dit_there_are_four_calls(picture, scheduler):
+    """refine -> sample_batches -> the solver -> predict -> forward, which whoever reads the method has to follow."""
+    pipeline = make_tiny_pipeline()
+    pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
+    analysis, stacks = pipeline.analyze(picture), []
+    pipeline.transformer.register_forward_pre_hook(lambda *_: stacks.append(traceback.extract_stack()))
+    run(pipeline, analysis, PLAN)
+    home = Path(patchscaler.__file__).parent
+    for stack in stacks:
+        ours = [frame for frame in stack if home in Path(frame.filename).parents]
+        calls = ours[[frame.name for frame in ours].index("refine") :]
+        assert len(calls) <= 4 and {Path(call.filename).name for call in calls} == {"pipeline.py", "sampling.py"}
 
 
 # Devices that have less

@@ -17,6 +17,12 @@ def dpm(**options):
     return DPMSolverMultistepScheduler(prediction_type="sample", **options)
 
 
+def noised(x0, noise, t, scheduler):
+    """Eq. 4, by diffusers' own schedule."""
+    abar = scheduler.alphas_cumprod[t - 1]
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
 def sample(*args):
     *_, (_, x0) = denoise(*args)
     return x0
@@ -69,11 +75,10 @@ def test_shortcut_start_is_eq6():
 def test_oracle_keeps_every_intermediate_on_the_path(scheduler, start, steps):
     """With the true x0 predicted and y0 = x0, x_t = sqrt(abar) x0 + sqrt(1 - abar) noise at every t."""
     x0, noise, _ = draws()
-    alphas = alphas_cumprod(scheduler)
     asked = []
 
     def oracle(x_t, t):
-        torch.testing.assert_close(x_t, shortcut_start(x0, noise, t, alphas), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(x_t, noised(x0, noise, t, scheduler), atol=2e-4, rtol=1e-4)
         asked.append(t)
         return x0
 
@@ -86,14 +91,13 @@ def test_ddim_from_a_coarse_start_keeps_the_implied_noise():
     """From y0 != x0 the first step sees another noise; DDIM then keeps exactly that one."""
     x0, noise, y0 = draws()
     scheduler = ddim()
-    alphas = alphas_cumprod(scheduler)
-    abar = alphas[699].item()
-    implied = (shortcut_start(y0, noise, 700, alphas) - abar**0.5 * x0) / (1 - abar) ** 0.5
+    abar = scheduler.alphas_cumprod[699].item()
+    implied = (noised(y0, noise, 700, scheduler) - abar**0.5 * x0) / (1 - abar) ** 0.5
     times = timesteps(700, 14)
     for k, (prediction, x_next) in enumerate(denoise(lambda x_t, t: x0, y0, noise, 700, 14, scheduler)):
         assert torch.equal(prediction, x0)
         if k + 1 < 14:
-            expected = shortcut_start(x0, implied, times[k + 1], alphas)
+            expected = noised(x0, implied, times[k + 1], scheduler)
             torch.testing.assert_close(x_next, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -104,8 +108,7 @@ def test_dpm_solver_is_diffusers_at_every_step(start, steps, betas):
     scheduler, theirs = dpm(**betas), dpm(**betas)
     times = timesteps(start, steps)
     theirs.set_timesteps(timesteps=[t - 1 for t in times])
-    abar = theirs.alphas_cumprod[start - 1]
-    x_t = abar.sqrt() * y0 + (1 - abar).sqrt() * noise
+    x_t = noised(y0, noise, start, theirs)
 
     def predict(x_t, t):
         return torch.tanh(x_t) * (1 - t / 2000) + t / 5000
@@ -127,12 +130,12 @@ def test_one_step_is_one_evaluation_at_t(scheduler):
 
     def predict(x_t, t):
         asked.append(t)
-        torch.testing.assert_close(x_t, shortcut_start(y0, noise, 700, scheduler.alphas_cumprod))
+        torch.testing.assert_close(x_t, noised(y0, noise, 700, scheduler))
         return x_t + 1
 
     ((x0, result),) = denoise(predict, y0, noise, 700, 1, scheduler)
     assert asked == [700] and torch.equal(x0, result)
-    torch.testing.assert_close(result, shortcut_start(y0, noise, 700, scheduler.alphas_cumprod) + 1)
+    torch.testing.assert_close(result, noised(y0, noise, 700, scheduler) + 1)
 
 
 def test_the_second_order_is_the_better_solver():

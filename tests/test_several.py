@@ -179,5 +179,5 @@ def test_patch_dit_is_one_graph_for_batches_of_any_size(tiny_pipeline):
 def test_a_gpus_batch_is_as_large_as_its_free_memory_allows(monkeypatch):
     gpu, free = torch.device("cuda"), 10**9
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
-    assert fitting_batch(gpu, 10**6) == 500 and fitting_batch(gpu, 1) == 1024 and fitting_batch(gpu, 10**9) == 1
-    assert fitting_batch(torch.device("cpu"), 10**12) == 64
+    assert fitting_batch(gpu, 10**6) == 500 and fitting_batch(gpu, 10**9) == 1  # in half of it, and at least one
+    assert 500 < fitting_batch(gpu, 1) < free // 2  # more would gain nothing

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_2d_sincos_pos_emb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_TIMESTEP = 1000  # of the diffusion
+TIMESTEPS = 1000  # of the noise schedule that the filter holds
 PromptKeys = list[tuple[Tensor, Tensor]]
 
 
@@ -54,8 +54,8 @@ class PatchDiT(ModelMixin, ConfigMixin):
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, 2 * channels * patch**2)  # what is added, and m
         self.null_prompt = nn.Parameter(torch.zeros(1, 1, prompt_width))
-        self.register_buffer("gain", torch.zeros(MAX_TIMESTEP, channels))  # g_t of each channel, for t = 1…1000
-        self.register_buffer("signal", torch.zeros(MAX_TIMESTEP))  # √ᾱ_t
+        self.register_buffer("gain", torch.zeros(TIMESTEPS, channels))  # g_t of each channel, for t = 1…1000
+        self.register_buffer("signal", torch.zeros(TIMESTEPS))  # √ᾱ_t
         self._zero_init()
 
     def _zero_init(self) -> None:

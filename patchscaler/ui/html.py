@@ -16,10 +16,9 @@ from torch import Tensor
 
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.images import ImageError
-from patchscaler.making import NotFiniteError
 from patchscaler.patches import PatchGrid
 from patchscaler.plan import GROUPS, SamplingPlan
-from patchscaler.results import Progress, Result
+from patchscaler.results import NotFiniteError, Progress, Result
 from patchscaler.ui.jobs import JobError
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from gradio.context import LocalContext
 
-from patchscaler.cancellation import answering
+from patchscaler.cancellation import cancellable
 from patchscaler.images import limit_from_environment
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Jobs:
             last = _END
             try:
                 check()
-                with answering(check), closing(job()) as running:
+                with cancellable(check), closing(job()) as running:
                     for item in running:
                         check()
                         loop.call_soon_threadsafe(items.put_nowait, item)
