@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
+from dataclasses import replace
 
-from visitor import closeups, last, run, settings, tuner
+from PIL import Image
+from visitor import closeups, collected, last, run, settings, tuner
 
-from patchscaler.plan import GROUPS
-from patchscaler.ui.state import SessionCache
+from patchscaler.plan import GROUPS, SamplingPlan
+from patchscaler.ui.state import SessionCache, dials_of
 
 
 def groups_of(timing: str) -> dict[str, dict[str, str]]:
@@ -50,6 +53,31 @@ def test_a_group_of_which_some_patches_were_reused_says_so(runner, image, dials)
     count = int(rows["hard"]["patches"])
     assert f"{count - 1} of {count} reused" in rows["hard"]["seconds"]
     assert "reused" in rows["simple"]["seconds"] and "reused" in rows["medium"]["seconds"]
+
+
+def test_every_visitor_begins_with_the_example_that_was_run_at_start_up(runner, image, dials):
+    opening = runner.first_run(image["path"])
+    runner.cache.open_with(opening.page.source, opening.known, opening.rendered)
+    for name in ("coarse", "qmap", "priors", "final"):
+        with Image.open(opening.view[name]) as panel:
+            panel.load()
+    assert len(opening.view["compare"]) == len(opening.view["zoom"]) == 2
+    assert sum(int(row["patches"]) for row in groups_of(opening.view["timing"]).values() if row["start"]) == 9
+    paper = (*dials_of(SamplingPlan.paper()), 0)
+    for session in ("first", "second"):
+        now = replace(settings(None, paper, session=session), page=deepcopy(opening.page))
+        view = tuner(runner).regrouped(now)
+        assert "Run renders 0 of 9" in view["cost"] and view["stale"] == ""
+        assert runner.new_image(now) == {}  # as the browser tells of the image that was there from the first
+    # A visitor's own run of it is that visitor's.
+    collected(lambda now: runner.run(now, False), replace(now, seed=1))
+    for session, anew in (("first", 9), ("second", 0)):
+        other = settings(image, (*paper[:8], 1), session=session)
+        assert f"Run renders {anew} of 9" in tuner(runner).regrouped(other)["cost"]
+    # Another image leaves it behind, and it stays for the next visitor.
+    assert runner.new_image(replace(now, image={"path": "another"}))["final"] is None and not now.page.opened
+    runner.cache._known.clear()
+    assert runner.cache.get(image["path"]) is opening.known
 
 
 def test_the_cache_of_refined_patches_is_bounded(tiny_pipeline, picture, plan):
