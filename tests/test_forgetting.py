@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import runpy
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -85,6 +87,19 @@ def test_results_that_nobody_fetches_do_not_pile_up(service, monkeypatch):
         body = {"data": [None, [0.5]], "session_hash": "one", "fn_index": service.functions["regroup"]._id}
         posted(service, "queue/join", body)
     wait_until(lambda: queue.pending_messages_per_session["one"].qsize() <= server.FLOOD)
+
+
+def test_a_reader_between_two_messages_keeps_its_queue():
+    """It is empty then, and its event is over: without the queue the stream would be cut off."""
+    sessions = [str(number) for number in range(server.UNREAD + 5)]
+    queue = SimpleNamespace(
+        pending_messages_per_session={session: asyncio.Queue() for session in sessions},
+        pending_event_ids_session={session: {f"event {session}"} for session in sessions},
+        event_ids_to_events={},
+    )
+    server.forget_messages(queue)
+    assert list(queue.pending_messages_per_session) == sessions[5:]
+    assert list(queue.pending_event_ids_session) == sessions[5:]
 
 
 def test_whole_pictures_are_handled_one_at_a_time(monkeypatch):

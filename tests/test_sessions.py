@@ -37,7 +37,9 @@ def test_another_visitors_seed_evicts_nothing(runner, image, dials):
 
 
 def test_a_second_run_says_what_each_group_cost_and_that_it_was_reused(runner, image, plan, dials):
-    first, second = (groups_of(last(run(runner, image, dials), "timing")) for _ in range(2))
+    timings = [last(run(runner, image, dials), "timing") for _ in range(2)]
+    assert ["coarse reused" in timing for timing in timings] == [False, True]  # of the decoding
+    first, second = map(groups_of, timings)
     for index, name in enumerate(GROUPS):
         row = second[name]
         assert int(row["evaluations"]) == plan.steps[index] * int(row["patches"]) > 0
