@@ -230,8 +230,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         rendered = torch.ones_like(start, dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
         members = [((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))]
 
-        # 2. What all patches start from: y0, their prompts, and one noise for the whole latent, which is drawn on the
-        # CPU to be the same for every batch and device.
+        # 2. Start: y0, the prompts, and one noise for the whole latent, which is drawn on the CPU to be the same for every
+        # batch and device.
         y0 = split(analysis.latents.to(device), grid)  # NxCxVxV
         x0 = y0.clone()
         if earlier is not None:
@@ -261,7 +261,7 @@ class PatchScalerPipeline(DiffusionPipeline):
                 yield Partial(group, self._assembled(analysis, x0, color_fix, clock), sampled)
                 clock.lap()
 
-        # 4. Blend the patches, decode, and take over the colours.
+        # 4. to 6. Merge, decode and colour.
         picture = self._assembled(analysis, x0, color_fix, clock)
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
         evaluations = [plan.steps[group] * len(indices) for group, indices in enumerate(members)]
@@ -295,13 +295,14 @@ class PatchScalerPipeline(DiffusionPipeline):
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
     def _assembled(self, analysis: Restored, x0: Tensor, color_fix: bool, clock: Stopwatch) -> Picture:
-        """Patches NxCxVxV as the upscaled picture, on the CPU."""
-        # 1. Blend the overlapping patches and decode.
+        """Steps 4 to 6 of `refine`: patches NxCxVxV as the upscaled picture, on the CPU."""
+        # 4. Merge: blend the overlapping patches.
         x_hr = merge(x0, analysis.grid)  # Cxhxw
         require_finite("the refined latent", x_hr)
+        # 5. Decode.
         output = self._decoded(x_hr, *analysis.bicubic.shape[-2:])  # 3xHxW
         clock.lap("decode")
-        # 2. Take the colours and the transparency of the input.
+        # 6. Colour: take the colours and the transparency of the input.
         if color_fix:
             output = wavelet_color_fix(output[None], analysis.bicubic[None].to(output.device))[0].clamp_(-1, 1)
         require_finite("the output", output)
