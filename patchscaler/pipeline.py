@@ -230,8 +230,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         rendered = torch.ones_like(start, dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
         members = [((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))]
 
-        # 2. Start: y0, the prompts, and one noise for the whole latent, which is drawn on the CPU to be the same for every
-        # batch and device.
+        # 2. Start: y0, the prompts, and one noise for the whole latent, which is drawn on the CPU to be the same for
+        # every batch and device.
         y0 = split(analysis.latents.to(device), grid)  # NxCxVxV
         x0 = y0.clone()
         if earlier is not None:
