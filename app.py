@@ -46,12 +46,15 @@ os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"pat
 import spaces  # noqa: F401, I001  before torch: on ZeroGPU it takes hold of CUDA first
 
 from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
+from patchscaler.ui.events import WAITING
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.layout import build_page, launch_settings
+from patchscaler.ui.page import build_page, launch_settings
+from patchscaler.ui.zerogpu import zero_gpu
 
-jobs = Jobs()
-pipeline = load_pipeline(os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS))
-demo = build_page(pipeline, jobs, warm_up=True)
+jobs = Jobs(threads=WAITING if zero_gpu() else 1)  # there runs wait for devices, not for each other
+weights = os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS)
+pipeline = load_pipeline(weights)
+demo = build_page(pipeline, jobs, first=load_pipeline(weights, device="cpu") if zero_gpu() else pipeline)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is as good as Ctrl-C

@@ -92,13 +92,14 @@ def bicycle() -> np.ndarray:
     return np.array(sheet.resize((640, 416), Image.Resampling.LANCZOS))
 
 
-# Seeds chosen by eye: 1 blurs a little, 5 adds grain, 10 leaves most of the detail.
+# Seeds chosen by eye: 1 blurs a little, 4 and 9 leave hard edges, 10 leaves most of the detail. The first, the cat, the
+# photographer and the drawings have patches of all three groups.
 EXAMPLES = (
-    Example("1-astronaut", data.astronaut, seed=10),
-    Example("2-cat", data.chelsea, seed=1, scale=3),
+    Example("1-astronaut", data.astronaut, seed=4, scale=3),
+    Example("2-cat", data.chelsea, seed=4, scale=3),
     Example("3-coffee", data.coffee, seed=10),
     Example("4-rocket", data.rocket, seed=1),
-    Example("5-photographer", data.camera, seed=5),
+    Example("5-photographer", data.camera, seed=9, scale=3),
     Example("6-gravel", data.gravel, seed=10, scale=3),
     Example("7-text", text, seed=10),
     Example("8-bicycle", bicycle, seed=1),

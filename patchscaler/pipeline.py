@@ -245,6 +245,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         patches = Patches(y0, noise, prompt, x0)
         done, total, spent = 0, int(steps[rendered].sum()), [0.0] * len(GROUPS)
+        seconds = torch.zeros(len(grid), dtype=torch.float64) if earlier is None else earlier.seconds.clone()  # N
         for group, indices in enumerate(members):
             for step in self.sample(patches, make_batches(group, indices, plan, batch_size)):
                 done += step.evaluations
@@ -253,9 +254,10 @@ class PatchScalerPipeline(DiffusionPipeline):
                 if step.evaluations > 0:
                     yield Progress(group, step.step, plan.steps[group], len(step.batch), done, total)
                     clock.lap()  # the time of whoever reads the events is not ours
+            seconds[indices] = spent[group] / max(1, len(indices))
             if partial and len(indices) and done < total:
                 ready = ~rendered | (assignment <= group)  # N
-                sampled = Sampled(x0.cpu().clone(), start * ready, steps * ready, seed)
+                sampled = Sampled(x0.cpu().clone(), start * ready, steps * ready, seed, seconds.clone())
                 yield Partial(group, self._assembled(analysis, x0, color_fix, clock), sampled)
                 clock.lap()
 
@@ -273,7 +275,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             seconds={name: before.get(name, 0) + clock.seconds.get(name, 0) for name in STAGES},
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            sampled=Sampled(x0.cpu(), start, steps, seed),
+            sampled=Sampled(x0.cpu(), start, steps, seed, seconds),
             rendered=rendered,
             color_fix=color_fix,
             by_hand=dict(by_hand or {}),

@@ -18,8 +18,8 @@ from patchscaler.models import (
 )
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
-from patchscaler.ui.dials import dials_of
-from patchscaler.ui.handlers import Handlers
+from patchscaler.ui.run import Runner
+from patchscaler.ui.state import dials_of
 
 
 def make_tiny_pipeline(vae=None, channels: int = 4) -> PatchScalerPipeline:
@@ -130,9 +130,9 @@ def dials(plan):
 
 
 @pytest.fixture
-def handlers(tiny_pipeline, upload_folder):
-    """The page's handlers over random weights, with a folder of their own for results."""
-    return Handlers(tiny_pipeline)
+def runner(tiny_pipeline, upload_folder):
+    """The page's runs over random weights, with a folder of their own for results."""
+    return Runner(tiny_pipeline)
 
 
 @pytest.fixture

@@ -16,15 +16,14 @@ from gradio_client.utils import apply_diff
 
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
-from patchscaler.ui.dials import dials_of
+from patchscaler.ui.events import RUN
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.layout import build_page, launch_settings
-from patchscaler.ui.views import RunView
+from patchscaler.ui.page import build_page, launch_settings
+from patchscaler.ui.state import DIALS, dials_of
 
 QUICK = SamplingPlan(0.9, 0.1, (1, 1, 1), (1, 1, 1))
 SLOW = SamplingPlan(0.9, 0.1, (1000, 1000, 1000), (50, 50, 50))
 PATIENCE = 60  # seconds
-DIALS = ("gamma1", "gamma2", "start1", "start2", "start3", "steps1", "steps2", "steps3", "seed")  # elements
 
 
 @dataclass
@@ -130,7 +129,7 @@ class Service:
                         return
 
     def run(self, session: str, *args: Any, **given: Any) -> dict:
-        """Press Run and wait. Gives what the page shows in the end by its place in RunView, and any `error`."""
+        """Press Run and wait. Gives what the page shows in the end by its element, and any `error`."""
         answer = self.join(session, *args, **given)
         assert answer.status_code == 200, answer.text
         values, shown = None, {}
@@ -139,7 +138,7 @@ class Service:
             if message["msg"] == "process_generating":  # the first has all, the others what changed
                 changed = zip(values, output["data"]) if values else ()
                 values = [apply_diff(value, edits) for value, edits in changed] or output["data"]
-                shown |= {name: value for name, value in zip(RunView._fields, values) if not _skipped(value)}
+                shown |= {name: value for name, value in zip(RUN, values) if not _skipped(value)}
             if message["msg"] == "process_completed" and not message["success"]:
                 shown["error"] = str(output.get("error"))
         return shown

@@ -23,6 +23,7 @@ from patchscaler.images import Picture, write_png
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
+from patchscaler.ui.export import made_with
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -103,6 +104,21 @@ def test_analyze_and_refine_are_upscale_bit_by_bit(call, image, analysis, plan):
         assert pixels(other) != pixels(final)
         (name, value), = changed.items()
         assert report.get(name, report["plan"].get(name)) == value
+
+
+@pytest.mark.parametrize("endpoint", ["/upscale", "/refine"])
+def test_a_png_without_the_colour_fix_says_so_and_the_page_restores_it_as_off(
+    service, call, image, analysis, plan, endpoint
+):
+    file = {"/upscale": image, "/refine": analysis}[endpoint]
+    for color_fix, note in ((True, None), (False, "off")):
+        path, report = call(endpoint, file, **plan, seed=7, color_fix=color_fix)
+        with Image.open(path) as final:
+            assert final.text.get("color_fix") == note
+        assert report["color_fix"] is color_fix
+        # Dropped on the page, it brings its settings along.
+        made = made_with(path)
+        assert (made.seed, made.color_fix) == (7, color_fix)
 
 
 def test_a_known_image_is_analyzed_once(call, image, analyzed, monkeypatch):

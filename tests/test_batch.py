@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import tracemalloc
 import zlib
+from pathlib import Path
 from zipfile import ZipFile
 
 import gradio as gr
 import pytest
 from corpus import png
 from PIL import Image
-from visitor import VISITOR, last, run, settings
+from visitor import collected, last, run, settings
 
 from patchscaler.images import read_picture, read_png_text
-from patchscaler.ui import runs
+from patchscaler.ui import run as runs
 from patchscaler.ui.batch import Batch
-from patchscaler.ui.views import SKIP
+from patchscaler.ui.state import DIALS
 
 
 @pytest.fixture
@@ -28,68 +28,86 @@ def files(image, tmp_path):
 
 
 def run_all(batch, files, dials, stop_at=None):
-    async def collect():
-        views = []
-        async for view in batch.run_all(VISITOR, files, *settings(None, dials)):
-            views.append(view)
-            if stop_at and stop_at in str(view.status):
-                batch.stop_all(VISITOR)
-        return views
+    now = settings(None, dials)
 
-    return asyncio.run(collect())
+    def watch(view):
+        if stop_at and stop_at in view["batch-status"]:
+            batch.stop_all(now)
+
+    return collected(lambda now: batch.run_all(now, files), now, watch)
 
 
-def test_a_bad_file_is_reported_and_the_rest_go_on(handlers, files, dials, image):
-    views = run_all(Batch(handlers), files, dials)
-    assert "2 of 3 images are upscaled, 1 was refused" in views[-1].status
-    assert any("Image 1 of 3" in str(view.status) and "step 3 of 3" in str(view.status) for view in views)
+def test_a_bad_file_is_reported_and_the_rest_go_on(runner, files, dials, image):
+    views = run_all(Batch(runner), files, dials)
+    assert "2 of 3 images are upscaled, 1 was refused" in views[-1]["batch-status"]
+    assert any("Image 1 of 3" in (said := view["batch-status"]) and "step 3 of 3" in said for view in views)
     outcomes = last(views, "outcomes")
     assert "&lt;bad&gt;.png" in outcomes and "PNG, JPEG" in outcomes and "<bad>" not in outcomes
     assert len(last(views, "gallery")) == 2
-    with ZipFile(last(views, "zip")) as archive:
+    with ZipFile(last(views, "batch-zip")) as archive:
         assert archive.namelist() == ["some_picture_x4.png", "some_picture_x4_2.png", "report.json"]
         report = json.loads(archive.read("report.json"))["images"]
-        assert archive.read("some_picture_x4.png") == last(run(handlers, image, dials), "final").read_bytes()
+        assert archive.read("some_picture_x4.png") == last(run(runner, image, dials), "final").read_bytes()
     assert [entry.get("file") for entry in report] == ["some_picture_x4.png", None, "some_picture_x4_2.png"]
-    assert not handlers.studies.get("other")
+    assert not runner.cache.get("other")
 
 
-def test_a_stopped_batch_keeps_what_is_finished(handlers, files, dials):
-    views = run_all(Batch(handlers), files, dials, stop_at="Image 3 of 3")
-    assert "Stopped: 1 of 3 images are upscaled, 1 was refused" in views[-1].status
-    with ZipFile(last(views, "zip")) as archive:
+def test_no_two_names_in_the_zip_differ_in_case_alone(runner, image, dials, tmp_path):
+    upper = tmp_path / "SOME Picture.png"
+    upper.write_bytes(Path(image["path"]).read_bytes())
+    views = run_all(Batch(runner), [image, {"path": str(upper)}], dials)
+    with ZipFile(last(views, "batch-zip")) as archive:
+        names = archive.namelist()
+    assert names[:2] == ["some_picture_x4.png", "SOME_Picture_x4_2.png"]
+    assert len({name.casefold() for name in names}) == len(names)
+
+
+def test_a_stopped_batch_keeps_what_is_finished(runner, files, dials):
+    views = run_all(Batch(runner), files, dials, stop_at="Image 3 of 3")
+    assert "Stopped: 1 of 3 images are upscaled, 1 was refused" in views[-1]["batch-status"]
+    with ZipFile(last(views, "batch-zip")) as archive:
         assert len(archive.namelist()) == 2
 
 
-def test_no_files_and_too_many_are_refused(handlers, image, dials):
+def test_no_files_and_too_many_are_refused(runner, image, dials):
     for files in (None, [], [image] * 17):
         with pytest.raises(gr.Error, match="1 to 16"):
-            run_all(Batch(handlers), files, dials)
+            run_all(Batch(runner), files, dials)
 
 
 # A PNG that the page made
 
 
-def test_a_png_of_the_page_restores_its_settings(handlers, image, dials):
+RESTORED = {"preset", *DIALS, "color-fix"}
+
+
+def new_image(runner, path):
+    now = settings(path and {"path": str(path)}, (0,) * 9)
+    now.page.source = "another"
+    return runner.new_image(now)
+
+
+def test_a_png_of_the_page_restores_its_settings(runner, image, dials):
     dials = (0.9, 0.1, 100, 200, 300, 1, 2, 3, 7)
-    final = last(run(handlers, image, dials, by_hand={0: 2}, color_fix=False), "final")
-    values = handlers.new_image(VISITOR, {"path": str(final)})
-    assert values[-11:] == ("custom", *dials, False)
-    note = values[-12]
+    final = last(run(runner, image, dials, by_hand={0: 2}, color_fix=False), "final")
+    view = new_image(runner, final)
+    restored = {"preset": "custom", **dict(zip(DIALS, dials)), "color-fix": False}
+    assert {name: view.get(name) for name in RESTORED} == restored
+    note = view["note"]
     assert "settings are restored" in note and "seed 7" in note and "1 of its patches" in note
-    assert all(value is SKIP for value in handlers.new_image(VISITOR, image)[-11:])
-    assert all(value is SKIP for value in handlers.new_image(VISITOR, None)[-11:])
+    for other in (image["path"], None):
+        assert not new_image(runner, other).keys() & RESTORED
 
 
-def test_a_plan_beyond_the_dials_is_named_and_not_restored(handlers, tmp_path, dials, tiny_pipeline, picture):
+def test_a_plan_beyond_the_dials_is_named_and_not_restored(runner, tmp_path, dials, tiny_pipeline, picture):
     from patchscaler.images import write_png
     from patchscaler.plan import SamplingPlan
 
     result = tiny_pipeline(picture, SamplingPlan(0.9, 0.1, (1, 2, 3), (1, 1, 1)))
     path = write_png(result.picture, tmp_path / "made.png", result.png_text())
     assert read_png_text(path)["seed"] == "0"
-    values = handlers.new_image(VISITOR, {"path": str(path)})
-    assert "beyond these dials" in values[-12] and all(value is SKIP for value in values[-11:])
+    view = new_image(runner, path)
+    assert "beyond these dials" in view["note"] and not view.keys() & RESTORED
 
 
 GOOD = {"plan": '{"gamma1": 0.9, "gamma2": 0.1, "start": [100, 100, 100], "steps": [1, 1, 1]}', "seed": "5"}
@@ -101,24 +119,24 @@ GOOD = {"plan": '{"gamma1": 0.9, "gamma2": 0.1, "start": [100, 100, 100], "steps
      {"plan": GOOD["plan"].replace("100", "9" * 4000)}, {"seed": "inf"}, {"by_hand": '{"a":' * 50_000},
      {"by_hand": '"<script>alert(1)</script>"'}],
 )  # fmt: skip
-def test_texts_that_the_page_never_wrote_set_nothing(handlers, tmp_path, text):
+def test_texts_that_the_page_never_wrote_set_nothing(runner, tmp_path, text):
     for chunks, works in (([GOOD], True), ([{**GOOD, **text}], False)):
         texts = [(b"tEXt", f"{key}\0{value}".encode()) for each in chunks for key, value in each.items()]
         (tmp_path / "x.png").write_bytes(png(1, 1, 8, 0, b"\0\0", *texts))
-        values = handlers.new_image(VISITOR, {"path": str(tmp_path / "x.png")})
-        assert all(value is SKIP for value in values[-11:]) != works and "script" not in str(values)
+        view = new_image(runner, tmp_path / "x.png")
+        assert bool(view.keys() & RESTORED) == works and "script" not in str(view)
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
-def test_a_bomb_in_place_of_the_settings_is_not_unpacked(handlers, tmp_path, kind):
+def test_a_bomb_in_place_of_the_settings_is_not_unpacked(runner, tmp_path, kind):
     head = {b"zTXt": b"plan\0\0", b"iTXt": b"plan\0\1\0\0\0", b"iCCP": b"plan\0\0"}[kind]
     (tmp_path / "x.png").write_bytes(png(1, 1, 8, 0, b"\0\0", (kind, head + zlib.compress(bytes(100_000_000), 1))))
     tracemalloc.start()
-    values = handlers.new_image(VISITOR, {"path": str(tmp_path / "x.png")})
+    view = new_image(runner, tmp_path / "x.png")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30e6  # a file is read into a buffer of the largest file's size
-    assert all(value is SKIP for value in values[-11:])
+    assert not view.keys() & RESTORED
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"no image"])
@@ -130,37 +148,35 @@ def test_no_text_is_read_from_what_is_no_png(tmp_path, data):
 # A first look
 
 
-def look(handlers, image, dials):
-    async def collect():
-        return [view async for view in handlers.look(VISITOR, *settings(image, dials))]
-
-    return asyncio.run(collect())
+def look(runner, image, dials):
+    return collected(runner.look, settings(image, dials))
 
 
-def test_a_look_gives_the_groups_and_the_cost_before_any_run(handlers, image, dials):
-    first = look(handlers, image, dials)
+def test_a_look_gives_the_groups_and_the_cost_before_any_run(runner, image, dials, tmp_path):
+    first = look(runner, image, dials)
     assert "network evaluations, by the groups" in last(first, "cost")  # nothing is known yet of what it takes
-    assert all(view.coarse is SKIP for view in first) and handlers.studies.get(image["path"]) is None
-    for _ in handlers.warmed_up():
-        pass
-    views = look(handlers, image, dials)
+    assert not any("coarse" in view for view in first) and runner.cache.get(image["path"]) is None
+    with Image.open(image["path"]) as picture:
+        picture.rotate(180).save(tmp_path / "other.png")
+    run(runner, {"path": str(tmp_path / "other.png")}, dials)
+    views = look(runner, image, dials)
     assert "Run renders 9 of 9 patches anew" in last(views, "cost") and "about <b>" in last(views, "cost")
     for name in ("coarse", "qmap", "priors"):
         with Image.open(last(views, name)) as panel:
             panel.load()
     assert "Press Run" in last(views, "status")
-    assert "9 of 9 patches were rendered anew" in last(run(handlers, image, dials), "status")
+    assert "9 of 9 patches were rendered anew" in last(run(runner, image, dials), "status")
 
 
-def test_a_look_decodes_the_image_once(handlers, image, dials, monkeypatch):
-    handlers.calibration.learn_analysis(1000, 1e-6)  # quick enough to be done at once
+def test_a_look_decodes_the_image_once(runner, image, dials, monkeypatch):
+    runner.calibration.learn_analysis(1000, 1e-6)  # quick enough to be done at once
     decoded = []
     monkeypatch.setattr(runs, "read_picture", lambda source: decoded.append(source) or read_picture(source))
-    assert any(view.qmap is not SKIP for view in look(handlers, image, dials))
+    assert any("qmap" in view for view in look(runner, image, dials))
     assert decoded == [image["path"]]
 
 
-def test_a_look_at_a_bad_file_says_so_at_once(handlers, files, dials):
+def test_a_look_at_a_bad_file_says_so_at_once(runner, files, dials):
     with pytest.raises(gr.Error, match="PNG, JPEG"):
-        look(handlers, files[1], dials)
-    assert len(look(handlers, None, dials)) == 1
+        look(runner, files[1], dials)
+    assert look(runner, None, dials) == []

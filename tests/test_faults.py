@@ -22,8 +22,8 @@ from service import QUICK, SLOW, Service, serving
 from patchscaler.cancellation import check_cancelled
 from patchscaler.plan import SamplingPlan
 from patchscaler.ui import jobs as jobs_module
-from patchscaler.ui.dials import dials_of
-from patchscaler.ui.layout import WAITING
+from patchscaler.ui.events import WAITING
+from patchscaler.ui.state import dials_of
 
 QUICK_DIALS, SLOW_DIALS = (*dials_of(QUICK), 7), (*dials_of(SLOW), 7)
 SLOW_CALL = {**asdict(SLOW), "seed": 7}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import runpy
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -15,8 +17,8 @@ from PIL import Image
 from service import Service, file_data, serving
 
 from patchscaler.plan import SamplingPlan
-from patchscaler.ui import studies, sweeping
-from patchscaler.ui.dials import dials_of
+from patchscaler.ui import server, state
+from patchscaler.ui.state import dials_of
 
 SOAK = Path(__file__).parent / "load" / "soak.py"
 DIALS = (*dials_of(SamplingPlan(0.9, 0.1, (50, 50, 50), (1, 1, 1))), 0)  # all within the dials' ranges
@@ -25,7 +27,7 @@ DIALS = (*dials_of(SamplingPlan(0.9, 0.1, (50, 50, 50), (1, 1, 1))), 0)  # all w
 @pytest.fixture(scope="module")
 def service(tiny_pipeline, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "FORGET_SECONDS", 0.1)
+        patch.setattr(server, "FORGET_SECONDS", 0.1)
         with serving(tiny_pipeline, tmp_path_factory.mktemp("uploads")) as service:
             yield service
 
@@ -75,22 +77,35 @@ def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service,
 
 def test_results_that_nobody_fetches_do_not_pile_up(service, monkeypatch):
     queue, events = service.page._queue, []
-    for _ in range(3 * sweeping.UNREAD):
+    for _ in range(3 * server.UNREAD):
         events.append(posted(service, "call/v2/regroup", {"confidence": [0.5] * 1000}).json()["event_id"])
-    wait_until(lambda: len(queue.pending_messages_per_session) <= sweeping.UNREAD)
+    wait_until(lambda: len(queue.pending_messages_per_session) <= server.UNREAD)
     assert queue.pending_event_ids_session.keys() == queue.pending_messages_per_session.keys()
     assert "event: complete" in service.web.get(f"/gradio_api/call/v2/regroup/{events[-1]}").text  # the newest stay
-    monkeypatch.setattr(sweeping, "FLOOD", 20)
-    for _ in range(3 * sweeping.FLOOD):  # of one session too
+    monkeypatch.setattr(server, "FLOOD", 20)
+    for _ in range(3 * server.FLOOD):  # of one session too
         body = {"data": [None, [0.5]], "session_hash": "one", "fn_index": service.functions["regroup"]._id}
         posted(service, "queue/join", body)
-    wait_until(lambda: queue.pending_messages_per_session["one"].qsize() <= sweeping.FLOOD)
+    wait_until(lambda: queue.pending_messages_per_session["one"].qsize() <= server.FLOOD)
+
+
+def test_a_reader_between_two_messages_keeps_its_queue():
+    """It is empty then, and its event is over: without the queue the stream would be cut off."""
+    sessions = [str(number) for number in range(server.UNREAD + 5)]
+    queue = SimpleNamespace(
+        pending_messages_per_session={session: asyncio.Queue() for session in sessions},
+        pending_event_ids_session={session: {f"event {session}"} for session in sessions},
+        event_ids_to_events={},
+    )
+    server.forget_messages(queue)
+    assert list(queue.pending_messages_per_session) == sessions[5:]
+    assert list(queue.pending_event_ids_session) == sessions[5:]
 
 
 def test_whole_pictures_are_handled_one_at_a_time(monkeypatch):
     running, most = [], []
 
-    @studies.whole_pictures()
+    @state.whole_pictures()
     def handler():
         running.append(1)
         most.append(len(running))
@@ -103,8 +118,8 @@ def test_whole_pictures_are_handled_one_at_a_time(monkeypatch):
     for thread in threads:
         thread.join()
     assert most == [1] * 5
-    monkeypatch.setattr(studies, "WAIT_SECONDS", 0.05)
-    with studies.whole_pictures(), pytest.raises(gr.Error, match="Try again"):
+    monkeypatch.setattr(state, "WAIT_SECONDS", 0.05)
+    with state.whole_pictures(), pytest.raises(gr.Error, match="Try again"):
         handler()
     handler()
 
@@ -112,7 +127,7 @@ def test_whole_pictures_are_handled_one_at_a_time(monkeypatch):
 @pytest.mark.parametrize("name", ["compared", "zoomed", "packed", "numbered", "regroup"])
 def test_those_that_hold_whole_pictures_wait_for_each_other(service, image, monkeypatch, name):
     service.run("closer", image, DIALS)
-    monkeypatch.setattr(studies, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(state, "WAIT_SECONDS", 0.05)
     analysis = re.search(r'[^"]+\.safetensors', called(service, "analyze", image=image))[0]
 
     def ask() -> str:
@@ -120,7 +135,7 @@ def test_those_that_hold_whole_pictures_wait_for_each_other(service, image, monk
             return called(service, "regroup", analysis=file_data(analysis))
         return service.light(name, "closer", image, number=0).text
 
-    with studies.whole_pictures():
+    with state.whole_pictures():
         assert "Try again in a moment" in ask()
     assert "Try again in a moment" not in ask()
 

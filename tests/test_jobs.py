@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from patchscaler.images import read_picture
-from patchscaler.ui.errors import explain, visible_error
+from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.studies import Studies, Study
+from patchscaler.ui.state import Known, SessionCache
 
 
 def test_a_job_whose_reader_leaves_stops_at_its_next_item_and_never_two_run_at_once():
@@ -79,22 +79,22 @@ def test_what_a_failed_job_held_is_free_once_its_error_was_handled(fault, no_col
                 pass
 
     asyncio.run(read())
-    jobs._thread.shutdown()
+    jobs._threads.shutdown()
     assert made[0]() is None
 
 
-def test_the_oldest_studies_go_first_and_the_newest_always_stays(tiny_pipeline, image):
+def test_the_oldest_images_go_first_and_the_newest_always_stays(tiny_pipeline, image):
     analysis = tiny_pipeline.analyze(read_picture(image["path"]))
-    study = Study(analysis, tiny_pipeline.draw_priors(analysis))
+    known = Known(analysis, None)
     pixels = analysis.coarse[0].numel()
-    studies = Studies(kept_pixels=2 * pixels)
+    cache = SessionCache(kept_pixels=2 * pixels)
     for name in "abc":
-        studies.put(name, study)
-        studies.get("a")  # in use, so "b" is the one that goes
-    assert [studies.get(name) is not None for name in "abc"] == [True, False, True]
-    small = Studies(kept_pixels=1)
-    small.put("a", study)
-    assert small.get("a") is study
+        cache.put(name, known)
+        cache.get("a")  # in use, so "b" is the one that goes
+    assert [cache.get(name) is not None for name in "abc"] == [True, False, True]
+    small = SessionCache(kept_pixels=1)
+    small.put("a", known)
+    assert small.get("a") is known
 
 
 def test_errors_of_the_machine_are_named_and_shown_as_text():

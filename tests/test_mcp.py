@@ -16,7 +16,7 @@ from PIL import Image
 from service import Service, serving
 
 from patchscaler.images import write_png
-from patchscaler.ui.serving import mcp_wanted
+from patchscaler.ui.server import mcp_wanted
 
 QUICK = {"start": [100, 200, 300], "steps": [1, 1, 1]}
 

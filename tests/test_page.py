@@ -23,7 +23,7 @@ from patchscaler.images import read_picture, write_png
 from patchscaler.plan import SamplingPlan
 
 ROOT = Path(__file__).parent.parent
-PHOTO = sorted((ROOT / "examples").glob("*.png"))[0]
+EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
 # A browser of the system comes before Playwright's own, which CI need not download.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -72,6 +72,15 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"no answer from {address}: {log.read_text()}")
 
 
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """128x128 that is none of the examples, which run as they are chosen."""
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    with Image.open(EXAMPLES[0]) as example:
+        example.resize((128, 128)).rotate(180).save(path)
+    return path
+
+
 @pytest.fixture
 def page(address, log):
     with sync_playwright() as playwright:
@@ -99,12 +108,41 @@ def seen(page: Page, panel: str) -> bool:
     return image.count() == 1 and image.evaluate("image => image.complete && image.naturalWidth > 0")
 
 
-def test_upload_run_and_drag(page):
+def test_the_page_opens_with_an_example_and_a_click_runs_another(page):
+    # 1. Nothing was clicked yet.
+    for panel in ("coarse", "qmap", "priors", "final"):
+        page.wait_for_function(f"document.querySelector('#{panel} img')?.naturalWidth > 0")
+        assert seen(page, panel)
+    for pair in ("compare", "zoom"):
+        page.wait_for_function(f"document.querySelectorAll('#{pair} img').length == 2")
+    rows = page.locator("#timing table.groups tbody tr")
+    assert [int(text) for text in rows.locator("td:nth-child(2)").all_inner_texts()] == counts(page)
+    assert float(page.locator("#timing table.groups tfoot td:nth-child(6)").inner_text()) > 0
+    expect(page.locator("#status")).to_contain_text("Done in")
+    expect(page.locator("#run")).to_be_enabled()
+
+    # 2. It is a run like any other: a threshold regroups it, and a patch can be looked at.
+    page.locator("#gamma1 input[type=range]").focus()
+    page.locator("#gamma1 input[type=range]").press("Home")
+    expect(page.locator("#stale")).to_contain_text("older plan")
+    page.locator("#number input").fill("0")
+    expect(page.locator("#inspected img")).to_have_count(1 + 3)
+
+    # 3. A click on another example runs it.
+    page.get_by_role("button", name="Example: coffee").click()
+    expect(page.locator("#stale")).to_be_empty()
+    with Image.open(next(path for path in EXAMPLES if "coffee" in path.name)) as small:
+        page.wait_for_function(f"document.querySelector('#final img')?.naturalWidth == {4 * small.width}")
+    expect(page.locator("#status")).to_contain_text("Done in")
+    expect(page.locator("#stop")).to_be_disabled()
+
+
+def test_upload_run_and_drag(page, photo):
     # 1. Upload and run.
-    expect(page.locator("#run")).to_be_disabled()
     expect(page.get_by_role("button", name="Example: astronaut")).to_be_visible()  # named for screen readers
     expect(page.locator("#status")).to_have_attribute("aria-live", "polite")
-    page.set_input_files("#input input[type=file]", PHOTO)
+    page.set_input_files("#input input[type=file]", photo)
+    expect(page.locator("#status")).to_contain_text("Press Run")
     page.locator("#run").click()
     expect(page.locator("#timing table.groups")).to_be_visible()
     expect(page.locator("#status")).to_contain_text("Done in")
@@ -113,7 +151,7 @@ def test_upload_run_and_drag(page):
     for panel in ("coarse", "qmap", "priors", "final"):
         page.wait_for_function(f"document.querySelector('#{panel} img')?.naturalWidth > 0")
         assert seen(page, panel)
-    with Image.open(PHOTO) as small:
+    with Image.open(photo) as small:
         assert page.locator("#final img").evaluate("image => image.naturalWidth") == 4 * small.width
     response = page.request.get(page.locator("#final img").get_attribute("src"))
     assert response.body().startswith(b"\x89PNG") and SamplingPlan.paper().to_json().encode() in response.body()
@@ -151,7 +189,7 @@ def test_upload_run_and_drag(page):
 
 
 def test_stop_and_run_again(page, tmp_path):
-    with Image.open(PHOTO) as small:  # large enough that the run lasts until Stop is clicked
+    with Image.open(EXAMPLES[0]) as small:  # large enough that the run lasts until Stop is clicked
         small.resize((400, 400)).save(tmp_path / "large.png")
     page.locator("#steps1 input[type=number]").fill("50")
     expect(page.locator("#steps3 input[type=number]")).to_have_value("50")  # pushed along
@@ -167,11 +205,11 @@ def test_stop_and_run_again(page, tmp_path):
     expect(page.locator("#status")).to_contain_text("Done in")
 
 
-def test_look_closely_spend_more_and_take_home(page):
+def test_look_closely_spend_more_and_take_home(page, photo):
     # 1. A quick run, by a link's settings.
     page.goto(f"{page.url}?plan=0.6,0.5,100,200,300,1,2,3&seed=4")
     expect(page.locator("#steps3 input[type=number]")).to_have_value("3")
-    page.set_input_files("#input input[type=file]", PHOTO)
+    page.set_input_files("#input input[type=file]", photo)
     page.locator("#run").click()
     expect(page.locator("#status")).to_contain_text("seed 4. 25 of 25 patches were rendered anew")
     for pair in ("compare", "zoom"):
@@ -281,8 +319,8 @@ def test_a_png_of_the_page_restores_its_settings_and_the_baseline_shows_where_it
 
 
 def small(folder: Path) -> Path:
-    with Image.open(PHOTO) as photo:
-        photo.resize((40, 40)).save(folder / "small.png")
+    with Image.open(EXAMPLES[0]) as example:
+        example.resize((40, 40)).save(folder / "small.png")
     return folder / "small.png"
 
 
@@ -306,18 +344,18 @@ def test_nothing_is_cut_off(page, width):
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
-def test_the_api_upscales_and_reads_no_file_but_uploads(address, tmp_path):
+def test_the_api_upscales_and_reads_no_file_but_uploads(address, photo, tmp_path):
     client = Client(address, verbose=False, download_files=tmp_path)
     arguments = {"start": [100, 200, 300], "steps": [1, 2, 3], "seed": 5, "api_name": "/upscale"}
-    path, report = client.predict(handle_file(PHOTO), **arguments)
-    with Image.open(path) as final, Image.open(PHOTO) as small:
+    path, report = client.predict(handle_file(photo), **arguments)
+    with Image.open(path) as final, Image.open(photo) as small:
         assert final.format == "PNG" and final.size == (4 * small.width, 4 * small.height)
         assert json.loads(final.text["plan"])["steps"] == [1, 2, 3]
     assert report["seed"] == 5 and [group["steps"] for group in report["groups"]] == [1, 2, 3]
     public = client.view_api(return_format="dict")["named_endpoints"]
     assert set(public) == {"/analyze", "/regroup", "/refine", "/upscale"}
 
-    for bad in (str(PHOTO), {"path": str(PHOTO)}, {"path": str(PHOTO), "meta": {"_type": "gradio.FileData"}}):
+    for bad in (str(photo), {"path": str(photo)}, {"path": str(photo), "meta": {"_type": "gradio.FileData"}}):
         body = json.dumps({"data": [bad, 0.95, 0.75, [1, 2, 3], [1, 1, 1], 0, True]}).encode()
         headers = {"Content-Type": "application/json"}
         call = urllib.request.Request(f"{address}gradio_api/call/upscale", body, headers)

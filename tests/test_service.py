@@ -18,8 +18,8 @@ from corpus import write as write_corpus
 from PIL import Image
 from service import QUICK, Service, file_data, serving
 
-from patchscaler.ui.dials import MAX_SEED, dials_of
-from patchscaler.ui.doorkeeper import MAX_FILES, MAX_JSON
+from patchscaler.ui.server import MAX_FILES, MAX_JSON
+from patchscaler.ui.state import MAX_SEED, dials_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of broken tags
 API = "/gradio_api"
@@ -129,7 +129,7 @@ def test_a_sliders_value_is_checked_inside(service, image, value, place, name):
 
 
 def test_a_plan_out_of_order_is_named(service, image):
-    """Row 14. In the page the dials push each other: test_handlers.py."""
+    """Row 14. In the page the dials push each other: test_tuning.py."""
     for arguments, text in [
         ({"gamma1": 0.1, "gamma2": 0.9}, "gamma1=0.1 must be above gamma2=0.9"),
         ({"gamma1": 0.5, "gamma2": 0.5}, "gamma1=0.5 must be above gamma2=0.5"),
@@ -176,8 +176,7 @@ def test_a_choice_or_checkbox_that_the_page_does_not_offer_is_an_error(service, 
 
 @pytest.mark.parametrize("query", [5, [], {}, "?plan=" + "9" * 9000, "?plan=nan,1,1,1,1,1,1,1&seed=inf", "?%00=%ff"])
 def test_a_link_that_cannot_be_sets_nothing(service, query):
-    body = {"data": [query], "fn_index": service.functions["linked"]._id, "session_hash": "link"}
-    answer = service.post("run/predict", body)
+    answer = service.light("linked", "link", None, query=query)
     assert answer.status_code == 200 and all(part == {"__type__": "update"} for part in answer.json()["data"])
 
 
@@ -264,7 +263,7 @@ def test_bodies_over_the_limit_are_refused(service):
 def test_a_full_disk_takes_no_uploads(service, image, monkeypatch):
     """Row 18, in sum: uploads and pictures of moved dials stay for an hour, however many there are."""
     usage = type("Usage", (), {"free": 10**6})
-    monkeypatch.setattr("patchscaler.ui.doorkeeper.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("patchscaler.ui.server.shutil.disk_usage", lambda folder: usage)
     answer = service.web.post(f"{API}/upload", files={"files": ("a.png", b"abc")})
     for refused in (answer, service.begin(image=image), service.light("regrouped", "full", image)):
         assert refused.status_code == 507 and "disk is full" in refused.text
@@ -273,7 +272,7 @@ def test_a_full_disk_takes_no_uploads(service, image, monkeypatch):
 @pytest.mark.parametrize("path", ["upload", "queue/join"])
 def test_a_body_that_does_not_go_on_is_given_up(service, monkeypatch, path):
     """Row 18."""
-    monkeypatch.setattr("patchscaler.ui.doorkeeper.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("patchscaler.ui.server.BODY_SECONDS", 0.2)
     url = httpx.URL(service.address)
     with socket.create_connection((url.host, url.port), timeout=10) as slow:
         head = f"POST {API}/{path} HTTP/1.1\r\nHost: {url.host}:{url.port}\r\nContent-Length: 9000\r\n"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,13 +19,22 @@ import gradio as gr
 import pytest
 import torch
 from PIL import Image
+from visitor import closeups, last, run, settings
 
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.patches import PatchGrid
 from patchscaler.plan import SamplingPlan
 from patchscaler.results import Analysis, Partial, Progress, Result
-from patchscaler.ui.calibration import Calibration, Call
-from patchscaler.ui.gpu import MOST_SECONDS, START_SECONDS, Baseline, Networks, Order
+from patchscaler.ui.jobs import Jobs
+from patchscaler.ui.zerogpu import (
+    MOST_SECONDS,
+    START_SECONDS,
+    Baseline,
+    Calibration,
+    Call,
+    Networks,
+    Order,
+)
 
 ROOT = Path(__file__).parent.parent
 PLAN = SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3))
@@ -41,8 +52,8 @@ def test_every_argument_and_event_of_a_run_pickles(networks, picture):
         return [pickle.loads(pickle.dumps(event)) for event in networks.here(*arguments)]
 
     order = Order("", PLAN, 7, {0: 0, 1: 1}, uniform=True)
-    analysis, sheet, *events = there(order, picture)
-    assert isinstance(analysis, Analysis) and isinstance(sheet, Image.Image)
+    analysis, *events = there(order, picture)
+    assert isinstance(analysis, Analysis) and analysis.priors.values is None
     assert {type(event) for event in events} == {Progress, Partial, Result, Baseline}
     result, uniform = (event for event in (getattr(e, "event", e) for e in events) if isinstance(event, Result))
     *_, plain = networks.here(replace(order, uniform=False), picture)
@@ -50,8 +61,6 @@ def test_every_argument_and_event_of_a_run_pickles(networks, picture):
     # The second run, of what the first one left.
     again, _ = there(order, analysis.restored(), result.sampled, uniform.sampled)
     assert torch.equal(again.picture.rgb, result.picture.rgb) and not again.rendered.any()
-    (images,) = there(analysis.priors.values[0])
-    assert images.shape == (3, 3, 128, 128)
 
 
 def test_errors_are_made_visible_before_they_leave(networks, picture, monkeypatch):
@@ -61,6 +70,13 @@ def test_errors_are_made_visible_before_they_leave(networks, picture, monkeypatc
     arrived = pickle.loads(pickle.dumps(caught.value))
     assert (arrived.title, arrived.message) == (caught.value.title, caught.value.message)
     assert arrived.title == "Out of memory"
+
+
+def test_a_patchs_priors_are_drawn_on_the_cpu_and_as_the_pipeline_draws_them(networks, picture, tiny_pipeline):
+    """In the page's own process: on ZeroGPU a click asks for no device."""
+    priors = tiny_pipeline.analyze(picture).priors
+    images = networks.prior_images(priors.indices[4])
+    assert torch.equal(images, tiny_pipeline.decode_priors(priors.values[4])) and images.shape == (3, 3, 128, 128)
 
 
 # Seconds
@@ -103,7 +119,6 @@ def test_before_the_analysis_all_patches_count_as_hard(networks, picture, tiny_p
     assert networks.seconds(order, picture) == pytest.approx(START_SECONDS + 2 * 0.1 * 9 * 3, abs=1)
     networks._calibration.learn_analysis(1000, 0.0)
     assert networks.seconds(replace(order, refine=False), picture) == START_SECONDS
-    assert networks.seconds(torch.zeros(3, 4, 16, 16)) == START_SECONDS
 
 
 @pytest.mark.parametrize("side", [1, 16, 128, 512, 2000])
@@ -112,6 +127,64 @@ def test_seconds_are_whole_and_never_above_the_limit(networks, side):
     asked = [networks.seconds(Order("", plan, 0, {}), large) for plan in (PLAN, SamplingPlan.uniform())]
     assert all(type(value) is int and START_SECONDS < value <= MOST_SECONDS for value in asked)
     assert asked[0] <= asked[1]
+
+
+def test_the_first_estimate_is_within_three_times_that_of_measured_runs(networks, tiny_pipeline):
+    """So that a visitor with a small quota is not refused the first run. Rates from those of half an H100 down to a
+    fifth of one."""
+    plan = SamplingPlan.paper()
+    for side in (128, 256, 512):
+        picture = Picture(torch.zeros(3, side, side))
+        first = Networks(tiny_pipeline, Calibration()).seconds(Order("", plan, 0, {}), picture)
+        for evaluation, pixel in ((2e-5, 2e-8), (2e-4, 2e-7)):
+            learned = Networks(tiny_pipeline, calibration := Calibration())
+            calibration.learn([Call(8, 800, 800 * evaluation), Call(8, 80, 80 * evaluation)], 10**6, pixel * 10**6)
+            calibration.learn_analysis(10**6, pixel * 10**6)
+            later = learned.seconds(Order("", plan, 0, {}), picture)
+            assert later / 3 <= first <= 3 * later, (side, evaluation, first, later)
+
+
+def test_a_wait_for_a_device_holds_up_nobody_and_is_not_learned(runner, image, dials):
+    """On ZeroGPU: one visitor waits for a device, another's run goes through meanwhile."""
+    waiting, lent = threading.Event(), threading.Event()
+    runner.jobs = Jobs(threads=2)
+    here = runner.networks.run
+
+    def run_for(order, *arguments):
+        if order.session == "first":
+            waiting.set()
+            assert lent.wait(60)
+        yield from here(order, *arguments)
+
+    runner.networks.run = run_for
+
+    async def both():
+        first = asyncio.create_task(all_views("first"))
+        await asyncio.to_thread(waiting.wait, 60)
+        began = time.perf_counter()
+        second = await asyncio.wait_for(all_views("second"), 60)
+        took = time.perf_counter() - began
+        assert not first.done() and "Done in" in last(second, "status")
+        await asyncio.sleep(3 * took)  # a long wait, measured in runs
+        lent.set()
+        assert "Done in" in last(await first, "status")
+        return took
+
+    async def all_views(session):
+        return [view async for view in runner.run(settings(image, dials, session=session), False)]
+
+    took = asyncio.run(both())
+    pixels = runner.cache.get(image["path"]).analysis.coarse[0].numel()
+    assert runner.calibration.analysis_seconds(pixels) < 2 * took
+
+
+def test_a_click_on_a_patch_asks_for_no_device(runner, image, dials):
+    run(runner, image, dials)
+    runner.networks.run = None
+    now = settings(image, dials)
+    now.page.patch = 4
+    with runner.jobs._lock:  # no job can be admitted
+        assert closeups(runner).inspected(now)["inspected"].count("<img") == 1 + 3
 
 
 # The real `spaces` package: its wrapper, its fork and its queues
@@ -132,10 +205,11 @@ from patchscaler.plan import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint
-from patchscaler.ui.gpu import Order
-from patchscaler.ui.handlers import Handlers
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.layout import build_page
+from patchscaler.ui.zerogpu import Order
+from patchscaler.ui.jobs import Jobs
+from patchscaler.ui.page import build_page
+from patchscaler.ui.run import Runner
 
 weights, image, output = sys.argv[1:]
 # Module level, as in app.py: ZeroGPU's CUDA takes the weights before there is a device.
@@ -144,15 +218,15 @@ build_page(on_cuda, Jobs())
 same = fingerprint(on_cuda) == fingerprint(load_pipeline(weights, device="cpu", dtype=on_cuda.dtype))
 print({str(parameter.device) for parameter in on_cuda.transformer.parameters()}, same, emulation.pack() > 0)
 
-handlers = Handlers(load_pipeline(weights, device="cpu", dtype=torch.float32))
+runner = Runner(load_pipeline(weights, device="cpu", dtype=torch.float32))
 client.startup_report()
 order = Order(image, SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3)), 7, {0: 0, 1: 1}, uniform=True)
 for run in range(2):
-    events = list(handlers.events(order))
+    events = list(runner.events(order))
     print(" ".join(dict.fromkeys(type(event).__name__ for event in events)))
 result = next(event for event in events if isinstance(event, Result))
 write_png(result.picture, output)
-stopped = handlers.events(Order(image, SamplingPlan.uniform(), 8, {}))
+stopped = runner.events(Order(image, SamplingPlan.uniform(), 8, {}))
 next(stopped), next(stopped)
 stopped.close()
 """
@@ -199,7 +273,7 @@ def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
     assert run.returncode == 0, run.stderr
     said = [line for line in run.stdout.splitlines() if "DEBUG" not in line]
     assert said[0] == "{'cuda:0'} True True"
-    assert said[1:] == ["Analysis Study Progress Partial Result Baseline", "Study Result Baseline"]
+    assert said[1:] == ["Analysis Known Progress Partial Result Baseline", "Known Result Baseline"]
     tasks = [parse_qs(request.query) for request in requests if request.path == "/schedule"]
     assert len(tasks) == 3 and len({task["taskId"][0] for task in tasks}) == 1
     assert all(START_SECONDS <= int(task["durationSeconds"][0]) <= MOST_SECONDS for task in tasks)

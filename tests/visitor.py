@@ -3,58 +3,69 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import gradio as gr
-
-from patchscaler.ui.handlers import Handlers
-from patchscaler.ui.views import SKIP, DialView, RunView
-
-VISITOR = gr.Request(session_hash="visitor")
+from patchscaler.ui.closeup import Closeups
+from patchscaler.ui.run import Runner
+from patchscaler.ui.state import PageState, Settings, Shown, View
+from patchscaler.ui.tune import Tuner
 
 
 def settings(
     image: dict | None,
     dials: tuple,
-    shown: Any = None,
+    shown: Shown | None = None,
     by_hand: dict | None = None,
     color_fix: bool = True,
     batch: Any = None,
-) -> tuple:
-    """Everything that the page's events are given, in its order."""
-    return image, shown, by_hand or {}, color_fix, batch, *dials
+    session: str = "visitor",
+) -> Settings:
+    """Everything that the page's events are given."""
+    page = PageState((image or {}).get("path"), shown, by_hand or {})
+    return Settings.of(session, page, image, color_fix, batch, *dials)
 
 
-def run(handlers: Handlers, image: dict | None, dials: tuple, uniform: bool = False, **others: Any) -> list[RunView]:
-    """All views of a run."""
+def tuner(runner: Runner) -> Tuner:
+    return Tuner(runner.cache, runner.calibration)
 
-    async def collect() -> list[RunView]:
-        return [view async for view in handlers.run(VISITOR, uniform, *settings(image, dials, **others))]
+
+def closeups(runner: Runner) -> Closeups:
+    return Closeups(runner.cache, runner.networks.prior_images)
+
+
+def run(runner: Runner, image: dict | None, dials: tuple, uniform: bool = False, **others: Any) -> list[View]:
+    """All views of a run, each with what the page holds of the final picture then, as "shown"."""
+    return collected(lambda now: runner.run(now, uniform), settings(image, dials, **others))
+
+
+def collected(
+    event: Callable[[Settings], AsyncIterator[View]], now: Settings, then: Callable[[View], None] = lambda view: None
+) -> list[View]:
+    """All views of an event, each with what the page holds then; `then` is called after each."""
+
+    async def collect() -> list[View]:
+        views = []
+        async for view in event(now):
+            views.append({**view, "shown": now.page.shown})
+            then(view)
+        return views
 
     return asyncio.run(collect())
 
 
-def last(views: list, name: str) -> Any:
+def last(views: list[View], name: str) -> Any:
     """What the page shows there in the end."""
-    return next(value for view in reversed(views) if (value := getattr(view, name)) is not SKIP)
+    return next(view[name] for view in reversed(views) if name in view)
 
 
-def dial_view(values: tuple) -> dict[str, Any]:
-    """The outputs of a moved dial by name."""
-    return dict(zip(DialView._fields, (values[:8], *values[8:])))
-
-
-def moved(handlers: Handlers, image: dict | None, shown: Any, dials: tuple, place: int = 0) -> dict[str, Any]:
-    return dial_view(handlers.dial_moved(place, *settings(image, dials, shown)))
-
-
-PICKED = ("facts", "inspector", "patch", "center", "by_hand", "number")
+def moved(runner: Runner, image: dict | None, shown: Shown | None, dials: tuple, place: int = 0) -> View:
+    return tuner(runner).dial_moved(settings(image, dials, shown), place)
 
 
 def click(
-    handlers: Handlers, image: dict, shown: Any, dials: tuple, at: tuple, mode: str = "inspect", **others: Any
-) -> dict[str, Any]:
-    """A click on the Qmap: its outputs by name, and under "view" those of a moved dial."""
-    event = gr.SelectData(None, {"index": at, "value": None})
-    values = handlers.clicked(event, mode, *settings(image, dials, shown, **others))
-    return {**dict(zip(PICKED, values)), "view": dial_view(values[len(PICKED) :])}
+    runner: Runner, image: dict, shown: Shown | None, dials: tuple, at: tuple, mode: str = "inspect", **others: Any
+) -> tuple[View, PageState]:
+    """A click on the Qmap: what is shown, and what the page then holds."""
+    now = settings(image, dials, shown, **others)
+    return tuner(runner).clicked(now, at, mode), now.page

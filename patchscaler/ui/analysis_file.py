@@ -1,8 +1,8 @@
 """The file in which `/analyze` hands what it found to a client, who hands it back: safetensors, never a pickle.
 
 It holds the input's pixels, the restored latent, its confidence and the patches', and a small grey picture for the
-overlay: what networks had to work for or cannot be had again. Whoever has such a file can alter it, so everything in it
-is checked on the way back.
+overlay: what the networks computed or what cannot be had again. A client can alter the file, so everything in it is
+checked on the way back.
 """
 
 from __future__ import annotations

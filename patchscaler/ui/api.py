@@ -4,6 +4,8 @@ Gradio makes the documentation of each, and a tool for MCP, from its signature a
 they stand, so annotations are not postponed here, and it takes one line for each argument and result.
 """
 
+
+
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from html import unescape
@@ -24,13 +26,12 @@ from patchscaler.pipeline import SCALE
 from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.results import Result
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
-from patchscaler.ui.dials import plan_of, seed_of
-from patchscaler.ui.errors import explain, shortened
-from patchscaler.ui.gpu import Order
-from patchscaler.ui.handlers import Handlers
-from patchscaler.ui.serving import mcp_wanted
-from patchscaler.ui.studies import Study, whole_pictures
-from patchscaler.ui.views import ByHand, new_folder, save_final, stem
+from patchscaler.ui.export import new_folder, save_final, stem
+from patchscaler.ui.html import explain, shortened
+from patchscaler.ui.run import Runner
+from patchscaler.ui.server import mcp_wanted
+from patchscaler.ui.state import ByHand, Known, plan_of, seed_of, whole_pictures
+from patchscaler.ui.zerogpu import Order
 
 PAPER = SamplingPlan.paper()
 START, STEPS = list(PAPER.start), list(PAPER.steps)
@@ -43,15 +44,15 @@ MOST_CONFIDENCES = 50_000  # a square picture of 4 million pixels has some seven
 class Endpoints:
     """What a client can call. Work for the networks waits its turn in the same thread as the page's runs."""
 
-    def __init__(self, handlers: Handlers) -> None:
-        self._handlers = handlers
-        self._weights = fingerprint(handlers.pipeline)
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._weights = fingerprint(runner.pipeline)
 
     def publish(self, page: gr.Blocks, waiting: int) -> None:
         """Add the endpoints to a page that is being built; `waiting` runs may wait together with the page's."""
         heavy = {"concurrency_id": "pipeline", "concurrency_limit": waiting}
         _publish(page, self.analyze, **heavy)
-        # Beside the queue, but for MCP: Gradio gives its tools' files to such endpoints without asking the doorkeeper.
+        # Outside the queue, but for MCP: Gradio gives its tools' files to such endpoints without asking the doorkeeper.
         _publish(page, self.regroup, queue=mcp_wanted())
         _publish(page, self.refine, **heavy)
         _publish(page, self.upscale, **heavy)
@@ -116,7 +117,7 @@ class Endpoints:
     @whole_pictures()
     def _regroup(self, path: str, plan: SamplingPlan, by_hand: ByHand) -> tuple[dict, dict]:
         try:
-            loaded = read_analysis(path, self._handlers.pipeline, self._weights)
+            loaded = read_analysis(path, self._runner.pipeline, self._weights)
         except AnalysisFileError as error:
             raise _plain(error) from error
         assignment = _assign(loaded.patch_confidence, plan, by_hand)
@@ -145,7 +146,7 @@ class Endpoints:
             steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
             seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
             by_hand: patches whose group is set whatever their confidence, as {"7": "hard"}; counted from 0
-            color_fix: give the result the colours of the input and the structure of the coarse image
+            color_fix: give the result the colours of the input
 
         Returns:
             final: the image at four times the size, a lossless PNG with plan and seed inside
@@ -174,7 +175,7 @@ class Endpoints:
             start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
             steps: sampling steps of simple, medium and hard patches, each from 1 to its start; never falling
             seed: of the noise, 0 to 2^53 - 1; the same seed gives the same image
-            color_fix: give the result the colours of the input and the structure of the coarse image
+            color_fix: give the result the colours of the input
 
         Returns:
             final: the image at four times the size, a lossless PNG with plan and seed inside
@@ -187,15 +188,15 @@ class Endpoints:
     # Jobs: they yield None where they can be stopped, and last what to return.
 
     def _analyze(self, source: str) -> Iterator[Any]:
-        for event in self._handlers.events(Order(source, PAPER, 0, {}, live=False, refine=False)):
-            if isinstance(event, Study):
-                study = event
+        for event in self._runner.events(Order(source, PAPER, 0, {}, live=False, refine=False)):
+            if isinstance(event, Known):
+                known = event
             yield None
-        analysis, name = study.analysis, _name(source)
+        analysis, name = known.analysis, _name(source)
         assignment = assign(analysis.patch_confidence, PAPER)
         coarse = write_png(Picture(analysis.coarse), new_folder() / f"{name}_coarse.png")
-        file = write_analysis(analysis, study.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
-        overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=study.grey)
+        file = write_analysis(analysis, known.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
+        overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=known.grey)
         height, width = analysis.coarse.shape[-2:]
         report = {
             "version": patchscaler.__version__,
@@ -210,18 +211,18 @@ class Endpoints:
         yield _handed(coarse), _drawn(overlay, name), _handed(file), report
 
     def _refine(self, order: Order) -> Iterator[Any]:
-        loaded = read_analysis(order.source, self._handlers.pipeline, self._weights)
+        loaded = read_analysis(order.source, self._runner.pipeline, self._weights)
         _assign(loaded.patch_confidence, order.plan, order.by_hand)
-        for event in self._handlers.networks.run(order, loaded.restored()):
+        for event in self._runner.networks.run(order, loaded.restored()):
             yield _result(event, order) if isinstance(event, Result) else None
 
     def _upscale(self, order: Order) -> Iterator[Any]:
-        for event in self._handlers.events(order):
+        for event in self._runner.events(order):
             yield _result(event, order) if isinstance(event, Result) else None
 
     async def _last(self, job: Callable[[], Iterator[Any]]) -> Any:
         try:
-            async for item in self._handlers.jobs.stream(job):
+            async for item in self._runner.jobs.stream(job):
                 last = item
             return last
         except Exception as error:
@@ -321,7 +322,6 @@ def _result(result: Result, order: Order) -> tuple[dict, dict]:
         "height": picture.height,
         **result.report(),
         "by_hand": _named(order.by_hand),
-        "color_fix": order.color_fix,
         "notes": list(picture.notes),
     }
     return _handed(save_final(result, _name(order.source))), report

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from html import escape, unescape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zipfile import ZIP_STORED, ZipFile
 
 import gradio as gr
@@ -15,27 +15,16 @@ from PIL import Image
 from patchscaler.images import to_pil
 from patchscaler.plan import GROUPS
 from patchscaler.results import Progress, Result
-from patchscaler.ui import fragments
-from patchscaler.ui.doorkeeper import MAX_FILES
-from patchscaler.ui.errors import explain, visible_error
-from patchscaler.ui.gpu import Order
-from patchscaler.ui.handlers import Handlers
+from patchscaler.ui import html
+from patchscaler.ui.export import new_folder, save_final, save_preview, stem
+from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Stops
-from patchscaler.ui.settings import Settings, checked_batch, checked_flag, checked_plan
-from patchscaler.ui.views import SKIP, new_folder, save_final, save_preview, stem
+from patchscaler.ui.run import Runner
+from patchscaler.ui.server import MAX_FILES
+from patchscaler.ui.state import Settings, View, checked_batch, checked_flag, checked_plan
+from patchscaler.ui.zerogpu import Order
 
 PREVIEW_SIDE = 1024  # of the pictures in the gallery, in pixels
-NO_FILES = "Choose some images, then press Run all. All are upscaled with the settings of the page's first column."
-
-
-class BatchView(NamedTuple):
-    """The tab's outputs, in the order in which the page lists them."""
-
-    status: Any = SKIP
-    gallery: Any = SKIP
-    outcomes: Any = SKIP
-    zip: Any = SKIP
-    stop: Any = SKIP
 
 
 class Outcome(NamedTuple):
@@ -48,79 +37,59 @@ class Outcome(NamedTuple):
     report: dict | None = None
 
 
-def batch_tab() -> dict[str, Any]:
-    """The tab's components by the names of BatchView, and `files` and `run`."""
-    parts: dict[str, Any] = {
-        "files": gr.File(
-            label=f"Images, up to {MAX_FILES}", file_count="multiple", file_types=["image"], elem_id="files", height=180
-        )
-    }
-    with gr.Row():
-        parts["run"] = gr.Button("Run all", variant="primary", min_width=100, scale=2, elem_id="run-all")
-        parts["stop"] = gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop-all")
-    parts["status"] = gr.HTML(fragments.status(NO_FILES), elem_id="batch-status")
-    parts["outcomes"] = gr.HTML("", elem_id="outcomes")
-    parts["gallery"] = gr.Gallery(
-        label="Upscaled", interactive=False, columns=3, object_fit="contain", buttons=["fullscreen"], elem_id="gallery"
-    )
-    parts["zip"] = gr.File(label="All as lossless PNGs, and report.json", interactive=False, elem_id="batch-zip")
-    return parts
-
-
 class Batch:
     """The tab's events. Every file is a job of its own, so other visitors' runs come in between."""
 
-    def __init__(self, handlers: Handlers) -> None:
-        self._handlers = handlers
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
         self._batches = Stops()
 
-    async def run_all(self, request: gr.Request, files: list | None, *settings: Any) -> AsyncIterator[BatchView]:
+    async def run_all(self, now: Settings, files: list | None) -> AsyncIterator[View]:
         """Upscale file by file. A bad one is reported and the rest go on; Stop keeps what is finished."""
-        now = Settings.of(*settings)
         plan, seed = checked_plan(now.dials, now.seed)
         batch_size, color_fix = checked_batch(now.batch), checked_flag("color_fix", now.color_fix)
         sources = [file["path"] for file in files or []]
         if not sources or len(sources) > MAX_FILES:
             raise visible_error("No images" if not sources else "Too many images", f"1 to {MAX_FILES} are taken.")
         names = [Path(file.get("orig_name") or file["path"]).name for file in files]
-        with self._batches.of(request.session_hash) as stop:
+        with self._batches.of(now.session) as stop:
             outcomes: list[Outcome] = []
             waiting = _status("Waiting for the pipeline…", 0, len(sources))
-            yield BatchView(waiting, [], "", None, gr.update(interactive=True))
+            stoppable = gr.update(interactive=True)
+            yield {"batch-status": waiting, "gallery": [], "outcomes": "", "batch-zip": None, "stop-all": stoppable}
             for place, (source, name) in enumerate(zip(sources, names)):
                 order = Order(source, plan, seed, {}, color_fix, batch_size, live=False)
                 said = f"Image {place + 1} of {len(sources)}, {name}"
                 try:
-                    async for event in self._handlers.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023
+                    async for event in self._runner.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023
                         if isinstance(event, Outcome):
                             outcomes.append(event)
                         elif isinstance(event, Progress):
                             share = event.done / event.total
                             step = f"{said}: {GROUPS[event.group]}, step {event.step} of {event.steps}"
-                            yield BatchView(_status(step, place + share, len(sources)))
+                            yield {"batch-status": _status(step, place + share, len(sources))}
                 except Exception as error:
                     visible = explain(error)
                     outcomes.append(Outcome(name, f"{visible.title}: {unescape(visible.message)}"))
                 if stop.is_set():
                     break
-                yield BatchView(_status(said, place + 1, len(sources)), _gallery(outcomes), _list(outcomes))
-            yield BatchView(
-                fragments.status(_summary(outcomes, len(sources), stop.is_set())),
-                _gallery(outcomes),
-                _list(outcomes),
-                _zip(outcomes),
-                gr.update(interactive=False),
-            )
+                yield {"batch-status": _status(said, place + 1, len(sources)), **_so_far(outcomes)}
+            yield {
+                "batch-status": html.status(_summary(outcomes, len(sources), stop.is_set())),
+                **_so_far(outcomes),
+                "batch-zip": _zip(outcomes),
+                "stop-all": gr.update(interactive=False),
+            }
 
-    def stop_all(self, request: gr.Request) -> None:
+    def stop_all(self, now: Settings) -> None:
         """Have the visitor's batch stop at its next step."""
-        self._batches.stop(request.session_hash)
+        self._batches.stop(now.session)
 
     def _upscaled(self, order: Order, name: str) -> Iterator[Progress | Outcome | None]:
-        """A file's progress, and last its Outcome. Nothing is kept of it: nobody will turn a dial for it."""
-        for event in self._handlers.fresh_events(order):
+        """A file's progress, and last its Outcome. Nothing of it is cached: no dial will be turned for it."""
+        for event in self._runner.fresh_events(order):
             if isinstance(event, Result):
-                picture = save_final(event, order.source, color_fix=order.color_fix)
+                picture = save_final(event, order.source)
                 preview = to_pil(event.picture)
                 preview.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
                 seconds = sum(event.seconds.values())
@@ -132,20 +101,17 @@ class Batch:
 
 
 def _status(text: str, done: float, total: int) -> str:
-    return fragments.status(text, round(100 * done), 100 * total)
+    return html.status(text, round(100 * done), 100 * total)
 
 
-def _gallery(outcomes: list[Outcome]) -> list[tuple[str, str]]:
-    return [(str(outcome.preview), outcome.name) for outcome in outcomes if outcome.preview]
-
-
-def _list(outcomes: list[Outcome]) -> str:
+def _so_far(outcomes: list[Outcome]) -> View:
     entries = "".join(
         f'<li class="{"done" if outcome.picture else "failed"}"><b>{escape(outcome.name)}</b>: '
         f"{escape(outcome.text)}</li>"
         for outcome in outcomes
     )
-    return f'<ul class="outcomes">{entries}</ul>'
+    previews = [(str(outcome.preview), outcome.name) for outcome in outcomes if outcome.preview]
+    return {"gallery": previews, "outcomes": f'<ul class="outcomes">{entries}</ul>'}
 
 
 def _summary(outcomes: list[Outcome], total: int, stopped: bool) -> str:
@@ -165,9 +131,10 @@ def _zip(outcomes: list[Outcome]) -> str | None:
             entry = {"name": outcome.name, "outcome": outcome.text}
             if outcome.picture:
                 base, number = outcome.picture.stem, 1
-                while (name := f"{base}{'' if number == 1 else f'_{number}'}.png") in taken:
+                # Where case makes no difference, two such names would be one file.
+                while (name := f"{base}{'' if number == 1 else f'_{number}'}.png").casefold() in taken:
                     number += 1
-                taken.add(name)
+                taken.add(name.casefold())
                 archive.write(outcome.picture, name)
                 entry |= {"file": name, **outcome.report}
             report.append(entry)

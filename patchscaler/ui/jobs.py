@@ -33,20 +33,20 @@ class JobError(RuntimeError):
 
 
 class Jobs:
-    """Runs generators in one thread of its own.
+    """Runs generators in threads of its own: one, unless the device is another's to share out, as on ZeroGPU.
 
     Gradio frees the slot of a cancelled handler at once, while a plain handler's thread would keep running; with one
     thread here, a job that follows a cancelled one waits until that has noticed. ``seconds`` is the longest that a
     job may work, PATCHSCALER_MAX_RUN_SECONDS or RUN_SECONDS unless given; waiting for its turn does not count.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
+    def __init__(self, seconds: float | None = None, threads: int = 1) -> None:
         given = limit_from_environment("PATCHSCALER_MAX_RUN_SECONDS", RUN_SECONDS)
         self.seconds = given if seconds is None else seconds
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pipeline")
         self._lock = Lock()
         self._waiting = 0
-        self._began: float | None = None  # by time.monotonic(), of the job at work
+        self._working: dict[int, float] = {}  # when the jobs at work began, by time.monotonic()
         self._closed = Event()
 
     async def stream(
@@ -73,8 +73,8 @@ class Jobs:
         def work() -> None:
             with self._lock:
                 self._waiting -= 1
-                self._began = time.monotonic()
-            began.append(self._began)
+                began.append(time.monotonic())
+                self._working[id(began)] = began[0]
             last = _END
             try:
                 check()
@@ -85,14 +85,15 @@ class Jobs:
             except BaseException as error:  # SystemExit and its like must not end the thread or reach the event loop
                 last = error
             finally:
-                self._began = None
+                with self._lock:
+                    del self._working[id(began)]
             if not (stopped.is_set() or ended.is_set()):
                 loop.call_soon_threadsafe(items.put_nowait, last)
             last = None  # an error holds this frame, and the two would keep each other
 
         self._admit()
         # ZeroGPU finds the visitor's request, whose quota it uses, in the context.
-        self._thread.submit(copy_context().run, work)
+        self._threads.submit(copy_context().run, work)
         try:
             while not stopped.is_set():
                 if gone():
@@ -113,23 +114,10 @@ class Jobs:
             item = None  # as `last` above
             ended.set()
 
-    def background(self, job: Callable[[], Generator[Item, None, None]]) -> None:
-        """Have `job()` done when its turn comes, for no reader; what goes wrong is logged."""
-
-        def work() -> None:
-            try:
-                with closing(job()) as running:
-                    for _ in running:
-                        if self._closed.is_set():
-                            break
-            except Exception:
-                log.exception("a job in the background failed")
-
-        self._thread.submit(work)
-
     def state(self) -> dict[str, bool | int | float | None]:
-        """Whether jobs get done, how long the one at work has been (None: none is), and how many wait."""
-        began = self._began
+        """Whether jobs get done, how long the oldest at work has been (None: none is), and how many wait."""
+        with self._lock:
+            began = min(self._working.values(), default=None)
         running = None if began is None else time.monotonic() - began
         stuck = running is not None and running > self.seconds + STUCK_SECONDS
         return {

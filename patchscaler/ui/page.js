@@ -1,4 +1,4 @@
-// What Python cannot do from its side: a brush on the Qmap, a place for screen readers' news, and a glance at the results.
+// What Python cannot do from its side: a brush on the Qmap, announcements for screen readers, and scrolling to the results.
 () => {
   const find = (selector) => document.querySelector(selector);
   const SEND_EVERY = 80; // ms between two states of a growing stroke
@@ -69,7 +69,7 @@
     if (event.target.closest?.("#run") && window.innerWidth < 768) find("#status").scrollIntoView({behavior: "smooth"});
   });
 
-  // For screen readers: news are read out, and the examples' buttons, which have a picture only, get a name. Parts of
+  // For screen readers: changes are announced, and the examples' buttons, which have a picture only, get a name. Parts of
   // the page come in after this, and anew.
   const name = () => {
     for (const id of ["status", "batch-status", "stale", "note"]) find(`#${id}`)?.setAttribute("aria-live", "polite");

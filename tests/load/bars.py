@@ -10,7 +10,6 @@ Parts, all of them unless some are named:
 
 from __future__ import annotations
 
-import asyncio
 import re
 import statistics
 import sys
@@ -22,7 +21,7 @@ from PIL import Image, ImageChops
 from soak import ROOT, Visitor, serve
 
 sys.path.insert(0, str(ROOT / "tests"))
-from visitor import VISITOR, click, last, moved, run, settings  # noqa: E402
+from visitor import click, closeups, collected, last, moved, run, settings  # noqa: E402
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
 PHOTO = next(path for path in EXAMPLES if "astronaut" in path.name)
@@ -58,7 +57,7 @@ def coarse(folder: Path) -> None:
         with sync_playwright() as playwright:
             page = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS).new_page()
             seconds = []
-            for path in EXAMPLES[:3]:  # each new to the server
+            for path in EXAMPLES[1:4]:  # each new to the server
                 page.goto(address)
                 page.set_input_files("#input input[type=file]", path)
                 page.locator("#run:enabled").click()
@@ -71,11 +70,11 @@ def coarse(folder: Path) -> None:
     print("coarse: " + ", ".join(f"{value:.2f} s" for value in seconds))
 
 
-def rerun(handlers, dials=(*PAPER, 0)) -> None:
+def rerun(runner, dials=(*PAPER, 0)) -> None:
     image = {"path": str(PHOTO)}
-    run(handlers, image, dials)
-    study = handlers.studies.get(image["path"])
-    confidence = study.analysis.patch_confidence.sort().values
+    run(runner, image, dials)
+    known = runner.cache.get(image["path"])
+    confidence = known.analysis.patch_confidence.sort().values
     count = len(confidence)
     # Thresholds on the dial's grid, with gamma 1 moved down past about a tenth of the patches.
     above = [round(k / 100, 2) for k in range(76, 100)]
@@ -83,12 +82,11 @@ def rerun(handlers, dials=(*PAPER, 0)) -> None:
     tenth = min(above, key=lambda gamma: (abs(simple[gamma] - simple[0.95] - count / 10), -gamma))
     full, part = [], []
     for seed in (1, 2, 3):
-        run(handlers, image, (*PAPER, seed))
-        views = run(handlers, image, (tenth, *PAPER[1:], seed))
+        run(runner, image, (*PAPER, seed))
+        views = run(runner, image, (tenth, *PAPER[1:], seed))
         part.append(refine_seconds(views))
         again = last(views, "final")
-        study.sampled = None  # as if it had never been run
-        views = run(handlers, image, (tenth, *PAPER[1:], seed))
+        views = run(runner, image, (tenth, *PAPER[1:], seed), session="another")  # as if it had never been run
         full.append(refine_seconds(views))
         with Image.open(again) as ours, Image.open(last(views, "final")) as theirs:
             same = ImageChops.difference(ours, theirs).getbbox() is None
@@ -102,61 +100,57 @@ def refine_seconds(views) -> float:
     return last(views, "shown").report["stages"]["refine"]
 
 
-def large(handlers, folder: Path) -> None:
+def large(runner, folder: Path) -> None:
     path = folder / "large.png"
     with Image.open(PHOTO) as photo:
         photo.resize((512, 512)).save(path)
     image, dials = {"path": str(path)}, (0.95, 0.75, 100, 200, 300, 1, 1, 1, 0)
-    shown = last(run(handlers, image, dials), "shown")
+    shown = last(run(runner, image, dials), "shown")
     overlay, inspector, priors = [], [], []
     for place in range(20):
         began = time.perf_counter()
-        moved(handlers, image, shown, (round(0.8 + place / 100, 2), *dials[1:]))
+        moved(runner, image, shown, (round(0.8 + place / 100, 2), *dials[1:]))
         overlay.append(time.perf_counter() - began)
         began = time.perf_counter()
-        picked = click(handlers, image, shown, dials, (50 * place + 20, 500))
+        _, page = click(runner, image, shown, dials, (50 * place + 20, 500))
         inspector.append(time.perf_counter() - began)
         began = time.perf_counter()
-        asyncio.run(handlers.inspected(picked["patch"]))
+        now = settings(image, dials)
+        now.page.patch = page.patch
+        closeups(runner).inspected(now)
         priors.append(time.perf_counter() - began)
     for name, seconds in (("overlay", overlay), ("inspector", inspector), ("its priors", priors)):
         print(f"large: {name} median {1000 * statistics.median(seconds):.0f} ms, most {1000 * max(seconds):.0f} ms")
 
 
-def estimate(handlers) -> None:
+def estimate(runner) -> None:
     for path in EXAMPLES[:3]:
-        run(handlers, {"path": str(path)}, (*PAPER, 0))
+        run(runner, {"path": str(path)}, (*PAPER, 0))
     for path in EXAMPLES:
         image = {"path": str(path)}
-        asyncio.run(look(handlers, image))
-        cost = moved(handlers, image, None, (*PAPER, 5), place=8)["cost"]
+        collected(runner.look, settings(image, (*PAPER, 5)))
+        cost = moved(runner, image, None, (*PAPER, 5), place=8)["cost"]
         expected = float(re.search(r"about <b>([\d.]+) s", cost)[1])
-        views = run(handlers, image, (*PAPER, 5))
+        views = run(runner, image, (*PAPER, 5))
         took = float(re.search(r"Done in ([\d.]+) s", last(views, "status"))[1])
         print(f"estimate: {path.stem}: {expected:.1f} s, took {took:.1f} s, {expected / took - 1:+.0%}")
-
-
-async def look(handlers, image: dict) -> None:
-    async for _ in handlers.look(VISITOR, *settings(image, (*PAPER, 5))):
-        pass
 
 
 def main(parts: list[str]) -> None:
     parts = parts or ["regroup", "coarse", "rerun", "large", "estimate"]
     with tempfile.TemporaryDirectory() as folder:
-        handlers = None
+        runner = None
         for part in parts:
             if part in ("regroup", "coarse"):
                 {"regroup": regroup, "coarse": coarse}[part](Path(folder))
                 continue
-            if handlers is None:
+            if runner is None:
                 from patchscaler.loading import load_pipeline
-                from patchscaler.ui.handlers import Handlers
+                from patchscaler.ui.run import Runner
 
-                handlers = Handlers(load_pipeline(WEIGHTS))
-                for _ in handlers.warmed_up():
-                    pass
-            {"rerun": rerun, "estimate": estimate}[part](handlers) if part != "large" else large(handlers, Path(folder))
+                runner = Runner(load_pipeline(WEIGHTS))
+                runner.first_run(str(EXAMPLES[0]))
+            {"rerun": rerun, "estimate": estimate}[part](runner) if part != "large" else large(runner, Path(folder))
 
 
 if __name__ == "__main__":

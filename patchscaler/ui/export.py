@@ -1,23 +1,72 @@
-"""What a visitor can keep: a ZIP of every stage, and a link that restores the settings."""
+"""Export: picture files, a ZIP of every stage, and settings that links and PNGs of the page restore."""
 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile
 
-from patchscaler.figures import qmap_overlay
-from patchscaler.images import Picture, read_png_text, write_png
-from patchscaler.plan import SamplingPlan, assign
-from patchscaler.ui import fragments
-from patchscaler.ui.dials import dials_of, in_range, is_batch, plan_of, seed_of
-from patchscaler.ui.studies import Study
-from patchscaler.ui.views import Shown, new_folder, stem
+import gradio as gr
+from gradio.utils import get_upload_folder
+from PIL import Image
 
-# Writes what `restored` reads: the settings, never the image.
+from patchscaler.figures import qmap_overlay
+from patchscaler.images import Picture, read_png_text, to_pil, write_png
+from patchscaler.plan import SamplingPlan, assign
+from patchscaler.results import Analysis, Result
+from patchscaler.ui import html
+from patchscaler.ui.html import visible_error
+from patchscaler.ui.state import (
+    DIALS,
+    Known,
+    SessionCache,
+    Settings,
+    Shown,
+    View,
+    dials_of,
+    in_range,
+    is_batch,
+    plan_of,
+    preset_of,
+    seed_of,
+    whole_pictures,
+)
+
+
+def coarse_preview(analysis: Analysis) -> Path:
+    return save_preview(to_pil(Picture(analysis.coarse)), "coarse")
+
+
+def save_preview(image: Image.Image, name: str) -> Path:
+    """A JPEG: for looking at, and far quicker to make than a PNG."""
+    path = new_folder() / f"{name}.jpg"
+    image.convert("RGB").save(path, quality=92, subsampling=0)
+    return path
+
+
+def save_final(result: Result, source: str, name: str = "x4") -> Path:
+    """The lossless PNG, made once, with its plan, seed and colour fix inside."""
+    return write_png(result.picture, new_folder() / f"{stem(source)}_{name}.png", result.png_text())
+
+
+def stem(source: str) -> str:
+    """The image's name without anything that a file name should not have."""
+    return re.sub(r"[^\w.-]+", "_", Path(source).stem)[:80] or "image"
+
+
+def new_folder() -> Path:
+    """A folder that Gradio serves from, and empties after a while."""
+    folder = Path(get_upload_folder()) / secrets.token_hex(20)
+    folder.mkdir(parents=True)
+    return folder
+
+
+# Writes what `linked` reads: the settings, never the image.
 LINK = """(...values) => {
   const [dials, [colorFix, uniform, batch]] = [values.slice(0, 9), values.slice(9)];
   const settings = {plan: dials.slice(0, 8).join(","), seed: dials[8], color: +colorFix, uniform: +uniform};
@@ -30,30 +79,29 @@ LINK = """(...values) => {
 SWITCHES = {"color": "1", "uniform": "0"}  # and what they are in a link without them
 
 
-class Linked(NamedTuple):
-    """The settings in a link."""
+def linked(now: Settings, query: Any) -> View:
+    """Dials, preset, colour fix, baseline and patch batch from the page's address; nothing from one that cannot be.
 
-    dials: tuple[float, ...]  # eight
-    seed: int
-    color_fix: bool = True
-    uniform: bool = False
-    batch: int | None = None
-
-
-def restored(query: str) -> Linked | None:
-    """What a link's query sets, or None if it does not work. Plan and seed must be there, the rest may."""
-    values = {name: texts[0] for name, texts in parse_qs(query.removeprefix("?")).items()}
+    Plan and seed must be there, the rest may.
+    """
+    values = {name: texts[0] for name, texts in parse_qs(str(query).removeprefix("?")).items()}
     try:
         dials = tuple(float(text) for text in values["plan"].split(","))
         seed = seed_of(float(values["seed"]))
-        plan_of(dials)
+        preset = preset_of(plan_of(dials))
         switches = [bool(("0", "1").index(values.get(name, usual))) for name, usual in SWITCHES.items()]
         batch = float(values["batch"]) if "batch" in values else None
     except (KeyError, ValueError, OverflowError):
-        return None
+        return {}
     if not in_range(dials) or not is_batch(batch):
-        return None
-    return Linked(dials, seed, *switches, None if batch is None else int(batch))
+        return {}
+    return {
+        **dict(zip(DIALS, (*dials, seed))),
+        "preset": preset,
+        "color-fix": switches[0],
+        "uniform": switches[1],
+        "batch": None if batch is None else int(batch),
+    }
 
 
 class MadeWith(NamedTuple):
@@ -73,7 +121,7 @@ def made_with(source: str) -> MadeWith | None:
         by_hand = len(json.loads(text.get("by_hand", "{}")).keys())
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
-    settings = fragments.describe(plan, seed)
+    settings = html.describe(plan, seed)
     if not in_range(dials := dials_of(plan)):
         return MadeWith(f"PatchScaler made this image with {settings}, which is beyond these dials.")
     said = f"PatchScaler made this image, and its settings are restored: {settings}."
@@ -82,9 +130,18 @@ def made_with(source: str) -> MadeWith | None:
     return MadeWith(f"{said} Run upscales it once more.", dials, seed, text.get("color_fix") != "off")
 
 
-def stages_zip(study: Study, shown: Shown) -> Path:
+def packed(cache: SessionCache, now: Settings) -> View:
+    """The ZIP of all stages of the final picture."""
+    known, shown = cache.get(now.source), now.page.shown
+    if known is None or shown is None or not shown.final.is_file():
+        raise visible_error("Nothing to pack", "Run first: there is no final picture, or it is too old.")
+    with whole_pictures():
+        return {"zip": gr.update(value=str(stages_zip(known, shown)), visible=True)}
+
+
+def stages_zip(known: Known, shown: Shown) -> Path:
     """All stages of the shown picture as lossless PNGs, with a report. FileNotFoundError if it is gone."""
-    analysis, name = study.analysis, stem(shown.source)
+    analysis, name = known.analysis, stem(shown.source)
     path = new_folder() / f"{name}_patchscaler.zip"
     assignment = assign(analysis.patch_confidence, shown.plan, shown.by_hand)
     overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=shown.by_hand)
@@ -109,7 +166,7 @@ def stages_zip(study: Study, shown: Shown) -> Path:
     with TemporaryDirectory() as folder, ZipFile(path, "w", ZIP_STORED) as archive:
         for stage, pixels in (("bicubic", analysis.bicubic), ("coarse", analysis.coarse)):
             archive.write(write_png(Picture(pixels), Path(folder) / f"{stage}.png"), f"{stage}.png")
-        for stage, image in (("qmap", overlay), ("priors", study.priors)):
+        for stage, image in (("qmap", overlay), ("priors", known.priors)):
             image.save(Path(folder) / f"{stage}.png")
             archive.write(Path(folder) / f"{stage}.png", f"{stage}.png")
         archive.write(shown.final, f"final{shown.final.suffix}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from patchscaler.images import Picture, to_pil
 from patchscaler.patches import LATENT_PIXELS, Patch
 from patchscaler.plan import SamplingPlan, assign
-from patchscaler.ui import fragments
-from patchscaler.ui.studies import Study
-from patchscaler.ui.views import ByHand, Shown, save_preview
+from patchscaler.ui import html
+from patchscaler.ui.export import save_preview
+from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, checked_choice, whole_pictures
 
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
 ZOOMS = ("100 %", "200 %", "400 %")
@@ -25,21 +27,67 @@ PATCH_ZOOM = 4
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-def pair(study: Study, shown: Shown | None, sides: tuple[str, str]) -> tuple[Path, Path] | None:
+class Closeups:
+    """Events of the before/after slider, the zoom, the patch borders and the patch inspector."""
+
+    def __init__(self, cache: SessionCache, decode: Callable[[Tensor], Tensor]) -> None:
+        """`decode` makes images Kx3xHxW in [-1, 1] of the K rows of the texture memory in a LongTensor K."""
+        self.cache = cache
+        self._decode = decode
+
+    @whole_pictures()
+    def compared(self, now: Settings, left: str, right: str) -> View:
+        """Two whole pictures for the slider."""
+        sides = checked_choice("left", left, SIDES), checked_choice("right", right, SIDES)
+        known = self.cache.get(now.source)
+        return {"compare": pair(known, now.page.shown, sides) if known else None}
+
+    @whole_pictures()
+    def zoomed(self, now: Settings, left: str, right: str, zoom: str) -> View:
+        """The same crop of both."""
+        sides = checked_choice("left", left, SIDES), checked_choice("right", right, SIDES)
+        zoom = checked_choice("zoom", zoom, ZOOMS)
+        known = self.cache.get(now.source)
+        return {"zoom": zoomed(known, now.page.shown, sides, zoom, now.page.center) if known else None}
+
+    def centered(self, now: Settings, at: tuple[float, float]) -> None:
+        """The place of a click on a panel that shows the picture in its full size."""
+        now.page.center = at
+
+    def inspected(self, now: Settings) -> View:
+        """The priors of the patch that was clicked."""
+        known, index = self.cache.get(now.source), now.page.patch
+        if known is None or index is None:
+            return {"inspected": ""}
+        priors = known.analysis.priors
+        images = [to_pil(Picture(values)) for values in self._decode(priors.indices[index])]
+        coarse = to_pil(Picture(known.analysis.grid.patches[index].pixels(known.analysis.coarse)))
+        return {"inspected": html.priors(coarse, images, priors.similarities[index].tolist())}
+
+    def seams(self, now: Settings, on: Any) -> View:
+        """The borders of all patches, over every panel that shows the whole picture."""
+        known = self.cache.get(now.source)
+        if known is None or not on:
+            return {"grid": ""}
+        height, width = known.analysis.coarse.shape[-2:]
+        return {"grid": html.seams(known.analysis.grid, width, height)}
+
+
+def pair(known: Known, shown: Shown | None, sides: tuple[str, str]) -> tuple[Path, Path] | None:
     """Previews of two sides for the slider, or None while one of them does not exist yet."""
-    pictures = [side(study, shown, name) for name in sides]
+    pictures = [side(known, shown, name) for name in sides]
     return None if None in pictures else tuple(save_preview(picture, "side") for picture in pictures)
 
 
 def zoomed(
-    study: Study, shown: Shown | None, sides: tuple[str, str], zoom: str, center: tuple[float, float] | None
+    known: Known, shown: Shown | None, sides: tuple[str, str], zoom: str, center: tuple[float, float] | None
 ) -> tuple[Path, Path] | None:
     """The same crop of two sides around a pixel, the middle unless given, magnified without smoothing."""
-    height, width = study.analysis.coarse.shape[-2:]
+    height, width = known.analysis.coarse.shape[-2:]
     factor = int(zoom.split()[0]) // 100
     x, y = center or (width / 2, height / 2)
     box = window(x, width, WINDOW // factor) + window(y, height, WINDOW // factor)
-    crops = [side(study, shown, name, (box[0], box[2], box[1], box[3])) for name in sides]
+    crops = [side(known, shown, name, (box[0], box[2], box[1], box[3])) for name in sides]
     if None in crops:
         return None
     return tuple(save_preview(magnified(crop, factor), "zoom") for crop in crops)
@@ -52,10 +100,10 @@ def window(center: float, length: int, side: int) -> tuple[int, int]:
     return first, first + side
 
 
-def side(study: Study, shown: Shown | None, name: str, box: Box | None = None) -> Image.Image | None:
+def side(known: Known, shown: Shown | None, name: str, box: Box | None = None) -> Image.Image | None:
     """One of SIDES, or a part of it; None if there is no such picture of this image yet."""
     if name in ("Bicubic input", "Coarse"):
-        image = study.analysis.bicubic if name == "Bicubic input" else study.analysis.coarse
+        image = known.analysis.bicubic if name == "Bicubic input" else known.analysis.coarse
         if box:
             image = image[:, box[1] : box[3], box[0] : box[2]]
         return to_pil(Picture(image))
@@ -77,16 +125,16 @@ def difference(a: Tensor, b: Tensor) -> Image.Image:
     return Image.fromarray((ramp * 255).round().astype(np.uint8))
 
 
-def clicked(study: Study, at: tuple[float, float]) -> tuple[float, float]:
+def clicked(known: Known, at: tuple[float, float]) -> tuple[float, float]:
     """A pixel of the upscaled picture for a place on the Qmap overlay, which may be smaller."""
-    scale = max(1.0, max(study.analysis.coarse.shape[-2:]) / OVERLAY_SIDE)
+    scale = max(1.0, max(known.analysis.coarse.shape[-2:]) / OVERLAY_SIDE)
     return at[0] * scale, at[1] * scale
 
 
-def touched(study: Study, points: list[tuple[float, float]]) -> list[int]:
+def touched(known: Known, points: list[tuple[float, float]]) -> list[int]:
     """The patches nearest to points, in shares of the picture's width and height."""
-    height, width = study.analysis.coarse.shape[-2:]
-    middles = torch.tensor([middle(patch) for patch in study.analysis.grid.patches])  # Nx2
+    height, width = known.analysis.coarse.shape[-2:]
+    middles = torch.tensor([middle(patch) for patch in known.analysis.grid.patches])  # Nx2
     return torch.cdist(torch.tensor(points) * torch.tensor([width, height]), middles).argmin(1).unique().tolist()
 
 
@@ -96,10 +144,10 @@ def middle(patch: Patch) -> tuple[float, float]:
 
 
 def patch_views(
-    study: Study, shown: Shown | None, index: int, plan: SamplingPlan, by_hand: ByHand
+    known: Known, shown: Shown | None, index: int, plan: SamplingPlan, by_hand: ByHand
 ) -> tuple[str, str]:
     """A line about one patch, and the same with its pictures. Its priors come later: a network must decode them."""
-    analysis = study.analysis
+    analysis = known.analysis
     patch = analysis.grid.patches[index]
     height, width = analysis.coarse.shape[-2:]
     left, top, size = (LATENT_PIXELS * cells for cells in (patch.left, patch.top, patch.size))
@@ -108,14 +156,9 @@ def patch_views(
     pictures = [
         (label, magnified(picture, PATCH_ZOOM))
         for label, name in (("Before: bicubic", "Bicubic input"), ("After: final", "Final"))
-        if (picture := side(study, shown, name, box)) is not None
+        if (picture := side(known, shown, name, box)) is not None
     ]
     confidence = analysis.patch_confidence[index].item()
-    facts = fragments.patch(index, box, confidence, group, plan, index in by_hand)
-    closer = fragments.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
-    return facts + closer, facts + fragments.pictures(pictures)
-
-
-def patch_coarse(study: Study, index: int) -> Image.Image:
-    """The patch's y0, decoded."""
-    return to_pil(Picture(study.analysis.grid.patches[index].pixels(study.analysis.coarse)))
+    facts = html.patch(index, box, confidence, group, plan, index in by_hand)
+    closer = html.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
+    return facts + closer, facts + html.pictures(pictures)

@@ -1,30 +1,145 @@
-"""What is refused before Gradio sees it: closed doors, bodies over the limit, files that nobody uploaded."""
+"""How the page is served: limits, closed doors, tidying up, and the endpoint that says how it fares."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import suppress
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from gradio.utils import get_upload_folder
 from gradio_client.utils import is_http_url_like
+from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from patchscaler.ui.sweeping import upload_folder
+import patchscaler
+from patchscaler.images import Limits
+from patchscaler.ui.jobs import Jobs
 
 log = logging.getLogger(__name__)
+
+SWEEP_SECONDS, KEPT_SECONDS = 600, 3600  # how often, and what is older goes
+FORGET_SECONDS = 2
+UNREAD = 32  # sessions whose messages are kept for those who fetch them later
+FLOOD = 500  # messages of one session; a page's run has about two hundred
+
+
+@asynccontextmanager
+async def sweeping(app: Any) -> AsyncIterator[None]:
+    """While the server runs, delete what it no longer needs, a killed server's leavings too.
+
+    Gradio's own `delete_cache` forgets what it has made when its process ends, and never deletes folders.
+    """
+
+    async def sweep_files() -> None:
+        kept = [path for block in app.get_blocks().blocks.values() for path in block.keep_in_cache]
+        await asyncio.to_thread(sweep, upload_folder(), KEPT_SECONDS, kept)
+
+    async def forget_events() -> None:
+        forget(app)
+
+    async def now_and_then(work: Callable[[], Awaitable[None]], seconds: float) -> None:
+        while True:
+            try:
+                await work()
+            except Exception:  # the next time may be better
+                log.exception("could not tidy up")
+            await asyncio.sleep(seconds)
+
+    each = ((sweep_files, SWEEP_SECONDS), (forget_events, FORGET_SECONDS))
+    tasks = [asyncio.create_task(now_and_then(work, seconds)) for work, seconds in each]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def forget(app: Any) -> None:
+    """Let go of what Gradio keeps in memory of events that are over. On the event loop only."""
+    forget_components(app)
+    forget_messages(app.get_blocks()._queue)
+
+
+def forget_components(app: Any) -> None:
+    """Of all sessions: rebuilt components under numbers of their own, and the values that deep links would restore.
+
+    Gradio builds each output anew that an event updates or skips, puts that in the place of the old one, and lists it
+    under its own number too, for as long as the session lasts: some 40 kB for every move of a dial.
+    """
+    page = app.get_blocks()
+    live = list(page.blocks.values())
+    for session in app.state_holder.session_data.values():
+        session.config_values.clear()  # only /deep_link reads them; the doorkeeper keeps that closed
+        listed = session.blocks_config.blocks
+        for number in listed.keys() - page.blocks.keys():
+            del listed[number]
+        live += listed.values()
+    used = {id(getattr(block, "temp_files", None)) for block in live}
+    page.temp_file_sets[1:] = [files for files in page.temp_file_sets[1:] if files or id(files) in used]
+
+
+def forget_messages(queue: Any) -> None:
+    """Results that are never fetched, but for those of the newest sessions, and the names of sessions that have none.
+
+    Gradio keeps the messages of 2,000 sessions, and every call of the API has a session of its own. A page's messages
+    tell what changed since the one before, so none is taken from a run or from a slow reader unless it is a flood.
+    """
+    for newer, (session, messages) in enumerate(reversed(list(queue.pending_messages_per_session.items()))):
+        events = queue.pending_event_ids_session.get(session, ())
+        over = not any(event in queue.event_ids_to_events for event in events)
+        if messages._getters:  # a client is reading
+            continue
+        while messages.qsize() > FLOOD:
+            messages.get_nowait()
+        if over and newer >= UNREAD:
+            del queue.pending_messages_per_session[session]
+    for session in queue.pending_event_ids_session.keys() - queue.pending_messages_per_session.keys():
+        del queue.pending_event_ids_session[session]
+
+
+def sweep(folder: Path, seconds: float, kept: Collection[str] = ()) -> None:
+    """Delete the files and folders right in `folder` that have been as they are for so long, but for those of `kept`.
+
+    `kept` are paths of files, such as the page's examples.
+    """
+    keep = {parent for path in kept for parent in (Path(path), *Path(path).parents)}
+    for entry in folder.iterdir():
+        if entry in keep:
+            continue
+        with suppress(FileNotFoundError):  # it is gone already
+            newest = max(path.lstat().st_mtime for path in (entry, *(entry.iterdir() if entry.is_dir() else ())))
+            if time.time() - newest > seconds:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink()
+
+
+def upload_folder() -> Path:
+    """Where Gradio puts uploads and results; made if it is not there."""
+    folder = Path(get_upload_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
 
 MAX_JSON = 1_000_000  # bytes; a page with a thousand patches set by hand sends some 10 kB
 MAX_FILES = 16  # in one upload
 KEPT_FREE = 500_000_000  # bytes of disk that uploads and results must leave
 BODY_SECONDS = 30  # without a byte of a body that is not whole
-# Gradio would fetch any public address for anybody, take screen recordings and call methods of components.
+# Gradio would fetch any public address for any client, take screen recordings and call methods of components.
 # Each link of its deep_link is a folder of files.
 CLOSED = re.compile(
     r"/gradio_api/(proxy=|file[=/]+\w+:|process_recording|component_server|deep_link|stream/|dev/|vibe)", re.I
@@ -195,3 +310,53 @@ def _with_paths(data: Any) -> Any:
 
 def refusal(status: int, detail: str) -> JSONResponse:
     return JSONResponse({"detail": detail}, status, {"Connection": "close"})
+
+
+def launch_settings(jobs: Jobs) -> dict[str, Any]:
+    """What `launch` is given for safety's sake. New ones for every launch: Gradio writes into them."""
+    largest = Limits.from_environment().file_bytes
+    return {
+        "max_file_size": largest,
+        "allowed_paths": [],
+        "show_error": False,
+        "enable_monitoring": False,
+        "strict_cors": True,
+        "ssr_mode": False,
+        "mcp_server": mcp_wanted(),
+        "run_history": False,
+        "state_session_capacity": 200,
+        "app_kwargs": {
+            "middleware": [Middleware(Doorkeeper, max_upload=largest + MAX_JSON)],
+            "routes": [Route("/health", health_endpoint(jobs))],
+            "lifespan": sweeping,
+            "openapi_url": None,
+        },
+    }
+
+
+def mcp_wanted() -> bool:
+    """Whether GRADIO_MCP_SERVER asks for the API as tools for language models, by the Model Context Protocol.
+
+    SystemExit if a package is missing for that: Gradio would only print it, and serve the page without the tools.
+    """
+    if os.environ.get("GRADIO_MCP_SERVER", "").lower() not in ("true", "1"):
+        return False
+    if find_spec("mcp") is None:
+        raise SystemExit("GRADIO_MCP_SERVER is set, but the package mcp is missing: pip install 'gradio[mcp]==6.31.*'")
+    return True
+
+
+def health_endpoint(jobs: Jobs) -> Callable:
+    async def health(request: Request) -> JSONResponse:
+        """For a supervisor: 200, or 503 when only a restart helps. Runs no network and waits for none."""
+        worker = jobs.state()
+        queued = len(request.app.get_blocks()._queue)
+        content = {
+            "status": "ok" if worker["alive"] else "stuck",
+            "version": patchscaler.__version__,
+            "worker": worker,
+            "queued": queued,  # runs that Gradio has not let through to the worker yet
+        }
+        return JSONResponse(content, 200 if worker["alive"] else 503)
+
+    return health

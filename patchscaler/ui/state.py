@@ -1,0 +1,320 @@
+"""What a visitor has set, what the visitor's page holds, and what the server keeps of images: the session cache."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from patchscaler.figures import grey_preview
+from patchscaler.plan import PRESETS, SamplingPlan
+from patchscaler.results import Analysis, Sampled
+from patchscaler.ui.html import visible_error
+
+ByHand = dict[int, int]  # patch -> group
+View = dict[str, Any]  # what the page is to show, by the names of its components
+
+INSPECT = "inspect"  # what a click on the Qmap does, besides the groups' names
+CUSTOM = "custom"  # the preset's name when the dials match none
+WRONG = "These settings do not work"
+
+# The dials: nine numbers that together are a sampling plan and a seed, everywhere in this order.
+DIALS = ("gamma1", "gamma2", "start1", "start2", "start3", "steps1", "steps2", "steps3", "seed")
+GAMMA_STEP = 0.01
+# Lowest, highest and step of each dial but the seed. No N is above the lowest T, so that N <= T always holds.
+RANGES = (
+    (GAMMA_STEP, 1, GAMMA_STEP),
+    (0, 1 - GAMMA_STEP, GAMMA_STEP),
+    *[(50, 1000, 10)] * 3,
+    *[(1, 50, 1)] * 3,
+)
+MAX_SEED = 2**53 - 1  # the largest whole number that a browser keeps exact
+MAX_BATCH = 256  # patches at once
+KEPT_PIXELS = 32_000_000  # of output, over all cached images: about 2 GB
+KEPT_BYTES = 500_000_000  # of refined patches, over all visitors
+WAIT_SECONDS = 20
+
+
+# What a visitor's page holds
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """How the final picture on a visitor's page was made, and its file."""
+
+    source: str
+    plan: SamplingPlan
+    seed: int
+    color_fix: bool
+    start: Tensor  # LongTensor N, T of each patch; 0 where it is still the coarse one
+    steps: Tensor  # LongTensor N
+    final: Path
+    by_hand: ByHand
+    report: dict  # of the run, or only its plan and seed while that is not finished
+    uniform: Path | None = None
+
+    @property
+    def complete(self) -> bool:
+        return bool((self.start > 0).all())
+
+
+@dataclass(eq=False)
+class PageState:
+    """What a visitor's page holds besides its controls. Kept by Gradio for each session; events change it in place."""
+
+    source: str | None = None  # the image whose pictures the panels show
+    shown: Shown | None = None
+    by_hand: ByHand = field(default_factory=dict)  # replaced and never changed, since runs hold it
+    center: tuple[float, float] | None = None  # of the zoom, a pixel of the upscaled picture
+    patch: int | None = None  # the one that is inspected
+    opened: bool = False  # the source is the example that the page opened with, and no image was chosen yet
+
+    def empty(self, source: str | None) -> None:
+        """For another image, or for none."""
+        self.__init__(source)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that an event is told: who asks, what the page holds, and every control as the browser sent it.
+
+    Gradio's preprocessing is off, since its own decoding loses alpha and 16-bit grey and answers bad files with an
+    error that says nothing. So the image is Gradio's file data, and no value is checked yet.
+    """
+
+    session: str | None
+    page: PageState
+    image: dict | None
+    color_fix: Any
+    batch: Any
+    dials: tuple[Any, ...]  # eight
+    seed: Any
+
+    @classmethod
+    def of(cls, session: str | None, page: PageState, image: Any, color_fix: Any, batch: Any, *dials: Any) -> Settings:
+        """From the values in the order in which the page lists them."""
+        return cls(session, page, image, color_fix, batch, tuple(dials[:8]), dials[8])
+
+    @property
+    def source(self) -> str | None:
+        """The image's path; that of the example that the page opened with until another image is chosen."""
+        return (self.image or {}).get("path") or (self.page.source if self.page.opened else None)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the dials show a plan: not so while a visitor types, or before pushed neighbours have moved."""
+        try:
+            return in_range(self.dials) and plan_of(self.dials) is not None
+        except ValueError:
+            return False
+
+    @property
+    def plan(self) -> SamplingPlan:
+        return plan_of(self.dials)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The patch batch; None, for what suits the device, if its field is empty or while something else is in it."""
+        return checked_batch(self.batch) if is_batch(self.batch) else None
+
+
+# The dials
+
+
+def dials_of(plan: SamplingPlan) -> tuple[float, ...]:
+    """The eight dials that show `plan`; the seed is no part of it."""
+    return (plan.gamma1, plan.gamma2, *plan.start, *plan.steps)
+
+
+def plan_of(dials: Sequence[Any]) -> SamplingPlan:
+    """The plan that eight dials show. Raises ValueError as SamplingPlan does."""
+    gamma1, gamma2, *rest = (_whole(value) for value in dials)
+    return SamplingPlan(gamma1, gamma2, start=tuple(rest[:3]), steps=tuple(rest[3:]))
+
+
+def seed_of(value: Any) -> int:
+    """A whole number in 0..2^53-1. Raises ValueError for everything else, an emptied field too."""
+    value = _whole(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise ValueError(f"seed={value!r} is not a whole number from 0 to {MAX_SEED}")
+    return value
+
+
+def preset_of(plan: SamplingPlan) -> str:
+    return next((name for name, preset in PRESETS.items() if preset == plan), CUSTOM)
+
+
+def in_range(dials: Sequence[Any]) -> bool:
+    """Whether eight dials hold what sliders give: not so while a visitor empties a field or types 700 as 7."""
+    return all(
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and (step < 1 or value == int(value))
+        for value, (low, high, step) in zip(dials, RANGES)
+    )
+
+
+def hold_order(dials: Sequence[float], moved: int) -> list[float]:
+    """Eight dials with the neighbours of the one at `moved` pushed along: gamma1 > gamma2, T and N never falling.
+
+    The seed, at 8, pushes nothing.
+    """
+    held = list(dials)
+    if moved == 0:
+        held[1] = min(held[1], round(held[0] - GAMMA_STEP, 2))
+    elif moved == 1:
+        held[0] = max(held[0], round(held[1] + GAMMA_STEP, 2))
+    elif moved < 8:
+        first = 2 if moved < 5 else 5
+        for i in range(first, first + 3):
+            held[i] = (min if i < moved else max)(held[i], held[moved])
+    return held
+
+
+def _whole(value: Any) -> Any:
+    """Browsers make no difference between 8 and 8.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Checks of what came in. Each gives the value, or raises a gr.Error that names it and the limit.
+
+
+def is_batch(value: Any) -> bool:
+    """Whether a value of the patch batch's field is one, or None: what suits the device."""
+    return value is None or isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
+
+
+def checked_batch(value: Any) -> int | None:
+    """Patches at once, None for what suits the device."""
+    if not is_batch(value):
+        raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
+    return None if value is None else int(value)
+
+
+def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
+    try:
+        return plan_of(dials), seed_of(seed)
+    except ValueError as error:
+        raise visible_error(WRONG, str(error)) from error
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")
+    return value
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is neither true nor false")
+    return value
+
+
+# The session cache
+
+
+@dataclass(eq=False)
+class Known:
+    """An image's analysis and the sheet of its texture priors: the same for all visitors, and none of their settings.
+
+    The priors are kept as rows of the texture memory, without the latents.
+    """
+
+    analysis: Analysis
+    priors: Image.Image | None
+
+    @cached_property
+    def grey(self) -> Image.Image:
+        """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
+        return grey_preview(self.analysis.coarse)
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
+
+    sampled: Sampled | None = None  # of the plan, finished or stopped
+    uniform: Sampled | None = None  # of the uniform baseline
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
+
+
+class SessionCache:
+    """What need not be computed again: analyses by file for everybody, and refined patches by visitor and file.
+
+    Uploads and examples lie under names made from their content, so the file's path is the key. The least recently
+    used go first.
+    """
+
+    def __init__(self, kept_pixels: int = KEPT_PIXELS, kept_bytes: int = KEPT_BYTES) -> None:
+        self._kept_pixels, self._kept_bytes = kept_pixels, kept_bytes
+        self._known: OrderedDict[str, Known] = OrderedDict()
+        self._rendered: OrderedDict[tuple[str | None, str], Rendered] = OrderedDict()
+        self._opening: dict[str, tuple[Known, Rendered]] = {}
+        self._lock = Lock()
+
+    def get(self, source: str | None) -> Known | None:
+        with self._lock:
+            if source in self._known:
+                self._known.move_to_end(source)
+            known, _ = self._opening.get(source, (None, None))
+            return self._known.get(source, known)
+
+    def put(self, source: str, known: Known) -> None:
+        with self._lock:
+            self._known[source] = known
+            while len(self._known) > 1 and sum(map(_pixels, self._known.values())) > self._kept_pixels:
+                self._known.popitem(last=False)
+
+    def rendered(self, session: str | None, source: str | None) -> Rendered:
+        """What a visitor has had rendered of an image; of the one that the page opens with, what the server has."""
+        with self._lock:
+            if (session, source) in self._rendered:
+                self._rendered.move_to_end((session, source))
+                return self._rendered[session, source]
+            _, rendered = self._opening.get(source, (None, Rendered()))
+            return rendered
+
+    def keep(self, session: str | None, source: str, **sampled: Sampled) -> None:
+        """Keep a visitor's patches: `sampled`, `uniform`, or both."""
+        rendered = replace(self.rendered(session, source), **sampled)
+        with self._lock:
+            self._rendered[session, source] = rendered
+            while len(self._rendered) > 1 and sum(each.bytes for each in self._rendered.values()) > self._kept_bytes:
+                self._rendered.popitem(last=False)
+
+    def open_with(self, source: str, known: Known, rendered: Rendered) -> None:
+        """Have every visitor begin with this image, which is kept for as long as the server runs."""
+        self._opening = {source: (known, rendered)}
+
+
+def _pixels(known: Known) -> int:
+    return known.analysis.coarse[0].numel()
+
+
+_one_at_a_time = Lock()
+
+
+@contextmanager
+def whole_pictures() -> Iterator[None]:
+    """For light events that hold whole pictures, which may take a GB or two: one works at a time, and the others wait.
+
+    gr.Error after WAIT_SECONDS, or those that wait would keep the dials' threads.
+    """
+    if not _one_at_a_time.acquire(timeout=WAIT_SECONDS):
+        raise visible_error("The server is busy", "Others look at large pictures closely. Try again in a moment.")
+    try:
+        yield
+    finally:
+        _one_at_a_time.release()

@@ -1,0 +1,261 @@
+"""What happens when a visitor turns a dial, paints groups by hand or sets a budget: new groups at once, no network."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil, floor
+from typing import Any
+
+import gradio as gr
+import torch
+from torch import Tensor
+
+from patchscaler.figures import qmap_overlay
+from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
+from patchscaler.results import Sampled
+from patchscaler.ui import closeup, export, html
+from patchscaler.ui.state import (
+    CUSTOM,
+    DIALS,
+    GAMMA_STEP,
+    INSPECT,
+    ByHand,
+    Known,
+    SessionCache,
+    Settings,
+    View,
+    checked_choice,
+    dials_of,
+    hold_order,
+    in_range,
+    plan_of,
+    preset_of,
+    whole_pictures,
+)
+from patchscaler.ui.zerogpu import Calibration, work
+
+MAX_STROKE = 1000  # points of a stroke that are looked at
+MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it
+
+
+class Tuner:
+    """Events of the dials, the brush, the budget and clicks on the Qmap."""
+
+    def __init__(self, cache: SessionCache, calibration: Calibration) -> None:
+        self.cache = cache
+        self.calibration = calibration
+
+    def dial_moved(self, now: Settings, moved: int) -> View:
+        """Hold the dials' order and group anew. `moved` is the dial's place."""
+        if not in_range(now.dials):
+            return {}
+        return self._set(now, tuple(hold_order(now.dials, moved)))
+
+    def preset_chosen(self, now: Settings, preset: str) -> View:
+        """Set the dials to the preset's plan; `custom` leaves them where they are."""
+        preset = checked_choice("preset", preset, (*PRESETS, CUSTOM))
+        if preset == CUSTOM:
+            return self.regrouped(now)
+        return {**self._set(now, dials_of(PRESETS[preset])), "preset": preset}
+
+    def regrouped(self, now: Settings) -> View:
+        """Bring groups, cost and the stale mark up to the settings."""
+        known = self.cache.get(now.source)
+        if known is None:
+            return {"stale": ""}
+        if not now.usable:
+            return {}
+        earlier = self.cache.rendered(now.session, now.source).sampled
+        view = grouped(known, earlier, now.plan, now.seed, now.page.by_hand, self.calibration, now.batch_size)
+        return {**view, "stale": stale(known, now)}
+
+    def new_seed(self, now: Settings) -> View:
+        seed = secrets.randbelow(2**31)
+        return {"seed": seed, **self.regrouped(replace(now, seed=seed))}
+
+    def _set(self, now: Settings, dials: tuple[float, ...]) -> View:
+        """The view after the dials have been set to these, of which only those that changed are sent."""
+        changed = {name: new for name, new, old in zip(DIALS, dials, now.dials) if new != old}
+        return {**changed, "preset": preset_of(plan_of(dials)), **self.regrouped(replace(now, dials=dials))}
+
+    # By hand
+
+    def reset_by_hand(self, now: Settings) -> View:
+        """Give every patch the group of its confidence again."""
+        now.page.by_hand = {}
+        return self.regrouped(now)
+
+    def clicked(self, now: Settings, at: tuple[float, float], mode: str) -> View:
+        """A click on the Qmap: look at the patch there, or first put it into the group that `mode` names."""
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        known = self.cache.get(now.source)
+        if known is None:
+            return {}
+        center = closeup.clicked(known, at)
+        return self._picked(known, known.analysis.grid.nearest(*center).index, center, mode, now)
+
+    def numbered(self, now: Settings, index: Any, mode: str) -> View:
+        """The same for a patch by its number, for those who do not click."""
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        known = self.cache.get(now.source)
+        if known is None or not isinstance(index, (int, float)) or not 0 <= index < len(known.analysis.grid):
+            return {}
+        patch = known.analysis.grid.patches[int(index)]
+        return self._picked(known, patch.index, closeup.middle(patch), mode, now)
+
+    def brushed(self, now: Settings, stroke: str, mode: str) -> View:
+        """A stroke over the Qmap, as JSON [[x, y], ...] in shares of its width and height: patches under it change.
+
+        The page sends a stroke again and again as it grows, so a lost event loses nothing.
+        """
+        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        known = self.cache.get(now.source)
+        points = _points(stroke)
+        if known is None or mode == INSPECT or not points:
+            return {}
+        by_hand = {**now.page.by_hand, **dict.fromkeys(closeup.touched(known, points), GROUPS.index(mode))}
+        if by_hand == now.page.by_hand:
+            return {}
+        now.page.by_hand = by_hand
+        return self.regrouped(now)
+
+    @whole_pictures()
+    def _picked(self, known: Known, index: int, center: tuple[float, float], mode: str, now: Settings) -> View:
+        if not now.usable:
+            return {}
+        page, view = now.page, {}
+        page.patch, page.center = index, center
+        if mode in GROUPS:
+            page.by_hand = {**page.by_hand, index: GROUPS.index(mode)}
+            view = self.regrouped(now)
+        facts, pictures = closeup.patch_views(known, page.shown, index, now.plan, page.by_hand)
+        return {**view, "facts": facts, "inspector": pictures, "number": index}
+
+    # Time budget
+
+    def budget_known(self, now: Settings) -> View:
+        """The budget's slider from the cheapest run to the most expensive, once it is known what a run takes."""
+        known = self.cache.get(now.source)
+        if known is None or not now.usable:
+            return {}
+        count = len(known.analysis.grid)
+        ends = self._seconds(known, now, torch.tensor([[count, 0], [0, 0], [0, count]]))
+        if ends is None:
+            return {}
+        low, high = sorted(ends.tolist())
+        groups = assign(known.analysis.patch_confidence, now.plan, now.page.by_hand).bincount(minlength=len(GROUPS))
+        value = self._seconds(known, now, groups).item()
+        low, high, value = floor(100 * min(low, value)) / 100, ceil(100 * max(high, value)) / 100, round(value, 2)
+        return {"budget": gr.update(minimum=low, maximum=high, value=value, interactive=True)}
+
+    def budget_set(self, now: Settings, seconds: Any) -> View:
+        """Move both thresholds so that a run of all patches is expected to take at most so many seconds."""
+        known = self.cache.get(now.source)
+        if known is None or not now.usable or not isinstance(seconds, (int, float)):
+            return {}
+        gammas = thresholds_within(
+            known.analysis.patch_confidence,
+            now.plan,
+            lambda counts: self._seconds(known, now, counts),
+            seconds,
+            now.page.by_hand,
+        )
+        return {} if gammas is None else self._set(now, (*gammas, *now.dials[2:]))
+
+    def _seconds(self, known: Known, now: Settings, counts: Tensor) -> Tensor | None:
+        """Expected seconds of full runs with so many patches in each group: 3x... -> ..., or None before any run.
+
+        With a picture for every group, even an empty one.
+        """
+        steps = counts.new_tensor(now.plan.steps).view(-1, *[1] * (counts.dim() - 1))
+        calls = steps * -(-counts // (now.batch_size or self.calibration.at_once))
+        pixels = known.analysis.coarse[0].numel()
+        return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
+
+
+def grouped(
+    known: Known,
+    earlier: Sampled | None,
+    plan: SamplingPlan,
+    seed: Any,
+    by_hand: ByHand,
+    calibration: Calibration,
+    batch_size: int | None,
+) -> View:
+    """Overlay, legend, histogram and cost under `plan`, of which `earlier` patches are done. No network runs."""
+    analysis = known.analysis
+    assignment = assign(analysis.patch_confidence, plan, by_hand)
+    counts = assignment.bincount(minlength=len(GROUPS)).tolist()
+    height, width = analysis.coarse.shape[-2:]
+    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=known.grey)
+    todo = work(earlier, plan, seed, assignment, batch_size or calibration.at_once)
+    expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
+    return {
+        "qmap": export.save_preview(overlay, "qmap"),
+        "legend": html.legend(counts),
+        "cost": html.cost(plan, counts, width, height, todo.anew, todo.evaluations, expected),
+        "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
+    }
+
+
+def stale(known: Known, now: Settings) -> str:
+    """What to say about a final picture that is unfinished, or not the one that these settings give."""
+    shown = now.page.shown
+    if shown is None or shown.source != now.source:
+        return ""
+    if not shown.complete:
+        return html.unfinished(int((shown.start > 0).sum()), len(shown.start))
+    start, steps = times_and_steps(now.plan, assign(known.analysis.patch_confidence, now.plan, now.page.by_hand))
+    other = (shown.start != start) | (shown.steps != steps)
+    changed = int(other.sum()) if now.seed == shown.seed else len(start)
+    if not changed and (shown.plan, shown.seed, shown.color_fix) == (now.plan, now.seed, now.color_fix):
+        return ""
+    return html.stale(shown.plan, shown.seed, changed, len(start), shown.color_fix != now.color_fix)
+
+
+def thresholds_within(
+    confidence: Tensor,
+    plan: SamplingPlan,
+    cost: Callable[[Tensor], Tensor | None],
+    budget: float,
+    by_hand: ByHand | None = None,
+) -> tuple[float, float] | None:
+    """γ₁ and γ₂ under which a run of all patches costs at most ``budget``.
+
+    Of the thresholds on the dials' grid with nearly the most network evaluations for it, those nearest to the
+    plan's. If no thresholds are cheap enough, the cheapest. ``confidence`` N; ``cost`` turns the patches in each
+    group, 3x..., into costs ...; None if it does.
+    """
+    by_hand = by_hand or {}
+    free = torch.ones(len(confidence), dtype=torch.bool)
+    free[list(by_hand)] = False
+    fixed = torch.tensor([list(by_hand.values()).count(group) for group in range(3)])
+    grid = [round(k * GAMMA_STEP, 2) for k in range(round(1 / GAMMA_STEP) + 1)]  # M
+    below = torch.tensor([int((confidence[free] <= gamma).sum()) for gamma in grid])  # M, patches up to γ
+    up1, up2 = below[:, None].expand(-1, len(grid)), below[None, :].expand(len(grid), -1)  # γ₁ in rows, γ₂ in columns
+    counts = torch.stack([int(free.sum()) - up1, up1 - up2, up2]) + fixed[:, None, None]  # 3xMxM
+    costs = cost(counts)
+    if costs is None:
+        return None
+    gammas = torch.tensor(grid, dtype=torch.float64)
+    ordered = gammas[:, None] > gammas[None, :]
+    fits = ordered & (costs <= budget)
+    if not fits.any():
+        fits = ordered & (costs == costs[ordered].min())
+    evaluations = (torch.tensor(plan.steps)[:, None, None] * counts).sum(0)
+    fits &= evaluations >= MOST * evaluations[fits].max()
+    distance = (gammas[:, None] - plan.gamma1).abs() + (gammas[None, :] - plan.gamma2).abs()
+    place = int(torch.where(fits, distance, torch.inf).argmin())
+    return grid[place // len(grid)], grid[place % len(grid)]
+
+
+def _points(stroke: str) -> list[tuple[float, float]]:
+    """The points of a stroke; none for anything that is not one."""
+    try:
+        points = json.loads(stroke)[-MAX_STROKE:]
+        return [(float(x), float(y)) for x, y in points if 0 <= x <= 1 and 0 <= y <= 1]
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
+        return []

@@ -1,0 +1,263 @@
+"""All that needs the device, as one generator, and how many seconds of it that may take."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import spaces
+import torch
+from diffusers import ModelMixin
+from PIL import Image
+from torch import Tensor
+
+from patchscaler.figures import priors_sheet
+from patchscaler.images import Picture
+from patchscaler.models import decode_latents
+from patchscaler.patches import PatchGrid
+from patchscaler.pipeline import SCALE, PatchScalerPipeline
+from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
+from patchscaler.results import Analysis, Progress, Restored, Result, Sampled
+from patchscaler.ui.html import explain
+
+REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
+FADING = 0.85  # weight of a measurement against the next one
+
+
+class Call(NamedTuple):
+    """The sampling of one group: calls of the network, the patches that these took in all, and how long it took."""
+
+    calls: int
+    evaluations: int
+    seconds: float
+
+
+class Calibration:
+    """Rates of this machine: seconds per call of Patch-DiT and more per patch in it; for all else, per output pixel of
+    each picture, and more per pixel of the last.
+
+    A call with few patches costs more per patch, and the last picture, which is finished and saved without loss, more
+    than those of the groups before it. So different groups and runs tell the rates apart.
+    """
+
+    def __init__(self, at_once: int = 64) -> None:
+        """``at_once``: patches in a call unless another number is chosen."""
+        self.at_once = at_once
+        self._groups: deque[Call] = deque(maxlen=3 * REMEMBERED)
+        self._rest: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED)
+        self._analysis: deque[float] = deque(maxlen=REMEMBERED)
+        self._rates: tuple[float, float] | None = None
+        self._rest_rates = (0.0, 0.0)
+
+    def learn(self, groups: Iterable[Call], pixels: int, rest: float, pictures: int = 1) -> None:
+        """Take in a finished run: its groups, and the seconds of all else but the analysis, for so many pictures."""
+        self._groups.extend(group for group in groups if group.evaluations and group.seconds > 0)
+        if rest > 0:
+            self._rest.append((pictures * pixels, pixels, rest))
+        if self._groups:
+            self._rates = _fit(np.array(self._groups))
+        if self._rest:
+            self._rest_rates = _fit(np.array(self._rest))
+
+    def learn_analysis(self, pixels: int, seconds: float) -> None:
+        self._analysis.append(seconds / pixels)
+
+    def seconds(self, evaluations: Any, pixels: int, calls: Any = 0, pictures: Any = 1) -> Any:
+        """What a run over a known analysis is expected to take, or None before the first run.
+
+        ``pictures``: one for each group that is sampled. Numbers or tensors.
+        """
+        if self._rates is None:
+            return None
+        each, last = self._rest_rates
+        return calls * self._rates[0] + evaluations * self._rates[1] + pixels * (pictures * each + last)
+
+    def analysis_seconds(self, pixels: int) -> float | None:
+        """What the analysis of a picture with so many output pixels is expected to take, or None before the first."""
+        return pixels * median(self._analysis) if self._analysis else None
+
+
+def _fit(measured: np.ndarray) -> tuple[float, float]:
+    """Seconds for one of each of two kinds of work, neither below 0, with the least squared relative error.
+
+    ``measured`` Mx3 has the amounts of both and the seconds, the latest last, which weighs most. Relative, so that what
+    took long does not outweigh the others.
+    """
+    weights = FADING ** np.arange(len(measured))[::-1]
+    work = weights[:, None] * measured[:, :2] / measured[:, 2:]
+    both = np.linalg.lstsq(work, weights, rcond=None)[0]
+    if (both >= 0).all():
+        return float(both[0]), float(both[1])
+    alone = [(column @ weights) / (column @ column) for column in work.T]
+    errors = [np.square(column * rate - weights).sum() for column, rate in zip(work.T, alone)]
+    return (float(alone[0]), 0.0) if errors[0] < errors[1] else (0.0, float(alone[1]))
+
+
+# Seconds of a ZeroGPU device: the most that one call asks for, and what it asks for besides the work, since the
+# first call in a process moves the weights to the device.
+MOST_SECONDS = 120
+START_SECONDS = 5
+MARGIN = 2  # a call that outlasts its seconds is ended from outside
+# Until runs have been measured: seconds per network evaluation of a patch, and per output pixel. Those of a GPU with a
+# fifth of an H100's speed: a first call asks for about as much as later ones, so that a small quota is enough for it.
+EVALUATION_SECONDS, PIXEL_SECONDS = 2e-4, 2e-7
+
+
+class Work(NamedTuple):
+    """What a run would do: patches sampled anew, their network evaluations, in how many calls, pictures decoded."""
+
+    anew: int
+    evaluations: int
+    calls: int
+    pictures: int
+
+
+def work(earlier: Sampled | None, plan: SamplingPlan, seed: Any, assignment: Tensor, batch_size: int) -> Work:
+    """What a run of `plan` has to do after `earlier`."""
+    start, steps = times_and_steps(plan, assignment)
+    anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
+    groups = assignment[anew].bincount(minlength=len(GROUPS)).tolist()
+    calls = sum(n * -(-count // batch_size) for n, count in zip(plan.steps, groups))
+    return Work(sum(groups), int(steps[anew].sum()), calls, max(1, sum(count > 0 for count in groups)))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a run is to do."""
+
+    source: str
+    plan: SamplingPlan
+    seed: int
+    by_hand: dict[int, int]  # patch -> group
+    color_fix: bool = True
+    batch_size: int | None = None  # what suits the device
+    uniform: bool = False  # also render the baseline
+    live: bool = True  # for the page: take over what the visitor has, and give the picture after every group
+    refine: bool = True  # or end with the analysis
+    session: str | None = None  # the visitor's
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """An event of the uniform baseline's run, which follows the plan's."""
+
+    event: Progress | Result
+
+
+def zero_gpu() -> bool:
+    """Whether devices are lent for stated seconds, which count against the visitor."""
+    return bool(spaces.config.Config.zero_gpu)
+
+
+class Networks:
+    """`run` is the generator, behind `spaces.GPU`: off ZeroGPU that is the same function.
+
+    There what goes in and out is pickled. ZeroGPU keeps a process for every decorated function, so there is one
+    for all kinds of work.
+    """
+
+    def __init__(self, pipeline: PatchScalerPipeline, calibration: Calibration, lent: bool = True) -> None:
+        self._pipeline = pipeline
+        self._calibration = calibration
+        self._vae, self._memory = _on_cpu(pipeline.vae), _on_cpu(pipeline.texture_memory)
+        self.run = spaces.GPU(self.here, duration=self.seconds) if lent else self.here
+
+    @torch.inference_mode()
+    def prior_images(self, indices: Tensor) -> Tensor:
+        """Images Kx3xHxW in [-1, 1] of K rows of the texture memory: on the CPU, so no GPU is asked or waited for."""
+        return decode_latents(self._vae, self._memory.patches(indices))
+
+    def draw_priors(self, analysis: Analysis, rows: int = 4) -> Image.Image:
+        """A sheet of the priors of a few patches, evenly spread from the least to the most confident; on the CPU."""
+        order = analysis.patch_confidence.argsort()
+        chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
+        pictures = [self.prior_images(indices) for indices in analysis.priors.indices[chosen]]
+        queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen.tolist()]
+        return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
+
+    def here(
+        self,
+        order: Order,
+        known: Picture | Restored,
+        earlier: Sampled | None = None,
+        uniform: Sampled | None = None,
+    ) -> Iterator[Any]:
+        """Yield the Analysis of a Picture, its priors without latents, and then the events of the refinement.
+
+        `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. Errors are made visible
+        here: ZeroGPU hands on no others.
+        """
+        try:
+            yield from self._ordered(order, known, earlier, uniform)
+        except Exception as error:
+            raise explain(error) from error
+
+    def _ordered(
+        self, order: Order, known: Picture | Restored, earlier: Sampled | None, uniform: Sampled | None
+    ) -> Iterator[Any]:
+        if isinstance(known, Picture):
+            known = self._pipeline.analyze(known, order.batch_size)
+            # The latents of the priors stay here, and their rows in the memory are sent. From another process so is no
+            # prompt, which is most of the bytes: refinement looks it up again.
+            sent = replace(known, priors=replace(known.priors, values=None))
+            yield replace(sent, prompt=None) if zero_gpu() else sent
+        if not order.refine:
+            return
+        common = {"seed": order.seed, "batch_size": order.batch_size, "color_fix": order.color_fix}
+        for event in self._pipeline.refine(
+            known, order.plan, **common, by_hand=order.by_hand, earlier=earlier, partial=order.live
+        ):
+            yield event
+        if order.uniform:
+            done = event.sampled if uniform is None or uniform.seed != order.seed else uniform
+            for event in self._pipeline.refine(known, SamplingPlan.uniform(), **common, earlier=done):
+                yield Baseline(event)
+
+    def seconds(
+        self,
+        order: Order,
+        known: Picture | Restored,
+        earlier: Sampled | None = None,
+        uniform: Sampled | None = None,
+    ) -> int:
+        """For how long `here` with these arguments may need the device, from what runs on it took before.
+
+        The patches of a Picture are not grouped yet: they count as hard ones, which cost most, and a picture is
+        counted for every group.
+        """
+        picture = known if isinstance(known, Picture) else known.picture
+        height, width = SCALE * picture.height, SCALE * picture.width
+        expected = 0.0
+        if isinstance(known, Picture):
+            analysis = self._calibration.analysis_seconds(height * width)
+            expected += height * width * PIXEL_SECONDS if analysis is None else analysis
+            count = len(PatchGrid.covering(height, width, self._pipeline.transformer.config.size))
+            groups = torch.full((count,), len(GROUPS) - 1)
+        else:
+            groups = assign(known.patch_confidence, order.plan, order.by_hand)
+        runs = [(order.plan, earlier, order.live)] * order.refine
+        runs += [(SamplingPlan.uniform(), uniform, False)] * order.uniform
+        for plan, done, partial in runs:
+            todo = work(done, plan, order.seed, groups, order.batch_size or self._calibration.at_once)
+            if isinstance(known, Picture):  # any group may turn out to have patches
+                todo = todo._replace(calls=todo.calls + sum(plan.steps[:-1]), pictures=len(GROUPS))
+            pictures = todo.pictures if partial else 1
+            refined = self._calibration.seconds(todo.evaluations, height * width, todo.calls, pictures)
+            if refined is None:
+                refined = todo.evaluations * EVALUATION_SECONDS + pictures * height * width * PIXEL_SECONDS
+            expected += refined
+        return min(MOST_SECONDS, math.ceil(START_SECONDS + MARGIN * expected))
+
+
+def _on_cpu(model: ModelMixin) -> ModelMixin:
+    """The model itself if it is on the CPU, else a float32 copy there."""
+    if model.device.type == "cpu":
+        return model
+    copy = type(model).from_config(model.config)
+    copy.load_state_dict({name: values.cpu() for name, values in model.state_dict().items()})
+    return copy.eval()
