@@ -9,7 +9,7 @@ from patchscaler.evaluation.benchmark import find_pairs, read_truth
 from patchscaler.evaluation.components import to_8bit
 from patchscaler.images import Picture, bicubic, read_picture, write_png
 from patchscaler.training import held_out
-from patchscaler.training.data import ImageBank, is_held_out
+from patchscaler.training.data import ImageBank, part_of
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_pairs_are_of_held_out_images_and_fit(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(held_out, "ImageBank", watched)
     held_out.main(["--data", str(data), "-o", str(tmp_path), "--count", "4", "--size", "64"])
-    assert 0 < len(banks[0]) < 40 and all(is_held_out(name) for name in banks[0].names)
+    assert 0 < len(banks[0]) < 40 and all(part_of(name) == "held-out" for name in banks[0].names)
     pairs = find_pairs(tmp_path / "lr", tmp_path / "hr")
     assert [low.name for low, _ in pairs] == ["000.png", "001.png", "002.png", "003.png"]
     for low, high in pairs:
@@ -40,7 +40,7 @@ def test_pairs_are_of_held_out_images_and_fit(data, tmp_path, monkeypatch):
 
 
 def test_the_same_seed_draws_the_same_pairs(data, tmp_path):
-    bank = ImageBank(data, held_out=True)
+    bank = ImageBank(data, part="held-out")
     for name in ("a", "b"):
         held_out.write_pairs(bank, tmp_path / name, 2, 64)
     for kind in ("lr", "hr"):

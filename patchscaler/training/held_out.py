@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--size", type=int, default=256, help="pixels along a side of a truth (default: 256)")
     args = parser.parse_args(argv)
     try:
-        write_pairs(ImageBank(args.data, held_out=True), args.out, args.count, args.size)
+        write_pairs(ImageBank(args.data, part="held-out"), args.out, args.count, args.size)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
 
