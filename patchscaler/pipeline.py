@@ -245,7 +245,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
         patches = Patches(y0, noise, prompt, x0)
         done, total, spent = 0, int(steps[rendered].sum()), [0.0] * len(GROUPS)
-        seconds = torch.zeros(len(grid), dtype=torch.float64) if earlier is None else earlier.seconds.clone()  # N
+        seconds = torch.zeros(len(grid)) if earlier is None else earlier.seconds.clone()  # N
         for group, indices in enumerate(members):
             for step in self.sample(patches, make_batches(group, indices, plan, batch_size)):
                 done += step.evaluations
