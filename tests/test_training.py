@@ -353,32 +353,42 @@ def test_a_patch_decoded_in_place_sees_its_surroundings():
     assert difference[56:72, 56:72].max() < 1e-5  # further than these few convolutions reach
 
 
-def test_inputs_are_noised_from_truth_coarse_patches_and_own_predictions():
-    count, asked = 6000, {}
+def test_inputs_are_noised_from_truth_coarse_patches_and_lie_on_own_trajectories():
+    count, asked = 6000, []
     x0, y0 = torch.ones(count, 1, 1, 1), -torch.ones(count, 1, 1, 1)
     weight = torch.ones((), requires_grad=True)
 
     def predict(x_t, t, chosen):
-        asked.update(x_t=x_t, t=t, chosen=chosen)
+        asked.append((x_t, t, chosen))
         return 5 * weight * torch.ones_like(x_t)
 
     nearly_clean = torch.full((1000,), 1 - 1e-6)
     x_t, t = sampling_inputs(predict, x0, y0, nearly_clean, step_generator(0, 0))
-    clean = x_t.flatten().round()
+    own = asked[0][2]
+    clean = torch.where(own, torch.tensor(5.0), x_t.flatten().round())
     shares = [(clean == value).float().mean().item() for value in (1, -1, 5)]
-    assert shares == pytest.approx([0.35, 0.25, 0.4], abs=0.02) and not x_t.requires_grad
+    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.02) and not x_t.requires_grad
     for value in (1, -1, 5):  # every time is as likely as any other, whatever x_t is noised from
         times = t[clean == value].float()
         assert times.min() >= 1 and times.max() <= 1000 and times.mean() == pytest.approx(500, abs=25)
         assert times.std() == pytest.approx(1000 / 12**0.5, abs=15)
 
     alphas = torch.linspace(0.99, 0.01, 1000)
-    x_t, t = sampling_inputs(predict, x0, y0, alphas, step_generator(0, 1))
-    own, start = asked["chosen"], asked["t"]
-    assert (start >= t[own]).all() and start.max() <= 1000 and (start > t[own]).float().mean() > 0.9
-    early, late = alphas[t[own] - 1].view(-1, 1, 1, 1), alphas[start - 1].view(-1, 1, 1, 1)
-    noise = (asked["x_t"] + late.sqrt()) / (1 - late).sqrt()  # out of Eq. 7
-    assert torch.allclose(x_t[own], 5 * early.sqrt() + (1 - early).sqrt() * noise, atol=1e-4)
+    lengths = set()
+    for seed in range(12):
+        asked.clear()
+        x_t, t = sampling_inputs(predict, x0, y0, alphas, step_generator(0, seed))
+        lengths.add(len(asked))
+        begin, start, own = asked[0]
+        assert (start >= t[own]).all() and start.max() <= 1000 and (start > t[own]).float().mean() > 0.9
+        for (_, now, _), (_, then, _) in zip(asked, asked[1:]):
+            assert (then <= now).all() and (then >= t[own]).all()
+        # With one and the same prediction DDIM stays on the line through its start, whatever the number of steps.
+        at_start, at_t = (alphas[each - 1].view(-1, 1, 1, 1) for each in (start, t[own]))
+        noise = (begin - at_start.sqrt() * 5) / (1 - at_start).sqrt()
+        expected = torch.where((start > t[own]).view(-1, 1, 1, 1), at_t.sqrt() * 5 + (1 - at_t).sqrt() * noise, begin)
+        assert torch.allclose(x_t[own], expected, atol=1e-3)
+    assert lengths == {1, 2, 3, 4}
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ BLOCKS = {"efficientnet-lite0": (0, 2, 4, 10, 14), "efficientnet-lite1": (0, 3, 
 VIEW = 144  # side of what the networks are shown, in pixels
 SHIFT = 4  # a view of an image that is no larger than VIEW leaves out so many rows and columns
 ENLARGED = (1.0, 1.0, 1.5, 2.0)
-NOISE = (0.024, 0.096)  # deviation of what covers images that the networks compare, in units of [-1, 1]
+NOISE = (0.024, 0.096)  # deviations of what covers images that the networks compare, in units of [-1, 1]
 
 
 class Features(nn.Module):
@@ -99,13 +99,13 @@ def views(images: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     return parts
 
 
-def cover(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise for images B×3×H×W, to be added to ours and to the truth: a deviation in `NOISE` for each image.
+def cover(images: Tensor, generator: torch.Generator, noise: tuple[float, float] = NOISE) -> Tensor:
+    """Gaussian noise for images B×3×H×W, to be added to ours and to the truth: a deviation in `noise` for each image.
 
     Features pay for texture however weak, and what a network without noise makes of smooth latents is locked to its
     strides: a mesh of 8 pixels in flat places. Texture that the noise covers earns nothing.
     """
-    low, high = NOISE
+    low, high = noise
     options = {"generator": generator, "device": generator.device}
     deviations = low + (high - low) * torch.rand(len(images), 1, 1, 1, **options)
     return (deviations * torch.randn(images.shape, **options)).to(images.device)
@@ -117,13 +117,14 @@ class PictureLoss(nn.Module):
     The second is the feature distance of random `views` under one noise (`cover`), by the two networks in turns.
     """
 
-    def __init__(self):
+    def __init__(self, noise: tuple[float, float] = NOISE):
         super().__init__()
+        self.noise = noise
         self.networks = nn.ModuleList(Features(name) for name in BLOCKS)
 
     def forward(self, images: Tensor, truth: Tensor, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         network = self.networks[step % len(self.networks)]
-        noise = cover(images, generator)
+        noise = cover(images, generator, self.noise)
         seen, wanted = views([images + noise, truth + noise], generator)
         with bf16(images.device):
             with torch.no_grad():
