@@ -18,7 +18,6 @@ from gradio.utils import get_function_description
 from pydantic import ValidationError
 from torch import Tensor, empty, tensor
 
-import patchscaler
 from patchscaler.figures import qmap_overlay
 from patchscaler.images import Picture, write_png
 from patchscaler.patches import LATENT_PIXELS, PatchGrid
@@ -32,6 +31,7 @@ from patchscaler.ui.run import Runner
 from patchscaler.ui.server import mcp_wanted
 from patchscaler.ui.state import ByHand, Known, plan_of, seed_of, whole_pictures
 from patchscaler.ui.zerogpu import Order
+from patchscaler.version import __version__
 
 PAPER = SamplingPlan.paper()
 START, STEPS = list(PAPER.start), list(PAPER.steps)
@@ -199,7 +199,7 @@ class Endpoints:
         overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=known.grey)
         height, width = analysis.coarse.shape[-2:]
         report = {
-            "version": patchscaler.__version__,
+            "version": __version__,
             "width": width,
             "height": height,
             "grid": _grid(analysis.grid),

@@ -24,9 +24,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import patchscaler
 from patchscaler.images import Limits
 from patchscaler.ui.jobs import Jobs
+from patchscaler.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -353,7 +353,7 @@ def health_endpoint(jobs: Jobs) -> Callable:
         queued = len(request.app.get_blocks()._queue)
         content = {
             "status": "ok" if worker["alive"] else "stuck",
-            "version": patchscaler.__version__,
+            "version": __version__,
             "worker": worker,
             "queued": queued,  # runs that Gradio has not let through to the worker yet
         }
