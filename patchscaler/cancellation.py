@@ -1,4 +1,4 @@
-"""Cancellation: long loops ask here, piece by piece, whether they may go on; whoever runs them has set the answer."""
+"""Cancellation: long loops ask here, piece by piece, whether they may go on; their caller sets the answer."""
 
 from __future__ import annotations
 

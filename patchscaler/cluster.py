@@ -169,7 +169,7 @@ def run(
         return counts
     _start_ray(address)
     try:
-        _work(waiting, job, *_crew(kind, workers, device, job), manifest, counts, say)
+        _work(waiting, job, *_worker_pool(kind, workers, device, job), manifest, counts, say)
     finally:
         manifest.save()
         ray.shutdown()
@@ -328,7 +328,7 @@ def _start_ray(address: str | None) -> None:
         raise UsageError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
 
 
-def _crew(
+def _worker_pool(
     kind: type[Worker], count: int | None, device: str | None, job: Job
 ) -> tuple[int, Callable[[], tuple[ActorHandle, ray.ObjectRef]]]:
     """How many workers to have, and what starts one and has it load the pipeline.
@@ -346,18 +346,18 @@ def _crew(
     share = max(1, min(cpus // count, largest))  # Ray gives a worker that many threads, by OMP_NUM_THREADS
     actor = ray.remote(kind).options(num_cpus=share, num_gpus=int(on_gpu))
 
-    def hire() -> tuple[ActorHandle, ray.ObjectRef]:
+    def start_worker() -> tuple[ActorHandle, ray.ObjectRef]:
         worker = actor.remote()
         return worker, worker.load.remote(job, "cuda" if on_gpu else device)
 
-    return count, hire
+    return count, start_worker
 
 
 def _work(
     outputs: dict[str, str],
     job: Job,
     count: int,
-    hire: Callable[[], tuple[ActorHandle, ray.ObjectRef]],
+    start_worker: Callable[[], tuple[ActorHandle, ray.ObjectRef]],
     manifest: Manifest,
     counts: dict[str, int],
     say: Callable[[str], None],
@@ -371,7 +371,7 @@ def _work(
     begin, pixels, ended = time.monotonic(), 0, 0
 
     def start() -> None:
-        worker, loading = hire()
+        worker, loading = start_worker()
         running[loading] = worker, None
 
     for _ in range(count):

@@ -24,7 +24,7 @@ class OutOfMemory(MemoryError):
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, or for None and "auto" the best of cuda, mps and cpu.
 
-    Raises ValueError if the name is unknown or the device is not there: nothing falls back in silence.
+    Raises ValueError if the name is unknown or the device is not there: there is no silent fallback.
     """
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -39,7 +39,7 @@ def pick_device(name: str | None = None) -> torch.device:
 def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
     """The precision of that name, of PATCHSCALER_DTYPE where no name is given, or what suits the device.
 
-    That is bfloat16 where the processor has instructions for it, else float32: both have the same range. Other
+    That is bfloat16 on a CPU or CUDA GPU that has instructions for it, else float32: both have the same range. Other
     processors emulate bfloat16 and are slower in it. Raises ValueError if the name is unknown.
     """
     name = name or os.environ.get("PATCHSCALER_DTYPE") or "auto"

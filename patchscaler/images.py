@@ -96,8 +96,8 @@ def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Pic
 def picture_from_pil(image: Image.Image, max_input_pixels: int | None = None) -> Picture:
     """Turn a Pillow image of any mode into a Picture.
 
-    EXIF orientation is applied, and colours are converted to sRGB from an embedded profile or from what a PNG says of
-    its gamma and primaries. Of several frames, the first is used. The colour of fully transparent pixels is kept.
+    EXIF orientation is applied, and colours are converted to sRGB from an embedded profile or from what the file states
+    of its gamma and primaries. Of several frames, the first is used. The colour of fully transparent pixels is kept.
 
     16-bit grey is divided by 65535. Of 16-bit colour other than TIFF's Pillow keeps the high byte, which is within one
     level of the exact 8-bit value. Grey of mode I or F is divided by the smallest of 1 (F only), 255 and 65535 that

@@ -2,7 +2,7 @@
 
 They may be written as tiled TIFF while they are made.
 
-Each stage makes the rows that the next one asks for, and forgets those that nobody will ask for again.
+Each stage makes the rows that the next one asks for, and drops those that are no longer needed.
 C channels, H W pixels of the upscaled picture, h w latents, N patches, R rows, V patch side.
 """
 
@@ -38,7 +38,7 @@ MARGIN = 4  # rows of the input, more than bicubic interpolation looks away
 
 
 class Rows:
-    """Rows CxRxW of one stage. They are asked for from top to bottom, and those above are let go."""
+    """Rows CxRxW of one stage. They are asked for from top to bottom, and those above are dropped."""
 
     def __init__(self, height: int, make: Callable[[int], Tensor]) -> None:
         """``make(first)`` gives the rows from ``first`` on, as many as it likes, but at least one."""

@@ -57,9 +57,7 @@ class SamplingPlan:
 
     @classmethod
     def balanced(cls) -> SamplingPlan:
-        """The paper's starts with 0.7 of its steps: in assets/sweep.md halfway between paper and fast, in every
-        measure.
-        """
+        """The paper's starts with 0.7 of its steps, rounded: between paper and fast."""
         return cls(0.95, 0.75, start=(400, 700, 1000), steps=(6, 10, 14))
 
     @classmethod
@@ -78,7 +76,7 @@ class SamplingPlan:
 
     @classmethod
     def from_json(cls, text: str) -> SamplingPlan:
-        """The inverse of :meth:`to_json`. Unknown or missing keys raise ValueError."""
+        """The inverse of `to_json`. Unknown or missing keys raise ValueError."""
         data = json.loads(text)
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:

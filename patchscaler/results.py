@@ -92,7 +92,7 @@ class Sampled:
 
 @dataclass(frozen=True, eq=False)
 class Partial:
-    """The picture after ``group`` is finished: later groups' patches are still the coarse ones."""
+    """The picture after ``group`` is finished: later groups' patches are coarse, or those of an earlier run."""
 
     group: int  # index into GROUPS
     picture: Picture
@@ -101,7 +101,8 @@ class Partial:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What one group cost. ``seconds`` is time at work: not the time a consumer of the events took.
+    """What one group cost. ``seconds`` is time at work, of several devices the sum, without what the reader of the
+    events took.
 
     ``evaluations`` counts those made in this run: patches taken from an earlier one need none.
     """
@@ -118,8 +119,9 @@ class GroupReport:
 class Result:
     """The upscaled picture, on the CPU, and how it came about.
 
-    ``seconds`` has encode, restore, retrieve, refine (of the busiest device), decode (coarse and final) and color;
-    their sum is the time of the whole run, of which encode to the coarse decode come from the analysis.
+    ``seconds`` has encode, restore, retrieve, refine (by the clock, however many devices work), decode (coarse and
+    final) and color; their sum is the time of the whole run, of which encode to the coarse decode come from the
+    analysis.
     """
 
     picture: Picture

@@ -26,7 +26,7 @@ class Priors:
 
     indices: Tensor  # NxK, rows of the memory
     similarities: Tensor  # NxK float32 in [-1, 1]
-    values: Tensor  # NxKxCxVxV float32 latents
+    values: Tensor  # NxKxCxVxV float32 latents; None where the page keeps the indices only
 
     @classmethod
     def joined(cls, parts: Sequence[Priors]) -> Priors:

@@ -37,7 +37,7 @@ REQUIRED = {
 def alphas_cumprod(scheduler: Scheduler) -> Tensor:
     """abar_t for t = 1..1000, a float32 tensor of 1000 on the CPU; abar_t is element t - 1.
 
-    ValueError for a scheduler that :func:`denoise` cannot follow: it must be DDIM or DPM-Solver++ (2M), predict
+    ValueError for a scheduler that `denoise` cannot follow: it must be DDIM or DPM-Solver++ (2M), predict
     the sample, know 1000 timesteps, and neither clip nor threshold (latents are not bounded by 1).
     """
     required = REQUIRED.get(type(scheduler))

@@ -1,4 +1,5 @@
-"""Colours of a file as sRGB: by its ICC profile, or by the cICP, gAMA and cHRM chunks of a PNG."""
+"""Colours of a file as sRGB: by its ICC profile, by the cICP, gAMA and cHRM chunks of a PNG, or by the nclx box of AVIF
+and HEIC."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def benchmark(
 
 
 def find_pairs(lr: Path, hr: Path | None) -> list[Pair]:
-    """The images of `lr` by name, each with the one of its stem in `hr`; FileNotFoundError if that lacks."""
+    """The images of `lr` by name, each with the one of its stem in `hr`; FileNotFoundError if there is none."""
     lows, highs = find_images(lr), find_images(hr) if hr else {}
     for stem, low in lows.items():
         if hr and stem not in highs:

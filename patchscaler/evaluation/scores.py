@@ -130,7 +130,7 @@ def _piq(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         return getattr(importlib.import_module(f"piq.{name}"), name)
     finally:
         if bare:
-            del sys.modules["piq"]  # whoever imports piq itself is to get the whole of it
+            del sys.modules["piq"]  # a later import of piq is to get the whole package
 
 
 def _unit(image: Tensor) -> Tensor:

@@ -362,7 +362,7 @@ MOST_TEXT = 400  # letters
 
 
 def explain(error: Exception) -> gr.Error:
-    """The error a visitor sees: Gradio hands on no other text than that of its own error."""
+    """The error a visitor sees: Gradio passes on no other text than that of its own error."""
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, ImageError):

@@ -1,5 +1,5 @@
-"""Long work off the event loop: one job at a time, and none that outlives its reader or its deadline by more than a
-step."""
+"""Long work off the event loop: one job at a time unless on ZeroGPU, and none that outlives its reader or its deadline
+by more than a step."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Jobs:
         }
 
     def close(self) -> None:
-        """Let the job at work stop at its next item, and the waiting ones never begin."""
+        """Let jobs at work stop at their next item, and the waiting ones never begin."""
         self._closed.set()
 
     def _admit(self) -> None:

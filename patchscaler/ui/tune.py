@@ -49,7 +49,7 @@ class Tuner:
         self.calibration = calibration
 
     def dial_moved(self, now: Settings, moved: int) -> View:
-        """Hold the dials' order and group anew. `moved` is the dial's place."""
+        """Hold the dials' order and regroup. `moved` is the dial's place."""
         if not in_range(now.dials):
             return {}
         return self._set(now, tuple(hold_order(now.dials, moved)))

@@ -190,7 +190,7 @@ class Networks:
         """Yield the Analysis of a Picture, its priors without latents, and then the events of the refinement.
 
         `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. Errors are made visible
-        here: ZeroGPU hands on no others.
+        here: ZeroGPU passes on no others.
         """
         try:
             yield from self._ordered(order, known, earlier, uniform)
