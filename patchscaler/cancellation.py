@@ -11,7 +11,7 @@ _check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None
 
 @contextmanager
 def cancellable(check: Callable[[], None]) -> Iterator[None]:
-    """In this block, and in this thread only, `check_cancelled` calls ``check``, which raises if the work is to end."""
+    """In this block, and in this thread only, `check_cancelled` calls `check`, which raises if the work is to end."""
     token = _check.set(check)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Upscale files and folders: ``python -m patchscaler upscale INPUT... -o OUT``."""
+"""Upscale files and folders: `python -m patchscaler upscale INPUT... -o OUT`."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def _key(path: Path) -> str:
 def _upscale(
     pipeline: PatchScalerPipeline, task: Task, plan: SamplingPlan, args: argparse.Namespace, title: str
 ) -> dict:
-    """Upscale one file, write its pictures, and return its report. ``title`` is that of the progress bar."""
+    """Upscale one file, write its pictures, and return its report. `title` is that of the progress bar."""
     began = time.perf_counter()
     made_of = files.digest(task.source)
     picture = _read(task.source)

@@ -1,4 +1,4 @@
-"""Many images on many workers: ``python -m patchscaler upscale SRC -o OUT --engine ray``.
+"""Many images on many workers: `python -m patchscaler upscale SRC -o OUT --engine ray`.
 
 Each Ray actor holds one pipeline. The driver hands out one image at a time, so that a slow image or a dead worker
 holds up nothing but itself. SRC and OUT are paths or URLs that fsspec knows; pixels never pass through the driver.
@@ -66,7 +66,7 @@ class Worker:
         self.pipeline = load_pipeline(job.weights, device, job.dtype)
 
     def upscale(self, source: str, output: str, job: Job, repeated: bool) -> dict:
-        """The manifest's entry for one image. ``repeated``: a worker died on it, perhaps after it was written."""
+        """The manifest's entry for one image. `repeated`: a worker died on it, perhaps after it was written."""
         begin = time.perf_counter()
         try:
             with fetched(source) as copy:
@@ -92,7 +92,7 @@ class Manifest:
     """OUT/manifest.json: the job, and for each image where it went and how that ended."""
 
     def __init__(self, folder: str, job: Job, anew: bool = False):
-        """Read what an earlier run left, unless ``anew``. UsageError if that was another job, whose images are not
+        """Read what an earlier run left, unless `anew`. UsageError if that was another job, whose images are not
         to be taken for ours."""
         self.path = posixpath.join(folder, MANIFEST)
         self.content = {"job": job.describe(), "images": {}}
@@ -142,8 +142,8 @@ def run(
 ) -> dict[str, int]:
     """Upscale images and folders of them into OUT/NAME.png, and count what is "done", "failed" and "found".
 
-    Found are the images that an earlier run of the same job left in OUT; they are not made again, unless ``overwrite``,
-    which also replaces any other file. Without an ``address``, Ray runs on this machine, for as long as this call.
+    Found are the images that an earlier run of the same job left in OUT; they are not made again, unless `overwrite`,
+    which also replaces any other file. Without an `address`, Ray runs on this machine, for as long as this call.
     Raises UsageError before anything is run, and RuntimeError if no worker can load the pipeline.
     """
     fs, path = url_to_fs(out)
@@ -239,7 +239,7 @@ def plan_outputs(
 def find_images(place: str, out: str, recursive: bool = False) -> tuple[dict[str, str], list[str]]:
     """The image named, or those in the folder named: each with its name relative to that; and what is not read there.
 
-    What PatchScaler wrote into ``out`` is left out of a folder. UsageError if there is no image.
+    What PatchScaler wrote into `out` is left out of a folder. UsageError if there is no image.
     """
     try:
         fs, path = url_to_fs(place)
@@ -362,7 +362,7 @@ def _work(
     counts: dict[str, int],
     say: Callable[[str], None],
 ) -> None:
-    """Give each of ``count`` workers an image at a time until none is left, and replace those that die."""
+    """Give each of `count` workers an image at a time until none is left, and replace those that die."""
     waiting = deque(outputs)
     attempts = dict.fromkeys(outputs, 0)
     starts = 0  # in a row that failed

@@ -88,7 +88,7 @@ def most_at_once(device: torch.device) -> int:
 
 
 def fitting_batch(device: torch.device, each: int) -> int:
-    """Patches of ``each`` bytes at once: the most that are worth it, on a CUDA GPU in half of its free memory."""
+    """Patches of `each` bytes at once: the most that are worth it, on a CUDA GPU in half of its free memory."""
     most = most_at_once(device)
     if device.type != "cuda":
         return most
@@ -107,9 +107,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halving(run: Callable[[int], Value], size: int, least: int, device: torch.device) -> Value:
-    """``run(size)``, again with half the size each time that memory runs out, down to ``least``.
+    """`run(size)`, again with half the size each time that memory runs out, down to `least`.
 
-    Raises OutOfMemory if ``least`` is too much as well.
+    Raises OutOfMemory if `least` is too much as well.
     """
     while size > least:
         try:

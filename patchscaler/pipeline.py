@@ -67,8 +67,8 @@ LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
 class PatchScalerPipeline(DiffusionPipeline):
     """x4 super-resolution of photographs of any size, by patch-adaptive group sampling.
 
-    Each network runs in its own dtype; latents between them are float32. ``vae`` may be any diffusers
-    autoencoder with 8 pixels per latent cell; an AutoencoderKL is set to tile large pictures itself. ``scheduler`` is
+    Each network runs in its own dtype; latents between them are float32. `vae` may be any diffusers
+    autoencoder with 8 pixels per latent cell; an AutoencoderKL is set to tile large pictures itself. `scheduler` is
     one that `patchscaler.sampling` takes, with the betas that Patch-DiT was trained with; else ValueError. Analysis and
     refinement change nothing in the pipeline, so threads may share it.
     """
@@ -129,12 +129,12 @@ class PatchScalerPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         color_fix: bool = True,
     ) -> Result:
-        """Upscale one image x4. ``plan`` is the paper's unless given.
+        """Upscale one image x4. `plan` is the paper's unless given.
 
         The image is a file, a Picture, a PIL image, an array HxWx3 of uint8 or a tensor 3xHxW in [-1, 1]; TypeError
-        for anything else. ``generator`` is a seed or a source of one; without it the seed is 0, so that the same
-        image gives the same result. ``batch_size`` counts patches; without it, it is what suits the device.
-        ``color_fix`` is as in `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks
+        for anything else. `generator` is a seed or a source of one; without it the seed is 0, so that the same
+        image gives the same result. `batch_size` counts patches; without it, it is what suits the device.
+        `color_fix` is as in `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks
         give NaN.
         """
         # 1. Read the image.
@@ -339,7 +339,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         return torch.cat([restored.latents.float(), restored.confidence], dim=1)
 
     def by_tiles(self, local: Local, values: Tensor) -> Tensor:
-        """``local.run(values)`` in tiles, smaller ones when memory is short."""
+        """`local.run(values)` in tiles, smaller ones when memory is short."""
         side = min(TILE, max(values.shape[-2:]) // local.before)
         return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
 

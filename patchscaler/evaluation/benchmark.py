@@ -215,7 +215,7 @@ def _rows(
 def _summary(rows: list[dict], patches: Mapping[str, list[dict]], plan: SamplingPlan) -> list[str]:
     """Means per method and per group, differences from the final image, shares of the groups, and costs, as Markdown.
 
-    ``patches`` are the rows of `score_groups`, empty without truths.
+    `patches` are the rows of `score_groups`, empty without truths.
     """
     methods = {row["method"]: [other for other in rows if other["method"] == row["method"]] for row in rows}
     counts = [sum(row[group] for row in methods["final"]) for group in GROUPS]

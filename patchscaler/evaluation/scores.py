@@ -27,7 +27,7 @@ Score = Callable[[Tensor, Tensor], float]
 class Metric:
     """A measure: its column, its name, the digits to print, which way is better, whether it needs the truth.
 
-    ``package`` is the one it comes from, ours if empty; ``name`` is what it is called there.
+    `package` is the one it comes from, ours if empty; `name` is what it is called there.
     """
 
     key: str

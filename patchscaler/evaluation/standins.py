@@ -87,7 +87,7 @@ STANDINS = {
 
 
 def tiles(side: int) -> int:
-    """Tiles that a square output of ``side`` pixels takes."""
+    """Tiles that a square output of `side` pixels takes."""
     return (1 + max(0, math.ceil((side - TILE) / TILE_STRIDE))) ** 2
 
 

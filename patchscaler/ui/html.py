@@ -327,7 +327,7 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
 
 
 def time_bar(groups: Sequence[GroupCost], seconds: dict[str, float]) -> str:
-    """One bar for all seconds of a run, in the order of the work; ``seconds`` are those of the stages."""
+    """One bar for all seconds of a run, in the order of the work; `seconds` are those of the stages."""
     parts = []
     for name, label in STAGES:
         if name == "refine":

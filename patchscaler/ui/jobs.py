@@ -36,7 +36,7 @@ class Jobs:
     """Runs generators in threads of its own: one, unless the device is another's to share out, as on ZeroGPU.
 
     Gradio frees the slot of a cancelled handler at once, while a plain handler's thread would keep running; with one
-    thread here, a job that follows a cancelled one waits until that has noticed. ``seconds`` is the longest that a
+    thread here, a job that follows a cancelled one waits until that has noticed. `seconds` is the longest that a
     job may work, PATCHSCALER_MAX_RUN_SECONDS or RUN_SECONDS unless given; waiting for its turn does not count.
     """
 

@@ -223,10 +223,10 @@ def thresholds_within(
     budget: float,
     by_hand: ByHand | None = None,
 ) -> tuple[float, float] | None:
-    """γ₁ and γ₂ under which a run of all patches costs at most ``budget``.
+    """γ₁ and γ₂ under which a run of all patches costs at most `budget`.
 
     Of the thresholds on the dials' grid with nearly the most network evaluations for it, those nearest to the
-    plan's. If no thresholds are cheap enough, the cheapest. ``confidence`` N; ``cost`` turns the patches in each
+    plan's. If no thresholds are cheap enough, the cheapest. `confidence` N; `cost` turns the patches in each
     group, 3x..., into costs ...; None if it does.
     """
     by_hand = by_hand or {}
