@@ -1,6 +1,7 @@
 """What holds for the repository as a whole: import directions, weight sizes, the README's front matter."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -142,3 +143,20 @@ def test_front_matter_and_requirements_name_one_gradio():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     requirements = {r.name: r for r in (Requirement(line.split("#")[0]) for line in lines if line.split("#")[0])}
     assert requirements["gradio"].specifier.contains(str(front_matter()["sdk_version"]))
+
+
+def test_the_documents_name_tests_files_and_functions_that_there_are():
+    security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named, file = 0, None
+    for place, test in re.findall(r"`(tests/\w+\.py)?::(\w+)`", security):
+        file = place or file
+        named += 1
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    assert named > 30
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## How it works\n")[1].split("\n## ")[0]
+    places = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", section)
+    assert len(places) > 15
+    for file, function in places:
+        source = (ROOT / "patchscaler" / file).read_text(encoding="utf-8")
+        for name in function.split("."):
+            assert re.search(rf"(def|class) {name}\b", source), f"{file}: {function}"
