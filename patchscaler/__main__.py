@@ -1,4 +1,4 @@
-"""``python -m patchscaler COMMAND``. Each command adds its own parser, and the function that it stands for."""
+"""`python -m patchscaler COMMAND`. Each command adds its own parser, and the function that it stands for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from patchscaler.options import UsageError
 class Outlet:
     """A standard stream to which writing never fails, since what is printed must not decide what is done.
 
-    What its encoding lacks is written as an escape. What nobody reads any more (``| head``) is dropped.
+    What its encoding lacks is written as an escape. What nobody reads any more (`| head`) is dropped.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -40,7 +40,7 @@ class GroupSampled:
 def x0_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
     """DDIM over the noise schedule of a diffusers scheduler, as `patchscaler.sampling` takes it.
 
-    ValueError if it has no ``alphas_cumprod`` of 1000 timesteps (those of flow matching have none).
+    ValueError if it has no `alphas_cumprod` of 1000 timesteps (those of flow matching have none).
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None or len(alphas) != 1000:
@@ -57,9 +57,9 @@ def unet_denoiser(unet: nn.Module, scheduler: SchedulerMixin, **conditions: Tens
     """A diffusers UNet as a predictor of x0, whether it predicts that, epsilon or v.
 
     Args:
-        unet: called as ``unet(x_t, t, **conditions).sample``, in its own dtype; t counts from 0, as diffusers does.
-        scheduler: the one that the network was trained with: its ``prediction_type`` and ``alphas_cumprod`` count.
-        conditions: such as ``encoder_hidden_states`` 1xLxD, for all patches alike.
+        unet: called as `unet(x_t, t, **conditions).sample`, in its own dtype; t counts from 0, as diffusers does.
+        scheduler: the one that the network was trained with: its `prediction_type` and `alphas_cumprod` count.
+        conditions: such as `encoder_hidden_states` 1xLxD, for all patches alike.
     """
     kind = scheduler.config.prediction_type
     if kind not in _TO_X0:

@@ -1,4 +1,4 @@
-"""Cancellation: long loops ask here, piece by piece, whether they may go on; whoever runs them has set the answer."""
+"""Cancellation: long loops ask here, piece by piece, whether they may go on; their caller sets the answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None
 
 @contextmanager
 def cancellable(check: Callable[[], None]) -> Iterator[None]:
-    """In this block, and in this thread only, `check_cancelled` calls ``check``, which raises if the work is to end."""
+    """In this block, and in this thread only, `check_cancelled` calls `check`, which raises if the work is to end."""
     token = _check.set(check)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Upscale files and folders: ``python -m patchscaler upscale INPUT... -o OUT``."""
+"""Upscale files and folders: `python -m patchscaler upscale INPUT... -o OUT`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from patchscaler.results import Progress
 
 STAGES = ("coarse", "qmap", "priors")
 LARGE_PIXELS = 64_000_000  # of the input: what --large takes, as this is held in memory
-PRIOR_ROWS = 8  # patches on the priors sheet
+PRIOR_ROWS = 8  # patches on the priors sheet, from the least to the most confident
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             pipeline.compile()
 
     for number, task in enumerate(waiting, 1):
-        # Whatever befalls one file (unreadable, too large, out of memory, disk full) ends that file only.
+        # Whatever goes wrong with one file (unreadable, too large, out of memory, disk full) ends that file only.
         try:
             upscale = _upscale_large if task.output.suffix == ".tif" else _upscale
             report = upscale(pipeline, task, plan, args, f"[{number}/{len(waiting)}] {task.source.name}")
@@ -213,7 +213,7 @@ def _three(text: str) -> tuple[int, ...]:
 
 
 def _plan(args: argparse.Namespace) -> SamplingPlan:
-    """The preset or file, with the single values given beside it put in its place."""
+    """The preset or file, with the values that other options give in place of its own."""
     given = {name: getattr(args, name) for name in ("gamma1", "gamma2", "start", "steps")}
     return dataclasses.replace(args.plan, **{name: value for name, value in given.items() if value is not None})
 
@@ -246,7 +246,7 @@ def _is_in(file: Path, folder: Path) -> bool:
 
 
 def _tasks(args: argparse.Namespace) -> tuple[list[Task], list[Path]]:
-    """What is to be made, and the image files that are passed over. UsageError if anything would be lost by it."""
+    """What is to be made, and the image files that are skipped. UsageError if a file would be lost by it."""
     out, report = args.out, args.report
     if report and not report.parent.is_dir() and report.parent.resolve() != out.resolve():
         raise UsageError(f"the report's folder {report.parent} does not exist")
@@ -329,7 +329,7 @@ def _key(path: Path) -> str:
 def _upscale(
     pipeline: PatchScalerPipeline, task: Task, plan: SamplingPlan, args: argparse.Namespace, title: str
 ) -> dict:
-    """Upscale one file, write its pictures, and return its report. ``title`` is that of the progress bar."""
+    """Upscale one file, write its pictures, and return its report. `title` is that of the progress bar."""
     began = time.perf_counter()
     made_of = files.digest(task.source)
     picture = _read(task.source)

@@ -1,4 +1,4 @@
-"""Many images on many workers: ``python -m patchscaler upscale SRC -o OUT --engine ray``.
+"""Many images on many workers: `python -m patchscaler upscale SRC -o OUT --engine ray`.
 
 Each Ray actor holds one pipeline. The driver hands out one image at a time, so that a slow image or a dead worker
 holds up nothing but itself. SRC and OUT are paths or URLs that fsspec knows; pixels never pass through the driver.
@@ -66,7 +66,7 @@ class Worker:
         self.pipeline = load_pipeline(job.weights, device, job.dtype)
 
     def upscale(self, source: str, output: str, job: Job, repeated: bool) -> dict:
-        """The manifest's entry for one image. ``repeated``: a worker died on it, perhaps after it was written."""
+        """The manifest's entry for one image. `repeated`: a worker died on it, perhaps after it was written."""
         begin = time.perf_counter()
         try:
             with fetched(source) as copy:
@@ -92,7 +92,7 @@ class Manifest:
     """OUT/manifest.json: the job, and for each image where it went and how that ended."""
 
     def __init__(self, folder: str, job: Job, anew: bool = False):
-        """Read what an earlier run left, unless ``anew``. UsageError if that was another job, whose images are not
+        """Read what an earlier run left, unless `anew`. UsageError if that was another job, whose images are not
         to be taken for ours."""
         self.path = posixpath.join(folder, MANIFEST)
         self.content = {"job": job.describe(), "images": {}}
@@ -142,8 +142,8 @@ def run(
 ) -> dict[str, int]:
     """Upscale images and folders of them into OUT/NAME.png, and count what is "done", "failed" and "found".
 
-    Found are the images that an earlier run of the same job left in OUT; they are not made again, unless ``overwrite``,
-    which also replaces any other file. Without an ``address``, Ray runs on this machine, for as long as this call.
+    Found are the images that an earlier run of the same job left in OUT; they are not made again, unless `overwrite`,
+    which also replaces any other file. Without an `address`, Ray runs on this machine, for as long as this call.
     Raises UsageError before anything is run, and RuntimeError if no worker can load the pipeline.
     """
     fs, path = url_to_fs(out)
@@ -169,7 +169,7 @@ def run(
         return counts
     _start_ray(address)
     try:
-        _work(waiting, job, *_crew(kind, workers, device, job), manifest, counts, say)
+        _work(waiting, job, *_worker_pool(kind, workers, device, job), manifest, counts, say)
     finally:
         manifest.save()
         ray.shutdown()
@@ -239,7 +239,7 @@ def plan_outputs(
 def find_images(place: str, out: str, recursive: bool = False) -> tuple[dict[str, str], list[str]]:
     """The image named, or those in the folder named: each with its name relative to that; and what is not read there.
 
-    What PatchScaler wrote into ``out`` is left out of a folder. UsageError if there is no image.
+    What PatchScaler wrote into `out` is left out of a folder. UsageError if there is no image.
     """
     try:
         fs, path = url_to_fs(place)
@@ -328,7 +328,7 @@ def _start_ray(address: str | None) -> None:
         raise UsageError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
 
 
-def _crew(
+def _worker_pool(
     kind: type[Worker], count: int | None, device: str | None, job: Job
 ) -> tuple[int, Callable[[], tuple[ActorHandle, ray.ObjectRef]]]:
     """How many workers to have, and what starts one and has it load the pipeline.
@@ -346,23 +346,23 @@ def _crew(
     share = max(1, min(cpus // count, largest))  # Ray gives a worker that many threads, by OMP_NUM_THREADS
     actor = ray.remote(kind).options(num_cpus=share, num_gpus=int(on_gpu))
 
-    def hire() -> tuple[ActorHandle, ray.ObjectRef]:
+    def start_worker() -> tuple[ActorHandle, ray.ObjectRef]:
         worker = actor.remote()
         return worker, worker.load.remote(job, "cuda" if on_gpu else device)
 
-    return count, hire
+    return count, start_worker
 
 
 def _work(
     outputs: dict[str, str],
     job: Job,
     count: int,
-    hire: Callable[[], tuple[ActorHandle, ray.ObjectRef]],
+    start_worker: Callable[[], tuple[ActorHandle, ray.ObjectRef]],
     manifest: Manifest,
     counts: dict[str, int],
     say: Callable[[str], None],
 ) -> None:
-    """Give each of ``count`` workers an image at a time until none is left, and replace those that die."""
+    """Give each of `count` workers an image at a time until none is left, and replace those that die."""
     waiting = deque(outputs)
     attempts = dict.fromkeys(outputs, 0)
     starts = 0  # in a row that failed
@@ -371,7 +371,7 @@ def _work(
     begin, pixels, ended = time.monotonic(), 0, 0
 
     def start() -> None:
-        worker, loading = hire()
+        worker, loading = start_worker()
         running[loading] = worker, None
 
     for _ in range(count):

@@ -41,7 +41,7 @@ def _low(image: Tensor) -> Tensor:
 
 
 def _blur(image: Tensor, step: int, axis: int) -> Tensor:
-    """[1 2 1] along one axis, its places ``step`` apart: four times as bright. In place of padding, three sums."""
+    """[1 2 1] along one axis, its places `step` apart: four times as bright. In place of padding, three sums."""
     blurred = image * 2
     length = image.shape[axis]
     edge = min(step, length)

@@ -24,7 +24,7 @@ class OutOfMemory(MemoryError):
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, or for None and "auto" the best of cuda, mps and cpu.
 
-    Raises ValueError if the name is unknown or the device is not there: nothing falls back in silence.
+    Raises ValueError if the name is unknown or the device is not there: there is no silent fallback.
     """
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -39,7 +39,7 @@ def pick_device(name: str | None = None) -> torch.device:
 def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
     """The precision of that name, of PATCHSCALER_DTYPE where no name is given, or what suits the device.
 
-    That is bfloat16 where the processor has instructions for it, else float32: both have the same range. Other
+    That is bfloat16 on a CPU or CUDA GPU that has instructions for it, else float32: both have the same range. Other
     processors emulate bfloat16 and are slower in it. Raises ValueError if the name is unknown.
     """
     name = name or os.environ.get("PATCHSCALER_DTYPE") or "auto"
@@ -88,7 +88,7 @@ def most_at_once(device: torch.device) -> int:
 
 
 def fitting_batch(device: torch.device, each: int) -> int:
-    """Patches of ``each`` bytes at once: the most that are worth it, on a CUDA GPU in half of its free memory."""
+    """Patches of `each` bytes at once: the most that are worth it, on a CUDA GPU in half of its free memory."""
     most = most_at_once(device)
     if device.type != "cuda":
         return most
@@ -107,9 +107,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halving(run: Callable[[int], Value], size: int, least: int, device: torch.device) -> Value:
-    """``run(size)``, again with half the size each time that memory runs out, down to ``least``.
+    """`run(size)`, again with half the size each time that memory runs out, down to `least`.
 
-    Raises OutOfMemory if ``least`` is too much as well.
+    Raises OutOfMemory if `least` is too much as well.
     """
     while size > least:
         try:

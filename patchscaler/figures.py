@@ -1,6 +1,6 @@
 """Pictures of what the pipeline decided: the groups over the coarse image, and the retrieved texture priors.
 
-Shared by the page and the command line; Pillow and numpy only.
+Shared by the page, the command line and the evaluation; drawn with Pillow and numpy.
 """
 
 from __future__ import annotations

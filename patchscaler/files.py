@@ -1,8 +1,8 @@
-"""Which files of a folder are meant, what their outputs are called, and which existing files these may replace.
+"""Which files of a folder are inputs, what their outputs are called, and which existing files these may replace.
 
-Every output records what it was made of: the SHA-256 of the input's bytes, the plan, the seed, and whether the colours
-were fixed. A PNG has them in its text chunks, a TIFF in its description. So an output of the same input is known again,
-whatever it is called.
+Every output of the command line records what it was made of: the SHA-256 of the input's bytes, the plan, the seed, and
+whether the colours were fixed. A PNG has them in its text chunks, a TIFF in its description. So an output of the same
+input is recognised, whatever it is called.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Pic
 
     The format is told from the content, never from the name. Raises ImageError for a file that cannot be
     opened, is too large, is of another format, is damaged or cut off, or has too many pixels, which its header
-    tells before anything is decoded. The limits are the environment's; ``max_input_pixels`` takes the place of
+    tells before anything is decoded. The limits are the environment's; `max_input_pixels` takes the place of
     those on pixels.
     """
     limits = _limits(max_input_pixels)
@@ -96,14 +96,14 @@ def read_picture(source: str | Path, max_input_pixels: int | None = None) -> Pic
 def picture_from_pil(image: Image.Image, max_input_pixels: int | None = None) -> Picture:
     """Turn a Pillow image of any mode into a Picture.
 
-    EXIF orientation is applied, and colours are converted to sRGB from an embedded profile or from what a PNG says of
-    its gamma and primaries. Of several frames, the first is used. The colour of fully transparent pixels is kept.
+    EXIF orientation is applied, and colours are converted to sRGB from an embedded profile or from what the file states
+    of its gamma and primaries. Of several frames, the first is used. The colour of fully transparent pixels is kept.
 
     16-bit grey is divided by 65535. Of 16-bit colour other than TIFF's Pillow keeps the high byte, which is within one
     level of the exact 8-bit value. Grey of mode I or F is divided by the smallest of 1 (F only), 255 and 65535 that
     holds its largest value; so are TIFF samples of 32 bits, and those of 16 bits by 4095 if that holds them all. Values
     that are negative, larger or not finite raise ImageError, as do damaged pixels and more pixels than
-    ``max_input_pixels``, or than the environment's limits if it is not given.
+    `max_input_pixels`, or than the environment's limits if it is not given.
     """
     limits = _limits(max_input_pixels)
     limits.check(*image.size)

@@ -2,7 +2,7 @@
 
 They may be written as tiled TIFF while they are made.
 
-Each stage makes the rows that the next one asks for, and forgets those that nobody will ask for again.
+Each stage makes the rows that the next one asks for, and drops those that are no longer needed.
 C channels, H W pixels of the upscaled picture, h w latents, N patches, R rows, V patch side.
 """
 
@@ -38,17 +38,17 @@ MARGIN = 4  # rows of the input, more than bicubic interpolation looks away
 
 
 class Rows:
-    """Rows CxRxW of one stage. They are asked for from top to bottom, and those above are let go."""
+    """Rows CxRxW of one stage. They are asked for from top to bottom, and those above are dropped."""
 
     def __init__(self, height: int, make: Callable[[int], Tensor]) -> None:
-        """``make(first)`` gives the rows from ``first`` on, as many as it likes, but at least one."""
+        """`make(first)` gives the rows from `first` on, as many as it likes, but at least one."""
         self.height = height
         self._make = make
         self._first = 0
         self._kept: Tensor | None = None
 
     def get(self, first: int, last: int) -> Tensor:
-        """Rows ``first`` to ``last``, or what there are of them. ``first`` must not fall from call to call."""
+        """Rows `first` to `last`, or what there are of them. `first` must not fall from call to call."""
         first, last = max(0, first), min(self.height, last)
         kept, end = [], self._first
         if self._kept is not None:
@@ -124,7 +124,7 @@ class Bands:
     def _stage(self, name: str, local: Local, source: Rows, channels: int) -> Rows:
         """What a network makes of the rows of another stage, with those around them that it sees.
 
-        It takes ``channels``.
+        It takes `channels`.
         """
         reach = local.reach(channels, self.device)
         if reach is None:
@@ -231,7 +231,7 @@ def write_tiff(
     """Write bands of rows RxWxS of 8 bits, from top to bottom, as one TIFF of HxWxS, and return its path.
 
     S is 3 for RGB or 4 for RGBA. Tiles are compressed without loss; above 2 GB the file is a BigTIFF. It appears whole
-    or not at all: it is written beside its place and then renamed. Whatever ``bands`` raise ends the writing.
+    or not at all: it is written beside its place and then renamed. Whatever `bands` raise ends the writing.
     """
     import tifffile  # here, because it is an extra
 

@@ -34,15 +34,15 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     devices: Sequence[str | torch.device] = (),
 ) -> PatchScalerPipeline:
-    """Load what ``PatchScalerPipeline.save_pretrained`` wrote, ready to run.
+    """Load what `PatchScalerPipeline.save_pretrained` wrote, ready to run.
 
-    ``source`` is a folder or a Hub id "owner/name". Device and dtype are the best there are unless given: see
+    `source` is a folder or a Hub id "owner/name". Device and dtype are the best there are unless given: see
     `pick_device` and `pick_dtype`.
     Only safetensors are read, only classes of this package and of diffusers are built, and a missing or
-    unexpected component, config key or weight raises CheckpointError, where diffusers would only warn. So does
-    a file that is not as the folder's SHA256SUMS has it; a folder without that list is taken as it is.
+    unexpected component or weight, or an unknown config key, raises CheckpointError, where diffusers would only warn.
+    So does a file that is not as the folder's SHA256SUMS has it; a folder without that list is taken as it is.
 
-    Of several ``devices``, in place of ``device``, the first runs everything, the others refine patches beside it.
+    Of several `devices`, in place of `device`, the first runs everything, the others refine patches too.
     """
     if devices and device is not None:
         raise ValueError("both device and devices are given")
@@ -77,7 +77,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def write_checksums(folder: Path) -> None:
-    """List the files of a pipeline folder in its SHA256SUMS, by which `load_pipeline` will know them again."""
+    """List the files of a pipeline folder in its SHA256SUMS, against which `load_pipeline` checks them."""
     lines = [f"{_sha256(folder / name)}  {name}\n" for name in _pipeline_files(folder)]
     (folder / CHECKSUMS).write_text("".join(lines))
 

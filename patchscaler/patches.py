@@ -31,7 +31,7 @@ class Patch:
         return image[..., top : top + side, left : left + side]
 
     def cells(self, latents: Tensor, top: int = 0) -> Tensor:
-        """The patch's area of latents ...xhxw: ...xVxV. ``top`` is the first row that ``latents`` hold."""
+        """The patch's area of latents ...xhxw: ...xVxV. `top` is the first row that `latents` hold."""
         return latents[..., self.top - top : self.top - top + self.size, self.left : self.left + self.size]
 
 
@@ -114,7 +114,7 @@ def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
 
 
 def blend(places: Iterable[Patch], values: Tensor, total: Tensor, weights: Tensor, top: int = 0) -> None:
-    """Add patches NxCxVxV to ``total`` Cxhxw and their Gaussian weights to ``weights`` hxw, rows from ``top`` on."""
+    """Add patches NxCxVxV to `total` Cxhxw and their Gaussian weights to `weights` hxw, rows from `top` on."""
     weight = gaussian_weight(values.shape[-1]).to(values.device)  # VxV
     for patch, value in zip(places, values, strict=True):
         patch.cells(total, top).add_(value.float() * weight)

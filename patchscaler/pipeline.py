@@ -67,10 +67,10 @@ LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
 class PatchScalerPipeline(DiffusionPipeline):
     """x4 super-resolution of photographs of any size, by patch-adaptive group sampling.
 
-    Each network runs in its own dtype; latents between them are float32. ``vae`` may be any diffusers
-    autoencoder with 8 pixels per latent cell; an AutoencoderKL is set to tile large pictures itself. ``scheduler`` is
-    one that `patchscaler.sampling` takes, with the betas that Patch-DiT was trained with; else ValueError. No call
-    changes the pipeline, so threads may share it.
+    Each network runs in its own dtype; latents between them are float32. `vae` may be any diffusers
+    autoencoder with 8 pixels per latent cell; an AutoencoderKL is set to tile large pictures itself. `scheduler` is
+    one that `patchscaler.sampling` takes, with the betas that Patch-DiT was trained with; else ValueError. Analysis and
+    refinement change nothing in the pipeline, so threads may share it.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class PatchScalerPipeline(DiffusionPipeline):
     def refine_on(self, others: Sequence[torch.device | str]) -> None:
         """Refine on these devices besides the pipeline's own, on which the rest stays.
 
-        Each is given a copy of Patch-DiT and, batch by batch, what is costliest of the patches left. To run several on
-        CPU cores, start Python with OMP_NUM_THREADS at the cores of each.
+        Each is given a copy of Patch-DiT and, batch by batch, the largest of a group's batches that is left. To run
+        several on CPU cores, start Python with OMP_NUM_THREADS at the cores of each.
         """
         self.copies = [copy.deepcopy(self.transformer).to(device) for device in others]
 
@@ -129,12 +129,12 @@ class PatchScalerPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         color_fix: bool = True,
     ) -> Result:
-        """Upscale one image x4. ``plan`` is the paper's unless given.
+        """Upscale one image x4. `plan` is the paper's unless given.
 
         The image is a file, a Picture, a PIL image, an array HxWx3 of uint8 or a tensor 3xHxW in [-1, 1]; TypeError
-        for anything else. ``generator`` is a seed or a source of one; without it the seed is 0, so that the same
-        image gives the same result. ``batch_size`` counts patches; without it, it is what suits the device.
-        ``color_fix`` is as in `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks
+        for anything else. `generator` is a seed or a source of one; without it the seed is 0, so that the same
+        image gives the same result. `batch_size` counts patches; without it, it is what suits the device.
+        `color_fix` is as in `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks
         give NaN.
         """
         # 1. Read the image.
@@ -207,9 +207,9 @@ class PatchScalerPipeline(DiffusionPipeline):
     ) -> Iterator[Progress | Partial | Result]:
         """Yield Progress after every denoising step of every batch, and last the Result.
 
-        A patch's result depends on its y0, prompt, (T, N) and the seed only. Close the generator to stop early. Raises
-        RuntimeError rather than return pixels that are NaN, and OutOfMemory if memory is short for the smallest
-        batches and tiles.
+        A patch's result depends on its y0, its prompt, its (T, N) and the noise at its place only. Close the generator
+        to stop early. Raises RuntimeError rather than return pixels that are NaN, and OutOfMemory if memory is short
+        for the smallest batches and tiles.
 
         Args:
             color_fix: give the output the low frequencies, and so the colours, of the bicubic upscale. Without it,
@@ -224,7 +224,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         grid = analysis.grid
         check_schedule(self.transformer, self.scheduler)
 
-        # 1. Group the patches by confidence (Eq. 2), and see which of them are new.
+        # 1. Group the patches by confidence (Eq. 2), and see which of them are not taken from an earlier run.
         assignment = assign(analysis.patch_confidence, plan, by_hand)  # N
         start, steps = times_and_steps(plan, assignment)  # N, N
         rendered = torch.ones_like(start, dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
@@ -253,7 +253,7 @@ class PatchScalerPipeline(DiffusionPipeline):
                 clock.lap("refine")
                 if step.evaluations > 0:
                     yield Progress(group, step.step, plan.steps[group], len(step.batch), done, total)
-                    clock.lap()  # the time of whoever reads the events is not ours
+                    clock.lap()  # what the reader of the events does is not counted
             seconds[indices] = spent[group] / max(1, len(indices))
             if partial and len(indices) and done < total:
                 ready = ~rendered | (assignment <= group)  # N
@@ -339,7 +339,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         return torch.cat([restored.latents.float(), restored.confidence], dim=1)
 
     def by_tiles(self, local: Local, values: Tensor) -> Tensor:
-        """``local.run(values)`` in tiles, smaller ones when memory is short."""
+        """`local.run(values)` in tiles, smaller ones when memory is short."""
         side = min(TILE, max(values.shape[-2:]) // local.before)
         return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
 

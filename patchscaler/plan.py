@@ -52,12 +52,12 @@ class SamplingPlan:
 
     @classmethod
     def fast(cls) -> SamplingPlan:
-        """The paper's starts in one step each. Measured with the compact weights in assets/sweep.md."""
+        """The paper's starts in one step each."""
         return cls(0.95, 0.75, start=(400, 700, 1000), steps=(1, 1, 1))
 
     @classmethod
     def balanced(cls) -> SamplingPlan:
-        """The paper's starts in two steps each. Measured with the compact weights in assets/sweep.md."""
+        """The paper's starts in two steps each."""
         return cls(0.95, 0.75, start=(400, 700, 1000), steps=(2, 2, 2))
 
     @classmethod

@@ -26,7 +26,7 @@ class NotFiniteError(RuntimeError):
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raise NotFiniteError, which calls them ``name``, if values are NaN or infinite."""
+    """Raise NotFiniteError, which calls them `name`, if values are NaN or infinite."""
     if not torch.isfinite(values).all():
         raise NotFiniteError(f"{name} has values that are NaN or infinite; try dtype=torch.float32")
 
@@ -36,7 +36,7 @@ class Restored:
     """What refinement needs of a picture, on the CPU in float32.
 
     H W are the sides of the upscaled picture; h w are those of the latent, whose 8h x 8w pixels may reach
-    beyond H and W. ``seconds`` has encode, restore, retrieve and decode (of the coarse image).
+    beyond H and W. `seconds` has encode, restore, retrieve and decode (of the coarse image).
     """
 
     picture: Picture
@@ -63,7 +63,7 @@ class Analysis(Restored):
 
 @dataclass(frozen=True)
 class Progress:
-    """One denoising step of one batch is done. ``done`` and ``total`` count evaluations, in patches."""
+    """One denoising step of one batch is done. `done` and `total` count evaluations, in patches."""
 
     group: int  # index into GROUPS
     step: int  # 1..steps
@@ -92,7 +92,7 @@ class Sampled:
 
 @dataclass(frozen=True, eq=False)
 class Partial:
-    """The picture after ``group`` is finished: later groups' patches are still the coarse ones."""
+    """The picture after `group` is finished: later groups' patches are coarse, or those of an earlier run."""
 
     group: int  # index into GROUPS
     picture: Picture
@@ -101,9 +101,10 @@ class Partial:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What one group cost. ``seconds`` is time at work: not the time a consumer of the events took.
+    """What one group cost. `seconds` is time at work, of several devices the sum, without what the reader of the
+    events took.
 
-    ``evaluations`` counts those made in this run: patches taken from an earlier one need none.
+    `evaluations` counts those made in this run: patches taken from an earlier one need none.
     """
 
     name: str
@@ -118,8 +119,9 @@ class GroupReport:
 class Result:
     """The upscaled picture, on the CPU, and how it came about.
 
-    ``seconds`` has encode, restore, retrieve, refine (of the busiest device), decode (coarse and final) and color;
-    their sum is the time of the whole run, of which encode to the coarse decode come from the analysis.
+    `seconds` has encode, restore, retrieve, refine (by the clock, however many devices work), decode (coarse and
+    final) and color; their sum is the time of the whole run, of which encode to the coarse decode come from the
+    analysis.
     """
 
     picture: Picture

@@ -26,7 +26,7 @@ class Priors:
 
     indices: Tensor  # NxK, rows of the memory
     similarities: Tensor  # NxK float32 in [-1, 1]
-    values: Tensor  # NxKxCxVxV float32 latents
+    values: Tensor  # NxKxCxVxV float32 latents; None where the page keeps the indices only
 
     @classmethod
     def joined(cls, parts: Sequence[Priors]) -> Priors:
@@ -37,9 +37,9 @@ class Priors:
 
 
 def retrieve(queries: Tensor, memory: Memory, k: int) -> Priors:
-    """Algorithm 1: the ``k`` entries whose keys have the largest normalised inner product with each query.
+    """Algorithm 1: the `k` entries whose keys have the largest normalised inner product with each query.
 
-    ``queries`` NxD, of any length and float dtype. ValueError unless 1 <= k <= M.
+    `queries` NxD, of any length and float dtype. ValueError unless 1 <= k <= M.
     """
     size = memory.features.shape[0]
     if not 1 <= k <= size:

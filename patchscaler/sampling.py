@@ -1,6 +1,6 @@
 """Shortcut sampling: start part-way down the diffusion from the coarse patch, then predict x0 step by step (Eq. 4-7).
 
-Functions over explicit inputs. Time t runs from 1 to 1000 and abar_t is ``alphas[t - 1]``, as diffusers counts from 0.
+Functions over explicit inputs. Time t runs from 1 to 1000 and abar_t is `alphas[t - 1]`, as diffusers counts from 0.
 A schedule is any pair (start, steps) with 1 <= steps <= start <= 1000.
 N patches, C channels, V patch side, L prompt tokens, D width.
 """
@@ -37,7 +37,7 @@ REQUIRED = {
 def alphas_cumprod(scheduler: Scheduler) -> Tensor:
     """abar_t for t = 1..1000, a float32 tensor of 1000 on the CPU; abar_t is element t - 1.
 
-    ValueError for a scheduler that :func:`denoise` cannot follow: it must be DDIM or DPM-Solver++ (2M), predict
+    ValueError for a scheduler that `denoise` cannot follow: it must be DDIM or DPM-Solver++ (2M), predict
     the sample, know 1000 timesteps, and neither clip nor threshold (latents are not bounded by 1).
     """
     required = REQUIRED.get(type(scheduler))
@@ -67,7 +67,7 @@ def check_schedule(network: PatchDiT, scheduler: Scheduler) -> None:
 
 
 def timesteps(start: int, steps: int) -> list[int]:
-    """The ``steps`` times at which the network is evaluated: strictly decreasing from ``start``, all >= 1."""
+    """The `steps` times at which the network is evaluated: strictly decreasing from `start`, all >= 1."""
     if not 1 <= steps <= start <= MAX_TIMESTEP:
         raise ValueError(f"steps={steps}, start={start}: needs 1 <= steps <= start <= {MAX_TIMESTEP}")
     return [round(start * (steps - k) / steps) for k in range(steps)]
@@ -77,7 +77,7 @@ def timesteps(start: int, steps: int) -> list[int]:
 
 
 def shortcut_start(y0: Tensor, noise: Tensor, start: int, alphas: Tensor) -> Tensor:
-    """Eq. 6 and 7: y_tau = sqrt(abar) y0 + sqrt(1 - abar) noise at tau = ``start``. All NxCxVxV."""
+    """Eq. 6 and 7: y_tau = sqrt(abar) y0 + sqrt(1 - abar) noise at tau = `start`. All NxCxVxV."""
     abar = alphas[start - 1].item()
     return abar**0.5 * y0 + (1 - abar) ** 0.5 * noise
 
@@ -88,7 +88,7 @@ def denoise(
     """Sample from the shortcut start: (x0 prediction, x_next) after every evaluation; the last x_next is the result.
 
     The scheduler's class chooses the solver, its betas the schedule. It is read, never stepped, so threads may share
-    it. Arithmetic between evaluations is float32 on the device of ``y0``, whatever dtype ``predict`` returns.
+    it. Arithmetic between evaluations is float32 on the device of `y0`, whatever dtype `predict` returns.
     """
     alphas = alphas_cumprod(scheduler)
     times = timesteps(start, steps)
@@ -97,7 +97,7 @@ def denoise(
 
 
 def ddim(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Deterministic DDIM (Song et al. 2021) from x_t NxCxVxV at times[0] down ``times``, and to x0 at the end.
+    """Deterministic DDIM (Song et al. 2021) from x_t NxCxVxV at times[0] down `times`, and to x0 at the end.
 
     Ours, as diffusers' DDIM only steps by 1000 // N.
     """
@@ -113,7 +113,7 @@ def ddim(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Ite
 
 
 def dpm_solver(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2) from x_t NxCxVxV at times[0] down ``times``, and to x0.
+    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2) from x_t NxCxVxV at times[0] down `times`, and to x0.
 
     With h the step in lambda = log(sqrt(abar) / sqrt(1 - abar)), x0 is extrapolated through the prediction before,
     but not in the first step, which has none. In the last one h is infinite, and the result is the prediction.
@@ -151,7 +151,7 @@ class Patches:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Patches of one group that are sampled together, from ``start`` in ``steps`` evaluations."""
+    """Patches of one group that are sampled together, from `start` in `steps` evaluations."""
 
     group: int
     start: int
@@ -162,7 +162,7 @@ class Batch:
         return len(self.indices)
 
     def parts(self, count: int) -> list[Batch]:
-        """Up to ``count`` batches of nearly equal size, none empty."""
+        """Up to `count` batches of nearly equal size, none empty."""
         return [replace(self, indices=part) for part in self.indices.tensor_split(min(count, len(self)))]
 
 
@@ -178,7 +178,7 @@ class Step:
 
 
 def make_batches(group: int, indices: Tensor, plan: SamplingPlan, size: int) -> list[Batch]:
-    """Batches of up to ``size`` patches of one group, whose LongTensor ``indices`` may be empty."""
+    """Batches of up to `size` patches of one group, whose LongTensor `indices` may be empty."""
     start, steps = plan.start[group], plan.steps[group]
     return [Batch(group, start, steps, part) for part in indices.split(size) if len(part)]
 
@@ -186,9 +186,9 @@ def make_batches(group: int, indices: Tensor, plan: SamplingPlan, size: int) -> 
 def sample_batches(
     network: PatchDiT, scheduler: Scheduler, patches: Patches, todo: deque[Batch]
 ) -> Iterator[Step]:
-    """Sample batches on the network's device until none is left in ``todo``, and yield a Step after every evaluation.
+    """Sample batches on the network's device until none is left in `todo`, and yield a Step after every evaluation.
 
-    Other threads may empty ``todo`` as well. A batch for which memory is short is made again in halves; a single patch
+    Other threads may empty `todo` as well. A batch for which memory is short is made again in halves; a single patch
     for which it is raises OutOfMemory.
     """
     device = network.device
@@ -234,7 +234,7 @@ def _begin(network: PatchDiT, scheduler: Scheduler, patches: Patches, batch: Bat
 
 
 def patch_bytes(network: PatchDiT, length: int) -> int:
-    """About what one patch of a batch takes on the device of ``network``, for a prompt of ``length`` tokens."""
+    """About what one patch of a batch takes on the device of `network`, for a prompt of `length` tokens."""
     config = network.config
     tokens = (config.size // config.patch) ** 2
     values = 2 * config.depth * length + 16 * tokens  # keys and values; states of a block and what it makes of them

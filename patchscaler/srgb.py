@@ -1,4 +1,5 @@
-"""Colours of a file as sRGB: by its ICC profile, or by the cICP, gAMA and cHRM chunks of a PNG."""
+"""Colours of a file as sRGB: by its ICC profile, by the cICP, gAMA and cHRM chunks of a PNG, or by the nclx box of AVIF
+and HEIC."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Coding(NamedTuple):
 def coding_of(image: Image.Image, notes: list[str]) -> Coding | None:
     """How the values of a picture are colours if that is neither sRGB nor said by its ICC profile.
 
-    The order is that of PNG (third edition, 4.3): cICP, iCCP, sRGB, then gAMA and cHRM. ``image.info["cicp"]`` is the
+    The order is that of PNG (third edition, 4.3): cICP, iCCP, sRGB, then gAMA and cHRM. `image.info["cicp"]` is the
     four numbers of the first. What cannot be applied is noted, and what comes next in the order counts.
     """
     info = image.info

@@ -56,7 +56,7 @@ class Samples:
 
 
 def read_samples(data: bytes, limits: Limits) -> Samples | None:
-    """The first page of a TIFF file, or None for another file and for the kinds that Pillow reads rightly.
+    """The first page of a TIFF file, or None for another file and for the kinds that Pillow reads correctly.
 
     Left to it are palettes, JPEG, the fax compressions and L*a*b*. Raises ImageError for too many pixels, before
     anything is decoded, for values beyond 65535, negative ones and those that are not finite, and for what neither

@@ -23,7 +23,7 @@ _reaches: WeakKeyDictionary[nn.Module, dict[str, int | None]] = WeakKeyDictionar
 
 @dataclass(frozen=True)
 class Local:
-    """One use of a network: ``run`` takes BxCx(before h)x(before w) and gives BxC'x(after h)x(after w)."""
+    """One use of a network: `run` takes BxCx(before h)x(before w) and gives BxC'x(after h)x(after w)."""
 
     network: nn.Module
     name: str  # of this use, among those of the network
@@ -56,7 +56,7 @@ class Local:
 
 
 def tiled(local: Local, values: Tensor, side: int) -> Tensor:
-    """``local.run(values)`` in tiles of at most ``side`` x ``side`` cells, each with the surroundings that it sees.
+    """`local.run(values)` in tiles of at most `side` x `side` cells, each with the surroundings that it sees.
 
     Equal to the whole but for the rounding of sums. A network that sees the whole picture is given all of it.
     """
@@ -79,7 +79,7 @@ def tiled(local: Local, values: Tensor, side: int) -> Tensor:
 
 
 def pieces(length: int, most: int) -> list[tuple[int, int]]:
-    """Cut ``length`` cells at multiples of ALIGN into nearly equal pieces of at most ``most``, or of ALIGN."""
+    """Cut `length` cells at multiples of ALIGN into nearly equal pieces of at most `most`, or of ALIGN."""
     blocks = -(-length // ALIGN)
     count = -(-blocks // max(1, most // ALIGN))
     cuts = [i * blocks // count * ALIGN for i in range(count)] + [length]

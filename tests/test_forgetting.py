@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import runpy
 import threading
@@ -18,6 +19,7 @@ from service import Service, file_data, serving
 
 from patchscaler.plan import SamplingPlan
 from patchscaler.ui import server, state
+from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.state import dials_of
 
 SOAK = Path(__file__).parent / "load" / "soak.py"
@@ -56,6 +58,25 @@ def called(service: Service, endpoint: str, **arguments) -> str:
     """What comes of a call of the API, as it is sent."""
     event = service.begin(endpoint, **arguments).json()["event_id"]
     return service.web.get(f"/gradio_api/call/v2/{endpoint}/{event}").text
+
+
+def test_files_and_folders_of_more_than_an_hour_are_deleted(tmp_path):
+    ages = {"old/upload.png": 3700, "old result.png": 3700, "new/upload.png": 3500, "example/cat.png": 9000}
+    for name, age in ages.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"pixels")
+        for path in (tmp_path / name, *(tmp_path / name).parents[: name.count("/")]):
+            os.utime(path, (time.time() - age,) * 2)
+    server.sweep(tmp_path, server.KEPT_SECONDS, kept=[str(tmp_path / "example" / "cat.png")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["example", "new"]
+
+
+def test_the_pages_upload_limit_follows_the_environment(monkeypatch):
+    assert server.launch_settings(Jobs())["max_file_size"] == 20 * 2**20
+    monkeypatch.setenv("PATCHSCALER_MAX_FILE_BYTES", "5000000")
+    settings = server.launch_settings(Jobs())
+    assert settings["max_file_size"] == 5_000_000
+    assert settings["app_kwargs"]["middleware"][0].kwargs["max_upload"] == 6_000_000
 
 
 def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service, image):

@@ -1,6 +1,8 @@
 """What holds for the repository as a whole: import directions, weight sizes, the README's front matter."""
 
 import ast
+import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
-# Imports run downwards only. Parts on one floor may import each other, except the four at the top.
+# Imports run downwards only. Parts on one floor may import each other, except the four at the top, but not in a circle.
+# Nothing imports the package's own __init__, which has names from several floors.
 FLOORS = [
     {"version", "images", "limits", "srgb", "tiff_samples", "transparency", "color", "patches", "device", "figures"}
     | {"cancellation", "tiles", "plan"},
@@ -25,9 +28,9 @@ FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floo
 TOP = FLOORS[-1]
 
 
-def imported_parts(source: str, package: str) -> set[str]:
-    """The parts of patchscaler that a file imports anywhere in it. `package` is that of the file."""
-    parts = set()
+def imported_names(source: str, package: str) -> set[str]:
+    """The full names within patchscaler that a file imports anywhere in it. `package` is that of the file."""
+    found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -37,16 +40,20 @@ def imported_parts(source: str, package: str) -> set[str]:
             names = [f"{base}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
-            steps = name.split(".")
-            if steps[0] == "patchscaler" and len(steps) > 1 and steps[1] in FLOOR_OF:
-                parts.add(steps[1])
-    return parts
+        found.update(name for name in names if name.split(".")[0] == "patchscaler")
+    return found
+
+
+def imported_parts(source: str, package: str) -> set[str]:
+    """The parts that a file imports, "__init__" for the package itself."""
+    steps = [name.split(".") for name in imported_names(source, package)]
+    return {each[1] if len(each) > 1 and each[1] in FLOOR_OF else "__init__" for each in steps}
 
 
 def wrong_imports(part: str, source: str, package: str) -> set[str]:
     others = imported_parts(source, package) - {part}
-    return {other for other in others if FLOOR_OF[other] > FLOOR_OF[part] or (other in TOP and part in TOP)}
+    up = {other for other in others if FLOOR_OF[other] > FLOOR_OF[part] or (other in TOP and part in TOP)}
+    return up | (others & {"__init__"})
 
 
 def modules() -> list[Path]:
@@ -59,6 +66,19 @@ def part_of(path: Path) -> str:
 
 def test_every_part_has_a_floor():
     assert {part_of(path) for path in modules()} <= set(FLOOR_OF)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    dotted = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules()]
+    names = dict(zip([name.removesuffix(".__init__") for name in dotted], modules()))
+    graph = {}
+    for name, path in names.items():
+        package = ".".join(path.relative_to(ROOT).parts[:-1])
+        imported = imported_names(path.read_text(), package)
+        # A name stands for itself if it is a module's, else for the module that it is in.
+        graph[name] = {each if each in names else each.rpartition(".")[0] for each in imported}
+        assert graph[name] <= names.keys(), name
+    TopologicalSorter(graph).prepare()  # CycleError names a circle
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -74,7 +94,10 @@ def test_imports_run_downwards(path):
         ("models", "import patchscaler.pipeline", {"pipeline"}),
         ("ui", "from patchscaler import cli, images", {"cli"}),
         ("training", "def f():\n    from ..evaluation import metrics", {"evaluation"}),
-        ("cli", "from patchscaler.figures import qmap_overlay\nfrom patchscaler import __version__", set()),
+        ("cli", "from patchscaler.figures import qmap_overlay\nfrom patchscaler import files", set()),
+        ("cli", "from patchscaler import __version__", {"__init__"}),
+        ("ui", "import patchscaler", {"__init__"}),
+        ("ui", "from .. import Picture", {"__init__"}),
         ("training", "from . import data\nfrom .fit import fit", set()),
     ],
 )
@@ -120,3 +143,20 @@ def test_front_matter_and_requirements_name_one_gradio():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     requirements = {r.name: r for r in (Requirement(line.split("#")[0]) for line in lines if line.split("#")[0])}
     assert requirements["gradio"].specifier.contains(str(front_matter()["sdk_version"]))
+
+
+def test_the_documents_name_tests_files_and_functions_that_there_are():
+    security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named, file = 0, None
+    for place, test in re.findall(r"`(tests/\w+\.py)?::(\w+)`", security):
+        file = place or file
+        named += 1
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    assert named > 30
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## How it works\n")[1].split("\n## ")[0]
+    places = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", section)
+    assert len(places) > 15
+    for file, function in places:
+        source = (ROOT / "patchscaler" / file).read_text(encoding="utf-8")
+        for name in function.split("."):
+            assert re.search(rf"(def|class) {name}\b", source), f"{file}: {function}"

@@ -34,6 +34,7 @@ def test_the_page_starts_and_answers_behind_proxies(weights, tmp_path):
         "PYTHONUNBUFFERED": "1",
     }
     surroundings = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    surroundings.pop("GRADIO_ANALYTICS_ENABLED", None)
     log = tmp_path / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -51,6 +52,7 @@ def test_the_page_starts_and_answers_behind_proxies(weights, tmp_path):
         with httpx.Client(trust_env=False) as client:
             assert client.get(f"http://127.0.0.1:{port}/health").json()["status"] == "ok"
             assert client.get(f"http://127.0.0.1:{port}/").status_code == 200
+            assert client.get(f"http://127.0.0.1:{port}/config").json()["analytics_enabled"] is False
     finally:
         process.terminate()
         process.wait(PATIENCE)

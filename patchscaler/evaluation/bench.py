@@ -53,7 +53,7 @@ NOTES = f"""\
 def bench(image: Path, weights: str | Path, devices: Sequence[str], out: Path, quick: bool = False) -> str:
     """Measure everything and write bench.json, bench.png and bench.md, which is returned.
 
-    A device that is not there has a section that says "not measured". ``quick`` leaves out the large outputs and the
+    A device that is not there has a section that says "not measured". `quick` leaves out the large outputs and the
     stand-ins, whose cost is the same on every machine but its speed.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def in_new_process(task: dict, timeout: float = 900) -> dict:
 
 
 def tiled(image: str | Path, tiles: int) -> Picture:
-    """The central TILE x TILE pixels of an image, ``tiles`` times in each direction, every other one mirrored."""
+    """The central TILE x TILE pixels of an image, `tiles` times in each direction, every other one mirrored."""
     rgb = read_image(Path(image)).rgb  # 3xHxW
     height, width = rgb.shape[-2:]
     if min(height, width) < TILE:
@@ -209,7 +209,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _shortest_seconds(call: Callable, device: torch.device, budget: float) -> float:
-    """The shortest of as many calls as fit into ``budget`` seconds; what else runs here only ever makes one longer."""
+    """The shortest of as many calls as fit into `budget` seconds; what else runs here only ever makes one longer."""
     times: list[float] = []
     while not times or sum(times) < budget:
         began = time.perf_counter()
@@ -260,7 +260,7 @@ def _methods(found: dict) -> list[str]:
 
 
 def stand_in_total(parts: dict[str, float], steps: int, side: int) -> float:
-    """Seconds or FLOPs of a stand-in: encode, ``steps`` steps and decode, for each tile of a square output."""
+    """Seconds or FLOPs of a stand-in: encode, `steps` steps and decode, for each tile of a square output."""
     return standins.tiles(side) * (parts["encode"] + steps * parts["step"] + parts["decode"])
 
 

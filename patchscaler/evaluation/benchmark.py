@@ -92,7 +92,7 @@ def benchmark(
 
 
 def find_pairs(lr: Path, hr: Path | None) -> list[Pair]:
-    """The images of `lr` by name, each with the one of its stem in `hr`; FileNotFoundError if that lacks."""
+    """The images of `lr` by name, each with the one of its stem in `hr`; FileNotFoundError if there is none."""
     lows, highs = find_images(lr), find_images(hr) if hr else {}
     for stem, low in lows.items():
         if hr and stem not in highs:
@@ -215,7 +215,7 @@ def _rows(
 def _summary(rows: list[dict], patches: Mapping[str, list[dict]], plan: SamplingPlan) -> list[str]:
     """Means per method and per group, differences from the final image, shares of the groups, and costs, as Markdown.
 
-    ``patches`` are the rows of `score_groups`, empty without truths.
+    `patches` are the rows of `score_groups`, empty without truths.
     """
     methods = {row["method"]: [other for other in rows if other["method"] == row["method"]] for row in rows}
     counts = [sum(row[group] for row in methods["final"]) for group in GROUPS]

@@ -27,7 +27,7 @@ Score = Callable[[Tensor, Tensor], float]
 class Metric:
     """A measure: its column, its name, the digits to print, which way is better, whether it needs the truth.
 
-    ``package`` is the one it comes from, ours if empty; ``name`` is what it is called there.
+    `package` is the one it comes from, ours if empty; `name` is what it is called there.
     """
 
     key: str
@@ -130,7 +130,7 @@ def _piq(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         return getattr(importlib.import_module(f"piq.{name}"), name)
     finally:
         if bare:
-            del sys.modules["piq"]  # whoever imports piq itself is to get the whole of it
+            del sys.modules["piq"]  # a later import of piq is to get the whole package
 
 
 def _unit(image: Tensor) -> Tensor:

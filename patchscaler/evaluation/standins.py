@@ -29,7 +29,7 @@ class StandIn:
     build: Callable[[], tuple[nn.Module, nn.Module]]
     inputs: tuple[tuple[int, ...], ...]  # shapes of the denoiser's tensors, x_t first
     latent: tuple[int, ...]  # shape of what the decoder takes
-    steps: tuple[int, ...]  # the numbers of steps that it is sold with
+    steps: tuple[int, ...]  # the numbers of steps that it is published with
 
 
 def _resshift() -> tuple[nn.Module, nn.Module]:
@@ -87,7 +87,7 @@ STANDINS = {
 
 
 def tiles(side: int) -> int:
-    """Tiles that a square output of ``side`` pixels takes."""
+    """Tiles that a square output of `side` pixels takes."""
     return (1 + max(0, math.ceil((side - TILE) / TILE_STRIDE))) ** 2
 
 

@@ -75,7 +75,7 @@ class CompactAutoencoder(ModelMixin, ConfigMixin):
         """Training pass: B×3×H×W → reconstruction B×3×H×W.
 
         `noise` (B×c×h×w, standard normal times its strength) is added in units of each channel's deviation:
-        the decoder learns to bear the small errors that GRM and Patch-DiT will make.
+        the decoder learns to tolerate the small errors that GRM and Patch-DiT will make.
         """
         latents = self.encode(images).latents
         noisy = latents + noise * latents.detach().float().std((0, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""The plain residual convolution that the autoencoder, the GRM and the texture classifier are made of."""
+"""The plain residual convolution that the autoencoder and the GRM are made of."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ class PatchDiT(ModelMixin, ConfigMixin):
         self._zero_init()
 
     def _zero_init(self) -> None:
-        """adaLN-zero: every block starts as the identity and the network as the linear estimate, or x̂₀ = y₀."""
+        """adaLN-zero: every block starts as the identity, the network as the linear estimate (y₀ before
+        `set_filter`)."""
         for layer in (self.modulation, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -2,7 +2,7 @@
 
 Loss: the mean over crops of the log of the squared error of the pixels, as in PSNR: without the logarithm the few
 crops that no f8 latent can hold take most of the gradient (.3 dB on set14). Noise of a twentieth of each latent
-channel's deviation is added before decoding, so that the decoder bears the small errors that GRM and Patch-DiT make.
+channel's deviation is added before decoding, so that the decoder tolerates the small errors of GRM and Patch-DiT.
 """
 
 from __future__ import annotations

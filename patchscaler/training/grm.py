@@ -1,9 +1,9 @@
 """Train the global restoration module: python -m patchscaler.training.grm --data DIR --out DIR --minutes 40
 
-Loss: Eq. 1, with its restoration term, ‖y_HR − x_HR‖² of the latents, at a small weight, since most of what latents
-hold cannot be known from y_LR. What leads goes beyond the paper: through the frozen decoder, L1 of the pixels and the
-feature distance of `perceptual`. While training, η is the 65th percentile of the batch's squared errors; `calibrate`
-then sets it.
+Loss: Eq. 1. Its restoration term (in print the square of an L1 norm) is here the mean squared error of the latents, at
+a small weight, since most of what latents hold cannot be known from y_LR. What leads goes beyond the paper: through the
+frozen decoder, L1 of the pixels and the feature distance of `perceptual`. While training, η is the 65th percentile of
+the batch's squared errors; `calibrate` then sets it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from patchscaler.device import pick_dtype
 
 
 class MuonAdamW:
-    """torch's Muon on every weight of two or more dimensions, torch's AdamW on biases, tables and tokens.
+    """torch's Muon on every parameter of two or four dimensions, torch's AdamW on the others: biases, norms and tokens.
 
     Muon takes matrices only, so a convolution's kernels are handed to it as views out×(in·k²) on the same
     memory. It learns about 1.5 times as much as AdamW from as many crops, measured on the autoencoder (2.5

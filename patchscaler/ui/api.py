@@ -1,4 +1,4 @@
-"""The endpoints for programs: files and JSON in, files and JSON out, and nothing remembered between calls.
+"""The endpoints for programs: files and JSON in, files and JSON out, and no call depends on an earlier one.
 
 Gradio makes the documentation of each, and a tool for MCP, from its signature and docstring. It reads return types as
 they stand, so annotations are not postponed here, and it takes one line for each argument and result.
@@ -18,7 +18,6 @@ from gradio.utils import get_function_description
 from pydantic import ValidationError
 from torch import Tensor, empty, tensor
 
-import patchscaler
 from patchscaler.figures import qmap_overlay
 from patchscaler.images import Picture, write_png
 from patchscaler.patches import LATENT_PIXELS, PatchGrid
@@ -32,6 +31,7 @@ from patchscaler.ui.run import Runner
 from patchscaler.ui.server import mcp_wanted
 from patchscaler.ui.state import ByHand, Known, plan_of, seed_of, whole_pictures
 from patchscaler.ui.zerogpu import Order
+from patchscaler.version import __version__
 
 PAPER = SamplingPlan.paper()
 START, STEPS = list(PAPER.start), list(PAPER.steps)
@@ -42,7 +42,7 @@ MOST_CONFIDENCES = 50_000  # a square picture of 4 million pixels has some seven
 
 
 class Endpoints:
-    """What a client can call. Work for the networks waits its turn in the same thread as the page's runs."""
+    """What a client can call. Work for the networks waits its turn with the page's runs."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -61,7 +61,7 @@ class Endpoints:
         """Restore an image coarsely at four times its size, and estimate for each patch how sure that restoration is. Once done for an image, regroup tries plans on the result at no cost, and refine renders them.
 
         Args:
-            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of up to 4 million pixels and 20 MB, or this server's own limits
+            image: a PNG, JPEG, WebP, TIFF, BMP, GIF (first frame) or AVIF of up to 4 million pixels and 20 MB, or this server's own limits
 
         Returns:
             coarse: the restored image at four times the size, a lossless PNG
@@ -169,7 +169,7 @@ class Endpoints:
         """Upscale a photograph four times in each direction: analyze and refine in one call. Fine detail is made up: it is plausible, not evidence.
 
         Args:
-            image: a PNG, JPEG, WebP, TIFF, BMP or GIF (first frame) of up to 4 million pixels and 20 MB, or this server's own limits
+            image: a PNG, JPEG, WebP, TIFF, BMP, GIF (first frame) or AVIF of up to 4 million pixels and 20 MB, or this server's own limits
             gamma1: patches with a confidence above this are simple; at most 1
             gamma2: patches with a confidence up to this are hard, those between medium; below gamma1
             start: diffusion time, 1 to 1000, at which simple, medium and hard patches start; never falling
@@ -199,7 +199,7 @@ class Endpoints:
         overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=known.grey)
         height, width = analysis.coarse.shape[-2:]
         report = {
-            "version": patchscaler.__version__,
+            "version": __version__,
             "width": width,
             "height": height,
             "grid": _grid(analysis.grid),

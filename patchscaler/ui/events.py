@@ -21,7 +21,7 @@ from patchscaler.ui.run import Runner
 from patchscaler.ui.state import DIALS, Settings, View
 from patchscaler.ui.tune import Tuner
 
-WAITING = 16  # runs that may wait their turn: `Jobs` lets one work at a time
+WAITING = 16  # runs that may wait their turn: `Jobs` lets one work at a time, except on ZeroGPU
 SETTINGS = ("state", "input", "color-fix", "batch", *DIALS)  # in the order of `Settings.of`
 GROUPS = ("qmap", "legend", "cost", "stale", "histogram")
 TUNED = (*DIALS, "preset", *GROUPS)

@@ -327,7 +327,7 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
 
 
 def time_bar(groups: Sequence[GroupCost], seconds: dict[str, float]) -> str:
-    """One bar for all seconds of a run, in the order of the work; ``seconds`` are those of the stages."""
+    """One bar for all seconds of a run, in the order of the work; `seconds` are those of the stages."""
     parts = []
     for name, label in STAGES:
         if name == "refine":
@@ -362,7 +362,7 @@ MOST_TEXT = 400  # letters
 
 
 def explain(error: Exception) -> gr.Error:
-    """The error a visitor sees: Gradio hands on no other text than that of its own error."""
+    """The error a visitor sees: Gradio passes on no other text than that of its own error."""
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, ImageError):

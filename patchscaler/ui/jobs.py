@@ -1,5 +1,5 @@
-"""Long work off the event loop: one job at a time, and none that outlives its reader or its deadline by more than a
-step."""
+"""Long work off the event loop: one job at a time unless on ZeroGPU, and none that outlives its reader or its deadline
+by more than a step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Jobs:
     """Runs generators in threads of its own: one, unless the device is another's to share out, as on ZeroGPU.
 
     Gradio frees the slot of a cancelled handler at once, while a plain handler's thread would keep running; with one
-    thread here, a job that follows a cancelled one waits until that has noticed. ``seconds`` is the longest that a
+    thread here, a job that follows a cancelled one waits until that has noticed. `seconds` is the longest that a
     job may work, PATCHSCALER_MAX_RUN_SECONDS or RUN_SECONDS unless given; waiting for its turn does not count.
     """
 
@@ -127,7 +127,7 @@ class Jobs:
         }
 
     def close(self) -> None:
-        """Let the job at work stop at its next item, and the waiting ones never begin."""
+        """Let jobs at work stop at their next item, and the waiting ones never begin."""
         self._closed.set()
 
     def _admit(self) -> None:

@@ -1,4 +1,4 @@
-"""How the page is served: limits, closed doors, tidying up, and the endpoint that says how it fares."""
+"""How the page is served: limits, closed routes, deleting what is old, and the endpoint `/health`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import patchscaler
 from patchscaler.images import Limits
 from patchscaler.ui.jobs import Jobs
+from patchscaler.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ FLOOD = 500  # messages of one session; a page's run has about two hundred
 
 @asynccontextmanager
 async def sweeping(app: Any) -> AsyncIterator[None]:
-    """While the server runs, delete what it no longer needs, a killed server's leavings too.
+    """While the server runs, delete what it no longer needs, and the files of a killed server.
 
     Gradio's own `delete_cache` forgets what it has made when its process ends, and never deletes folders.
     """
@@ -68,16 +68,17 @@ async def sweeping(app: Any) -> AsyncIterator[None]:
 
 
 def forget(app: Any) -> None:
-    """Let go of what Gradio keeps in memory of events that are over. On the event loop only."""
+    """Drop what Gradio keeps in memory of events that are over. On the event loop only."""
     forget_components(app)
     forget_messages(app.get_blocks()._queue)
 
 
 def forget_components(app: Any) -> None:
-    """Of all sessions: rebuilt components under numbers of their own, and the values that deep links would restore.
+    """Drop, of all sessions, rebuilt components under numbers of their own and the values that deep links would
+    restore.
 
-    Gradio builds each output anew that an event updates or skips, puts that in the place of the old one, and lists it
-    under its own number too, for as long as the session lasts: some 40 kB for every move of a dial.
+    Gradio rebuilds each output that an event updates or skips, puts it in the place of the old one, and lists it under
+    its own number too, for as long as the session lasts: some 40 kB for every move of a dial.
     """
     page = app.get_blocks()
     live = list(page.blocks.values())
@@ -92,7 +93,8 @@ def forget_components(app: Any) -> None:
 
 
 def forget_messages(queue: Any) -> None:
-    """Results that are never fetched, but for those of the newest sessions, and the names of sessions that have none.
+    """Drop results that are never fetched, except those of the newest sessions, and the entries of sessions without
+    any.
 
     Gradio keeps the messages of 2,000 sessions, and every call of the API has a session of its own. A page's messages
     tell what changed since the one before, so none is taken from a run or from a slow reader unless it is a flood.
@@ -151,7 +153,7 @@ BOUNDARY = re.compile(rb'multipart/form-data;.*boundary="?([^";,]+)', re.I)
 class Doorkeeper:
     """Middleware that answers
 
-    403 for doors that the page does not use and for addresses in place of uploads, 413 for bodies over the limit,
+    403 for routes that the page does not use and for addresses in place of uploads, 413 for bodies over the limit,
     408 for those that do not go on, 507 for whatever may write files when the disk is full, 400 for what Gradio
     cannot make sense of (there it ends as a traceback).
     """
@@ -353,7 +355,7 @@ def health_endpoint(jobs: Jobs) -> Callable:
         queued = len(request.app.get_blocks()._queue)
         content = {
             "status": "ok" if worker["alive"] else "stuck",
-            "version": patchscaler.__version__,
+            "version": __version__,
             "worker": worker,
             "queued": queued,  # runs that Gradio has not let through to the worker yet
         }

@@ -49,7 +49,7 @@ class Tuner:
         self.calibration = calibration
 
     def dial_moved(self, now: Settings, moved: int) -> View:
-        """Hold the dials' order and group anew. `moved` is the dial's place."""
+        """Hold the dials' order and regroup. `moved` is the dial's place."""
         if not in_range(now.dials):
             return {}
         return self._set(now, tuple(hold_order(now.dials, moved)))
@@ -223,10 +223,10 @@ def thresholds_within(
     budget: float,
     by_hand: ByHand | None = None,
 ) -> tuple[float, float] | None:
-    """γ₁ and γ₂ under which a run of all patches costs at most ``budget``.
+    """γ₁ and γ₂ under which a run of all patches costs at most `budget`.
 
     Of the thresholds on the dials' grid with nearly the most network evaluations for it, those nearest to the
-    plan's. If no thresholds are cheap enough, the cheapest. ``confidence`` N; ``cost`` turns the patches in each
+    plan's. If no thresholds are cheap enough, the cheapest. `confidence` N; `cost` turns the patches in each
     group, 3x..., into costs ...; None if it does.
     """
     by_hand = by_hand or {}

@@ -46,7 +46,7 @@ class Calibration:
     """
 
     def __init__(self, at_once: int = 64) -> None:
-        """``at_once``: patches in a call unless another number is chosen."""
+        """`at_once`: patches in a call unless another number is chosen."""
         self.at_once = at_once
         self._groups: deque[Call] = deque(maxlen=3 * REMEMBERED)
         self._rest: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED)
@@ -70,7 +70,7 @@ class Calibration:
     def seconds(self, evaluations: Any, pixels: int, calls: Any = 0, pictures: Any = 1) -> Any:
         """What a run over a known analysis is expected to take, or None before the first run.
 
-        ``pictures``: one for each group that is sampled. Numbers or tensors.
+        `pictures`: one for each group that is sampled. Numbers or tensors.
         """
         if self._rates is None:
             return None
@@ -85,7 +85,7 @@ class Calibration:
 def _fit(measured: np.ndarray) -> tuple[float, float]:
     """Seconds for one of each of two kinds of work, neither below 0, with the least squared relative error.
 
-    ``measured`` Mx3 has the amounts of both and the seconds, the latest last, which weighs most. Relative, so that what
+    `measured` Mx3 has the amounts of both and the seconds, the latest last, which weighs most. Relative, so that what
     took long does not outweigh the others.
     """
     weights = FADING ** np.arange(len(measured))[::-1]
@@ -190,7 +190,7 @@ class Networks:
         """Yield the Analysis of a Picture, its priors without latents, and then the events of the refinement.
 
         `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. Errors are made visible
-        here: ZeroGPU hands on no others.
+        here: ZeroGPU passes on no others.
         """
         try:
             yield from self._ordered(order, known, earlier, uniform)
