@@ -32,7 +32,7 @@ from patchscaler.images import (
     write_png,
 )
 from patchscaler.large import Bands, write_tiff
-from patchscaler.loading import CheckpointError, load_pipeline
+from patchscaler.loading import CheckpointError, load_pipeline, sha256
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
@@ -275,7 +275,7 @@ def _refuse_to_replace(task: Task) -> None:
     """UsageError if a file of the task is there already and is not an earlier output of the same input."""
     there = [path for path in (task.output, *task.stages.values()) if os.path.lexists(path)]
     if there and task.source.is_file():  # a missing one will be said when it is to be read
-        made_of = files.digest(task.source)
+        made_of = sha256(task.source)
         for path in there:
             if (record := files.record_of(path)) is None or record.input_sha256 != made_of:
                 raise UsageError(
@@ -331,7 +331,7 @@ def _upscale(
 ) -> dict:
     """Upscale one file, write its pictures, and return its report. `title` is that of the progress bar."""
     began = time.perf_counter()
-    made_of = files.digest(task.source)
+    made_of = sha256(task.source)
     picture = _read(task.source)
     analysis = pipeline.analyze(picture, args.batch_size)
     with _bar(args, f"{title}, {len(analysis.grid)} patches", "step") as bar:

@@ -7,7 +7,6 @@ input is recognised, whatever it is called.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import posixpath
@@ -23,6 +22,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGEDESCRIPTION, TiffImageFile
 
 from patchscaler.images import FORMATS
+from patchscaler.loading import sha256
 from patchscaler.options import UsageError
 from patchscaler.plan import SamplingPlan
 
@@ -45,7 +45,7 @@ class Record(NamedTuple):
     @classmethod
     def of(cls, source: Path, plan: SamplingPlan, seed: int, color_fix: bool) -> Record:
         """That of an output yet to be made. Raises OSError."""
-        return cls(digest(source), json.loads(plan.to_json()), seed, color_fix)
+        return cls(sha256(source), json.loads(plan.to_json()), seed, color_fix)
 
 
 def listed(folder: Path, recursive: bool = False) -> list[str]:
@@ -106,15 +106,6 @@ def output_stems(names: Sequence[str], suffix: str) -> list[str]:
 def folded(name: str) -> str:
     """What is the same for names that are one file where case, or how accents are encoded, does not tell them apart."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def digest(source: Path) -> str:
-    """The SHA-256 of a file's bytes. Raises OSError."""
-    total = hashlib.sha256()
-    with source.open("rb") as file:
-        while part := file.read(2**20):
-            total.update(part)
-    return total.hexdigest()
 
 
 def read_record(file: BinaryIO) -> Record | None:

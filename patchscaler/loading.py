@@ -78,7 +78,7 @@ def _no_bars() -> Iterator[None]:
 
 def write_checksums(folder: Path) -> None:
     """List the files of a pipeline folder in its SHA256SUMS, against which `load_pipeline` checks them."""
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in _pipeline_files(folder)]
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in _pipeline_files(folder)]
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
@@ -93,7 +93,7 @@ def _check_checksums(folder: Path) -> None:
     found = _pipeline_files(folder)
     _refuse_differences(f"{folder}: files of {CHECKSUMS}", listed.keys() - set(found), set(found) - listed.keys())
     for name in found:
-        if _sha256(folder / name) != listed[name]:
+        if sha256(folder / name) != listed[name]:
             raise CheckpointError(f"{folder / name} was altered or cut off: it is not as {CHECKSUMS} has it")
 
 
@@ -105,7 +105,8 @@ def _pipeline_files(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(2**20):

@@ -22,14 +22,6 @@ def place(batches: Sequence[Batch], devices: int) -> list[Batch]:
     return ordered[:whole] + [part for batch in ordered[whole:] for part in batch.parts(devices)]
 
 
-def makespan(seconds: Sequence[float], devices: int) -> float:
-    """When the last device is done with batches that take so long, each device taking the first one that is left."""
-    ends = [0.0] * devices
-    for each in seconds:
-        ends[ends.index(min(ends))] += each
-    return max(ends)
-
-
 def sample_on_several(
     networks: Sequence[PatchDiT], scheduler: Scheduler, patches: Patches, batches: Sequence[Batch]
 ) -> Iterator[Step]:

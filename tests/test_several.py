@@ -16,7 +16,7 @@ from patchscaler.device import fitting_batch
 from patchscaler.plan import SamplingPlan
 from patchscaler.results import Progress
 from patchscaler.sampling import Batch, Patches, make_batches, sample_batches
-from patchscaler.several import makespan, place, sample_on_several
+from patchscaler.several import place, sample_on_several
 
 PLAN = SamplingPlan(0.95, 0.75, start=(200, 400, 600), steps=(2, 4, 6))
 HARD = 2
@@ -24,6 +24,14 @@ HARD = 2
 
 def hard(count: int, size: int = 64) -> list[Batch]:
     return make_batches(HARD, torch.arange(count), PLAN, size)
+
+
+def makespan(seconds: list[float], devices: int) -> float:
+    """When the last device is done with batches that take so long, each device taking the first one that is left."""
+    ends = [0.0] * devices
+    for each in seconds:
+        ends[ends.index(min(ends))] += each
+    return max(ends)
 
 
 def random_patches(count: int, device: str = "cpu") -> Patches:
