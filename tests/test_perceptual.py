@@ -9,7 +9,7 @@ from skimage import data
 from torch.nn import functional as F
 
 from patchscaler.training.fit import bf16, step_generator
-from patchscaler.training.perceptual import FILES, Features, PictureLoss, cover, feature_distance, views
+from patchscaler.training.perceptual import FILES, Features, PictureLoss, cover, feature_distance, mesh, views
 
 NAMES = ("efficientnet-lite0", "efficientnet-lite1")
 
@@ -82,6 +82,7 @@ def test_both_networks_take_turns_and_only_the_images_have_a_gradient(networks, 
             seen = [networks[name](each) for each in views([images + noise, photos + noise], generator)]
         assert value["features"].item() == pytest.approx(feature_distance(*seen).mean().item(), rel=1e-3)
         assert value["pixels"].item() == pytest.approx((images - photos).abs().mean().item())
+        assert value["mesh"] == mesh(images, photos)
     values[0]["features"].backward()
     assert images.grad.abs().max() > 0
     assert not any(parameter.requires_grad for parameter in loss.parameters())
@@ -106,3 +107,14 @@ def test_a_mesh_below_the_noise_costs_next_to_nothing_and_one_above_it_does(netw
 
     assert distance(0.01, noise) < 0.2 * distance(0.01, 0 * noise)
     assert distance(0.2, noise) > 5 * distance(0.01, noise)
+
+
+def test_what_all_cells_have_in_common_is_the_mesh(photos):
+    places = torch.arange(128.0)
+    for period in (2, 4, 8):
+        wave = 0.1 * torch.cos(2 * torch.pi / period * (places + 0.25))
+        assert mesh(photos + wave, photos).item() == pytest.approx(wave[:period].abs().mean().item(), rel=1e-4)
+    assert mesh(photos + 0.1, photos) < 1e-6  # a colour
+    for period in (5, 12, 20):  # not locked to the cells
+        assert mesh(photos + 0.1 * torch.cos(2 * torch.pi / period * places), photos) < 0.01
+    assert mesh(photos + 0.1 * torch.randn(photos.shape, generator=step_generator(0, 0)), photos) < 0.005

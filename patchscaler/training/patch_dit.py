@@ -52,8 +52,7 @@ CONFIGS = {
     "compact": {"dit": {"width": 192, "depth": 8, "heads": 3}, "encoder": {"top_k": 4}},
     "paper": {"dit": {"width": 768, "depth": 12, "heads": 12}, "encoder": {"top_k": 4}},
 }
-WEIGHTS = {"pixels": 1.0, "features": 2.0, "latents": 0.02}
-NOISE = (0.016, 0.064)  # `cover` of Patch-DiT, which may make finer detail than the GRM
+WEIGHTS = {"pixels": 1.0, "features": 2.0, "mesh": 2.0, "latents": 0.02}
 DROPPED_PROMPTS = 0.1
 FROM_TRUTH, FROM_COARSE = 0.25, 0.25  # shares of `sampling_inputs`; the rest are own trajectories
 EVALUATIONS = 4  # at most, of an own trajectory
@@ -96,7 +95,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         kind.from_pretrained(component(args, name)).to(device, memory_format=torch.channels_last).requires_grad_(False)
         for kind, name in ((GRM, "grm"), (TextureClassifier, "texture_classifier"), (TextureMemory, "texture_memory"))
     )
-    pictures = PictureLoss(NOISE).to(device)
+    pictures = PictureLoss().to(device)
     config = CONFIGS[args.config]
     channels = vae.config.latent_channels
     torch.manual_seed(args.seed)
@@ -110,7 +109,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     scheduler = make_scheduler()
     if start:
         check_schedule(transformer, scheduler)
-    alphas = alphas_cumprod(scheduler).float().to(device)
+    alphas = alphas_cumprod(scheduler).to(device)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         return draw_restored(vae, grm, bank, count, generator)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from patchscaler.patches import LATENT_PIXELS
 from patchscaler.training.fit import bf16
 
 FILES = {
@@ -99,35 +100,45 @@ def views(images: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     return parts
 
 
-def cover(images: Tensor, generator: torch.Generator, noise: tuple[float, float] = NOISE) -> Tensor:
-    """Gaussian noise for images B×3×H×W, to be added to ours and to the truth: a deviation in `noise` for each image.
+def cover(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian noise for images B×3×H×W, to be added to ours and to the truth: a deviation in `NOISE` for each image.
 
     Features pay for texture however weak, and what a network without noise makes of smooth latents is locked to its
     strides: a mesh of 8 pixels in flat places. Texture that the noise covers earns nothing.
     """
-    low, high = noise
+    low, high = NOISE
     options = {"generator": generator, "device": generator.device}
     deviations = low + (high - low) * torch.rand(len(images), 1, 1, 1, **options)
     return (deviations * torch.randn(images.shape, **options)).to(images.device)
 
 
+def mesh(images: Tensor, truth: Tensor) -> Tensor:
+    """What errors have in common in all cells of 8×8 pixels, of images B×3×H×H that begin at a latent's corner.
+
+    L1 of the mean error at each of the 64 places of a cell, less that of the cell, over batch and image: what is locked
+    to the decoder's strides. It costs the L1 of pixels next to nothing, and features pay for it.
+    """
+    cells = F.pixel_unshuffle(images - truth, LATENT_PIXELS)  # B×3·64×h×w
+    places = cells.mean((0, 2, 3)).unflatten(0, (3, -1))  # 3×64
+    return (places - places.mean(1, keepdim=True)).abs().mean()
+
+
 class PictureLoss(nn.Module):
-    """Images B×3×S×S about [-1, 1] and the truth → the terms "pixels", L1, and "features".
+    """Images B×3×S×S about [-1, 1] and the truth → the terms "pixels", L1, "features" and "mesh".
 
     The second is the feature distance of random `views` under one noise (`cover`), by the two networks in turns.
     """
 
-    def __init__(self, noise: tuple[float, float] = NOISE):
+    def __init__(self):
         super().__init__()
-        self.noise = noise
         self.networks = nn.ModuleList(Features(name) for name in BLOCKS)
 
     def forward(self, images: Tensor, truth: Tensor, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         network = self.networks[step % len(self.networks)]
-        noise = cover(images, generator, self.noise)
+        noise = cover(images, generator)
         seen, wanted = views([images + noise, truth + noise], generator)
         with bf16(images.device):
             with torch.no_grad():
                 wanted = network(wanted)
             distance = feature_distance(network(seen), wanted).mean()
-        return {"pixels": (images - truth).abs().mean(), "features": distance}
+        return {"pixels": (images - truth).abs().mean(), "features": distance, "mesh": mesh(images, truth)}
