@@ -208,6 +208,18 @@ def test_the_filter_is_the_best_linear_estimate_of_the_clean_patch():
         assert torch.allclose(error, 1 / (1 / variance + signal / (1 - signal)), rtol=0.05)
 
 
+def test_what_the_network_adds_has_the_size_of_the_noise():
+    model = PatchDiT(C, V, 2, 32, 1, 2, 16)
+    alphas = torch.linspace(0.99, 0.01, 1000)
+    model.set_filter(alphas, torch.ones(C))
+    torch.nn.init.constant_(model.final.bias, 1)
+    y0, times = _random(N, C, V, V), torch.tensor([1, 500, 1000])
+    with torch.no_grad():
+        added = model(alphas[times - 1].sqrt().view(-1, 1, 1, 1) * y0, y0, times) - y0  # the linear estimate is y0
+    assert torch.allclose(added.std((1, 2, 3)), torch.zeros(N), atol=1e-5)
+    assert added.mean((1, 2, 3)).tolist() == pytest.approx([0.1, 0.707, 0.995], abs=0.005)
+
+
 def test_patch_dit_starts_as_y0():
     y0 = _random(N, C, V, V)
     assert torch.equal(PatchDiT(C, V, 2, 32, 2, 2, 16)(_random(N, C, V, V), y0, torch.tensor([1, 2, 3])), y0)

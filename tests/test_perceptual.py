@@ -9,7 +9,7 @@ from skimage import data
 from torch.nn import functional as F
 
 from patchscaler.training.fit import bf16, step_generator
-from patchscaler.training.perceptual import FILES, Features, PictureLoss, cover, feature_distance, mesh, views
+from patchscaler.training.perceptual import FILES, Features, PictureLoss, cover, feature_distance, masked_error, views
 
 NAMES = ("efficientnet-lite0", "efficientnet-lite1")
 
@@ -81,8 +81,7 @@ def test_both_networks_take_turns_and_only_the_images_have_a_gradient(networks, 
         with bf16(photos.device):
             seen = [networks[name](each) for each in views([images + noise, photos + noise], generator)]
         assert value["features"].item() == pytest.approx(feature_distance(*seen).mean().item(), rel=1e-3)
-        assert value["pixels"].item() == pytest.approx((images - photos).abs().mean().item())
-        assert value["mesh"] == mesh(images, photos)
+        assert value["pixels"] == masked_error(images, photos)
     values[0]["features"].backward()
     assert images.grad.abs().max() > 0
     assert not any(parameter.requires_grad for parameter in loss.parameters())
@@ -109,12 +108,11 @@ def test_a_mesh_below_the_noise_costs_next_to_nothing_and_one_above_it_does(netw
     assert distance(0.2, noise) > 5 * distance(0.01, noise)
 
 
-def test_what_all_cells_have_in_common_is_the_mesh(photos):
-    places = torch.arange(128.0)
-    for period in (2, 4, 8):
-        wave = 0.1 * torch.cos(2 * torch.pi / period * (places + 0.25))
-        assert mesh(photos + wave, photos).item() == pytest.approx(wave[:period].abs().mean().item(), rel=1e-4)
-    assert mesh(photos + 0.1, photos) < 1e-6  # a colour
-    for period in (5, 12, 20):  # not locked to the cells
-        assert mesh(photos + 0.1 * torch.cos(2 * torch.pi / period * places), photos) < 0.01
-    assert mesh(photos + 0.1 * torch.randn(photos.shape, generator=step_generator(0, 0)), photos) < 0.005
+def test_errors_count_most_where_nothing_masks_them():
+    truth = torch.zeros(2, 3, 32, 64)
+    truth[..., 32:] = 0.2 * torch.randn(2, 3, 32, 32, generator=step_generator(0, 0)).sign()  # contrast 0.2
+    error = torch.full_like(truth, 0.1)
+    assert masked_error(truth + error, truth).item() == pytest.approx(0.1)
+    flat, textured = error.clone(), error.clone()
+    flat[..., 32:], textured[..., :32] = 0, 0
+    assert masked_error(truth - flat, truth) > 5 * masked_error(truth - textured, truth) > 0

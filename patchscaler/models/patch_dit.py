@@ -20,6 +20,10 @@ class PatchDiT(ModelMixin, ConfigMixin):
     known variance (`set_filter`); the network says by m, in (0, 2), where there is less of it, as in a sky, and where
     more. Without this a small network spends its width on letting x_t through at small t, and leaves grain.
 
+    What is added is scaled by √(1 − ᾱ_t), the deviation of the noise in x_t (c_out of Karras et al. 2022, for data of
+    variance 1). So what was predicted from more noise is kept as the noise falls, and a start at a small T changes
+    little: the result tends to y₀.
+
     x_t and y₀ are concatenated along the channels (Figure 4 feeds the pair); t enters by adaLN with one map
     shared by all blocks and a table per block; every block attends to the texture prompt, and the time
     embedding scales each dimension of that attention's result, so that the prompt itself does not depend on
@@ -116,7 +120,7 @@ class PatchDiT(ModelMixin, ConfigMixin):
         # In one order of memory, or the sigmoid of a single patch would differ in its last bit from that of many.
         added, trust = x.contiguous().to(y0.dtype).chunk(2, dim=1)  # N×c×V×V each
         gain, signal = self.gain[t - 1][..., None, None], self.signal[t - 1].view(-1, 1, 1, 1)  # N×c×1×1, N×1×1×1
-        return y0 + 2 * trust.sigmoid() * gain * (x_t - signal * y0) + added
+        return y0 + 2 * trust.sigmoid() * gain * (x_t - signal * y0) + (1 - signal.square()).sqrt() * added
 
 
 class DiTBlock(nn.Module):

@@ -39,7 +39,7 @@ CONFIGS = {
     "compact": {"widths": (128, 224), "depths": (4, 6, 8)},
     "paper": {"widths": (320, 512), "depths": (6, 8, 6)},
 }
-WEIGHTS = {"pixels": 1.0, "features": 1.0, "mesh": 2.0, "latents": 0.05, "confidence": 0.02}
+WEIGHTS = {"pixels": 1.0, "features": 1.0, "latents": 0.05, "confidence": 0.02}
 ETA_QUANTILE = 0.65
 VALIDATION_CROP = 256
 # What the paper's plan shall do with held-out patches: its evaluations over those of uniform sampling, and how many

@@ -52,10 +52,10 @@ CONFIGS = {
     "compact": {"dit": {"width": 192, "depth": 8, "heads": 3}, "encoder": {"top_k": 4}},
     "paper": {"dit": {"width": 768, "depth": 12, "heads": 12}, "encoder": {"top_k": 4}},
 }
-WEIGHTS = {"pixels": 1.0, "features": 2.0, "mesh": 2.0, "latents": 0.02}
+WEIGHTS = {"pixels": 1.0, "features": 2.0, "latents": 0.02}
 DROPPED_PROMPTS = 0.1
 FROM_TRUTH, FROM_COARSE = 0.25, 0.25  # shares of `sampling_inputs`; the rest are own trajectories
-EVALUATIONS = 4  # at most, of an own trajectory
+EVALUATIONS = (1, 2, 4, 8, 16)  # of an own trajectory
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t n×c×V×V, t n, chosen N booleans, n of them true) → x̂₀
 
@@ -227,9 +227,9 @@ def sampling_inputs(
     """What the network meets in sampling: x_t N×c×V×V and t, N integers drawn evenly from 1…1000.
 
     x_t is noised from x₀ in `FROM_TRUTH` of the patches; from y₀ in `FROM_COARSE`, the shortcut start of Eq. 7. The
-    others are on the network's own way: out of such a start at some T ≥ t, in 1 to `EVALUATIONS` evaluations (as many
-    for all patches of a batch) of DDIM, without a gradient. With one evaluation only, a network falls apart in long
-    runs, whose errors it has not met.
+    others are on the network's own way: out of such a start at some T ≥ t, in one of `EVALUATIONS` (as many for all
+    patches of a batch) of DDIM, without a gradient. With few evaluations only, a network falls apart in long runs,
+    whose errors it has not met.
     """
     count, most = len(x0), len(alphas)
     kind, early, late = torch.rand(3, count, generator=generator, device=x0.device)
@@ -240,7 +240,7 @@ def sampling_inputs(
     clean = torch.where((kind < FROM_TRUTH).view(-1, 1, 1, 1), x0, y0)
     x_t = noised(clean, noise, t, alphas)
     if own.any():
-        steps = int(torch.randint(1, EVALUATIONS + 1, (), generator=generator, device=generator.device))
+        steps = EVALUATIONS[torch.randint(len(EVALUATIONS), (), generator=generator, device=generator.device).item()]
         times = [start + ((t - start) * k / steps).round().long() for k in range(steps + 1)]
         x = noised(y0, noise, start, alphas)[own]
         with torch.no_grad():

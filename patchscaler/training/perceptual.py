@@ -32,6 +32,7 @@ BLOCKS = {"efficientnet-lite0": (0, 2, 4, 10, 14), "efficientnet-lite1": (0, 3, 
 VIEW = 144  # side of what the networks are shown, in pixels
 SHIFT = 4  # a view of an image that is no larger than VIEW leaves out so many rows and columns
 ENLARGED = (1.0, 1.0, 1.5, 2.0)
+CONTRAST = 0.02  # in units of [-1, 1]: that of a cell in which errors count half as much as in a flat one
 NOISE = (0.024, 0.096)  # deviations of what covers images that the networks compare, in units of [-1, 1]
 
 
@@ -112,19 +113,21 @@ def cover(images: Tensor, generator: torch.Generator) -> Tensor:
     return (deviations * torch.randn(images.shape, **options)).to(images.device)
 
 
-def mesh(images: Tensor, truth: Tensor) -> Tensor:
-    """What errors have in common in all cells of 8×8 pixels, of images B×3×H×H that begin at a latent's corner.
+def masked_error(images: Tensor, truth: Tensor) -> Tensor:
+    """Mean of |images − truth| for B×3×H×W, H and W multiples of 8, weighted by where an error is seen.
 
-    L1 of the mean error at each of the 64 places of a cell, less that of the cell, over batch and image: what is locked
-    to the decoder's strides. It costs the L1 of pixels next to nothing, and features pay for it.
+    In proportion to 1 / (contrast + `CONTRAST`), with the contrast of each cell of 8×8 pixels of the truth: texture
+    masks errors, and flat places show them. Without the weights a mesh in a sky costs next to nothing, and features pay
+    for it.
     """
-    cells = F.pixel_unshuffle(images - truth, LATENT_PIXELS)  # B×3·64×h×w
-    places = cells.mean((0, 2, 3)).unflatten(0, (3, -1))  # 3×64
-    return (places - places.mean(1, keepdim=True)).abs().mean()
+    mean, power = F.avg_pool2d(truth, LATENT_PIXELS), F.avg_pool2d(truth.square(), LATENT_PIXELS)
+    contrast = (power - mean.square()).clamp(min=0).mean(1, keepdim=True).sqrt()  # B×1×h×w
+    weight = 1 / (contrast + CONTRAST)
+    return (weight * F.avg_pool2d((images - truth).abs(), LATENT_PIXELS)).mean() / weight.mean()
 
 
 class PictureLoss(nn.Module):
-    """Images B×3×S×S about [-1, 1] and the truth → the terms "pixels", L1, "features" and "mesh".
+    """Images B×3×S×S about [-1, 1] and the truth → the terms "pixels", a `masked_error`, and "features".
 
     The second is the feature distance of random `views` under one noise (`cover`), by the two networks in turns.
     """
@@ -141,4 +144,4 @@ class PictureLoss(nn.Module):
             with torch.no_grad():
                 wanted = network(wanted)
             distance = feature_distance(network(seen), wanted).mean()
-        return {"pixels": (images - truth).abs().mean(), "features": distance, "mesh": mesh(images, truth)}
+        return {"pixels": masked_error(images, truth), "features": distance}
