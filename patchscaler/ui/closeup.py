@@ -60,9 +60,11 @@ class Closeups:
         if known is None or index is None:
             return {"inspected": ""}
         priors = known.analysis.priors
-        images = [to_pil(Picture(values)) for values in self._decode(priors.indices[index])]
-        coarse = to_pil(Picture(known.analysis.grid.patches[index].pixels(known.analysis.coarse)))
-        return {"inspected": html.priors(coarse, images, priors.similarities[index].tolist())}
+        coarse = known.analysis.grid.patches[index].pixels(known.analysis.coarse)
+        similarities = enumerate(priors.similarities[index].tolist(), start=1)
+        labels = ["y₀: the coarse patch", *(f"Prior {place}, similarity {value:.3f}" for place, value in similarities)]
+        pictures = [to_pil(Picture(values)) for values in (coarse, *self._decode(priors.indices[index]))]
+        return {"inspected": html.figures(list(zip(labels, pictures)), "priors")}
 
     def seams(self, now: Settings, on: Any) -> View:
         """The borders of all patches, over every panel that shows the whole picture."""
@@ -161,4 +163,4 @@ def patch_views(
     confidence = analysis.patch_confidence[index].item()
     facts = html.patch(index, box, confidence, group, plan, index in by_hand)
     closer = html.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
-    return facts + closer, facts + html.pictures(pictures)
+    return facts + closer, facts + html.figures(pictures)
