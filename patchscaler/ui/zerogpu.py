@@ -16,7 +16,6 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.figures import priors_sheet
 from patchscaler.images import Picture
 from patchscaler.models import decode_latents
 from patchscaler.patches import PatchGrid
@@ -172,13 +171,11 @@ class Networks:
         """Images Kx3xHxW in [-1, 1] of K rows of the texture memory: on the CPU, so no GPU is asked or waited for."""
         return decode_latents(self._vae, self._memory.patches(indices))
 
-    def draw_priors(self, analysis: Analysis, rows: int = 4) -> Image.Image:
-        """A sheet of the priors of a few patches, evenly spread from the least to the most confident; on the CPU."""
-        order = analysis.patch_confidence.argsort()
-        chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
-        pictures = [self.prior_images(indices) for indices in analysis.priors.indices[chosen]]
-        queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen.tolist()]
-        return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
+    def draw_priors(self, analysis: Analysis) -> Image.Image:
+        """The sheet of the pipeline; on the CPU."""
+        return self._pipeline.draw_priors(
+            analysis, decode=lambda index: self.prior_images(analysis.priors.indices[index])
+        )
 
     def here(
         self,
