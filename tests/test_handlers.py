@@ -16,6 +16,7 @@ from visitor import collected, last, moved, run, settings, tuner
 from patchscaler.images import write_png
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
+from patchscaler.ui.html import SettingsError
 from patchscaler.ui.state import Shown, dials_of
 
 
@@ -115,7 +116,7 @@ def test_what_is_wrong_with_a_request_is_said(runner, image, dials, tmp_path):
         (image, (float("nan"), *dials[1:]), "gamma1=nan"),
         (image, (*dials[:2], 300, *dials[3:]), "falls from simple to hard"),
     ]:
-        with pytest.raises(gr.Error, match=text):
+        with pytest.raises((gr.Error, SettingsError), match=text):
             run(runner, bad, values)
 
 
@@ -182,7 +183,7 @@ def test_the_colour_fix_makes_the_picture_old_and_changes_no_patch(runner, image
 
 @pytest.mark.parametrize("batch", [0, 257, 2.5, "8", float("nan")])
 def test_a_patch_batch_out_of_range_is_refused(runner, image, dials, batch):
-    with pytest.raises(gr.Error, match="patch batch"):
+    with pytest.raises(SettingsError, match="patch batch"):
         run(runner, image, dials, batch=batch)
 
 

@@ -16,7 +16,7 @@ from patchscaler.patches import LATENT_PIXELS, Patch
 from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui import html
 from patchscaler.ui.export import save_preview
-from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, checked_choice, whole_pictures
+from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, choice_of, whole_pictures
 
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
 ZOOMS = ("100 %", "200 %", "400 %")
@@ -38,15 +38,15 @@ class Closeups:
     @whole_pictures()
     def compared(self, now: Settings, left: str, right: str) -> View:
         """Two whole pictures for the slider."""
-        sides = checked_choice("left", left, SIDES), checked_choice("right", right, SIDES)
+        sides = choice_of("left", left, SIDES), choice_of("right", right, SIDES)
         known = self.cache.get(now.source)
         return {"compare": pair(known, now.page.shown, sides) if known else None}
 
     @whole_pictures()
     def zoomed(self, now: Settings, left: str, right: str, zoom: str) -> View:
         """The same crop of both."""
-        sides = checked_choice("left", left, SIDES), checked_choice("right", right, SIDES)
-        zoom = checked_choice("zoom", zoom, ZOOMS)
+        sides = choice_of("left", left, SIDES), choice_of("right", right, SIDES)
+        zoom = choice_of("zoom", zoom, ZOOMS)
         known = self.cache.get(now.source)
         return {"zoom": zoomed(known, now.page.shown, sides, zoom, now.page.center) if known else None}
 

@@ -28,9 +28,9 @@ from patchscaler.ui.state import (
     Settings,
     Shown,
     View,
+    batch_of,
     dials_of,
     in_range,
-    is_batch,
     plan_of,
     preset_of,
     seed_of,
@@ -90,17 +90,17 @@ def linked(now: Settings, query: Any) -> View:
         seed = seed_of(float(values["seed"]))
         preset = preset_of(plan_of(dials))
         switches = [bool(("0", "1").index(values.get(name, usual))) for name, usual in SWITCHES.items()]
-        batch = float(values["batch"]) if "batch" in values else None
+        batch = batch_of(float(values["batch"]) if "batch" in values else None)
     except (KeyError, ValueError, OverflowError):
         return {}
-    if not in_range(dials) or not is_batch(batch):
+    if not in_range(dials):
         return {}
     return {
         **dict(zip(DIALS, (*dials, seed))),
         "preset": preset,
         "color-fix": switches[0],
         "uniform": switches[1],
-        "batch": None if batch is None else int(batch),
+        "batch": batch,
     }
 
 

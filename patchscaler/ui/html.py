@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -19,6 +20,7 @@ from patchscaler.images import ImageError
 from patchscaler.patches import PatchGrid
 from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.results import NotFiniteError, Progress, Result
+from patchscaler.ui.analysis_file import AnalysisFileError
 from patchscaler.ui.jobs import JobError
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."
@@ -304,14 +306,26 @@ def _patches(count: int) -> str:
     return f"{count:,} patch" if count == 1 else f"{count:,} patches"
 
 
+class SettingsError(ValueError):
+    """Settings of a visitor or client that cannot be; the message names the value and the limit."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Errors of this block as `explain` makes them."""
+    try:
+        yield
+    except Exception as error:
+        raise explain(error) from error
+
+
 def explain(error: Exception) -> gr.Error:
     """The error a visitor sees: Gradio passes on no other text than that of its own error."""
     if isinstance(error, gr.Error):
         return error
-    if isinstance(error, ImageError):
-        return visible_error("This image was refused", str(error))
-    if isinstance(error, JobError):
-        return visible_error("The run was not finished", str(error))
+    for kind, title in TITLES.items():
+        if isinstance(error, kind):
+            return visible_error(title, str(error))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return visible_error("Out of memory", "There is not enough memory for this image. Try a smaller one.")
     log.error("a run failed", exc_info=error)
@@ -320,11 +334,16 @@ def explain(error: Exception) -> gr.Error:
     return visible_error("The run failed", f"{type(error).__name__}; the server's log has the details.")
 
 
+# Errors whose own text a visitor may read.
+TITLES = {
+    SettingsError: "These settings do not work",
+    ImageError: "This image was refused",
+    AnalysisFileError: "This analysis was refused",
+    JobError: "The run was not finished",
+}
+
+
 def visible_error(title: str, text: str) -> gr.Error:
     """Gradio shows both as HTML."""
-    return gr.Error(escape(shortened(text)), title=escape(title), print_exception=False)
-
-
-def shortened(text: str) -> str:
-    """A message may name a value of any length, as it was sent."""
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
+    short = text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"  # it may name a value of any length
+    return gr.Error(escape(short), title=escape(title), print_exception=False)

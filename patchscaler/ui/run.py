@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import unescape
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -30,9 +31,7 @@ from patchscaler.ui.state import (
     Settings,
     Shown,
     View,
-    checked_batch,
-    checked_flag,
-    checked_plan,
+    flag_of,
     plan_of,
     preset_of,
 )
@@ -80,53 +79,49 @@ class Runner:
 
         A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
         """
-        source, (plan, seed) = now.source, checked_plan(now.dials, now.seed)
-        if not source:
+        order = replace(now.order(), uniform=flag_of("uniform", uniform))
+        if not order.source:
             raise visible_error("No image", html.NO_IMAGE)
-        color_fix, uniform = checked_flag("color_fix", now.color_fix), checked_flag("uniform", uniform)
-        batch_size, session = checked_batch(now.batch), now.session
-        order = Order(source, plan, seed, now.page.by_hand, color_fix, batch_size, uniform, session=session)
         with self._runs.of(now.session) as stop:
-            now.page.source = source
+            now.page.source = order.source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
             shown = None
-            try:
-                async for update in self.jobs.stream(lambda: self._updates(order), stop):
-                    if update.shown:
-                        shown = update.shown
-                        if now.page.source == source:
-                            now.page.shown = shown
-                    yield update.view
-                if shown is None or not shown.complete or shown.uniform is None and uniform:
-                    yield {"status": html.status(_stopped(shown))}
-            except Exception as error:
-                visible = explain(error)
-                yield {"status": _failed(visible)}
-                raise visible from error
+            async for update in self._stream(lambda: self._updates(order), stop):
+                if update.shown:
+                    shown = update.shown
+                    if now.page.source == order.source:
+                        now.page.shown = shown
+                yield update.view
+            if shown is None or not shown.complete or shown.uniform is None and uniform:
+                yield {"status": html.status(_stopped(shown))}
 
     async def look(self, now: Settings) -> AsyncIterator[View]:
         """Analyze an image as it comes in, so that its groups and what a run costs are known; run an example."""
         now.page.source = now.source
-        if now.source is None or not now.usable or now.page.shown:
+        if now.source is None or now.page.shown:
             return
         if now.source in self.examples:
             async for view in self.run(now, False):
                 yield view
             return
-        settings = now.plan, now.seed, now.page.by_hand, now.color_fix, now.batch_size
-        order = Order(now.source, *settings, session=now.session)
+        order = now.order()
         with self._looks.of(now.session) as stop:
-            try:
-                async for update in self.jobs.stream(lambda: self._looked(order), stop):
-                    # A run that waits, or goes on already, has the status line.
-                    running = now.session in self._runs
-                    yield {name: value for name, value in update.view.items() if name != "status" or not running}
-                if now.session not in self._runs and not stop.is_set():
-                    yield {"status": html.status("Press Run.")}
-            except Exception as error:
-                visible = explain(error)
-                yield {"status": _failed(visible)}
-                raise visible from error
+            async for update in self._stream(lambda: self._looked(order), stop):
+                # A run that waits, or goes on already, has the status line.
+                running = now.session in self._runs
+                yield {name: value for name, value in update.view.items() if name != "status" or not running}
+            if now.session not in self._runs and not stop.is_set():
+                yield {"status": html.status("Press Run.")}
+
+    async def _stream(self, job: Callable[[], Iterator[Update]], stop: Event) -> AsyncIterator[Update]:
+        """A job's updates, of which the last says why it failed if it did."""
+        try:
+            async for update in self.jobs.stream(job, stop):
+                yield update
+        except Exception as error:
+            visible = explain(error)
+            yield Update({"status": html.status(f"{visible.title}: {unescape(visible.message)}")})
+            raise visible from error
 
     def stop(self, now: Settings) -> None:
         """Have the visitor's run stop at its next step."""
@@ -342,10 +337,6 @@ def emptied(source: str | None) -> View:
         "status": html.status("Press Run." if source else html.NO_IMAGE),
         "run": gr.update(interactive=source is not None),
     }
-
-
-def _failed(error: gr.Error) -> str:
-    return html.status(f"{error.title}: {unescape(error.message)}")
 
 
 def _stopped(shown: Shown | None) -> str:

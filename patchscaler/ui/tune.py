@@ -27,7 +27,7 @@ from patchscaler.ui.state import (
     SessionCache,
     Settings,
     View,
-    checked_choice,
+    choice_of,
     dials_of,
     hold_order,
     in_range,
@@ -56,7 +56,7 @@ class Tuner:
 
     def preset_chosen(self, now: Settings, preset: str) -> View:
         """Set the dials to the preset's plan; `custom` leaves them where they are."""
-        preset = checked_choice("preset", preset, (*PRESETS, CUSTOM))
+        preset = choice_of("preset", preset, (*PRESETS, CUSTOM))
         if preset == CUSTOM:
             return self.regrouped(now)
         return {**self._set(now, dials_of(PRESETS[preset])), "preset": preset}
@@ -90,7 +90,7 @@ class Tuner:
 
     def clicked(self, now: Settings, at: tuple[float, float], mode: str) -> View:
         """A click on the Qmap: look at the patch there, or first put it into the group that `mode` names."""
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, (INSPECT, *GROUPS))
         known = self.cache.get(now.source)
         if known is None:
             return {}
@@ -99,7 +99,7 @@ class Tuner:
 
     def numbered(self, now: Settings, index: Any, mode: str) -> View:
         """The same for a patch by its number, for those who do not click."""
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, (INSPECT, *GROUPS))
         known = self.cache.get(now.source)
         if known is None or not isinstance(index, (int, float)) or not 0 <= index < len(known.analysis.grid):
             return {}
@@ -111,7 +111,7 @@ class Tuner:
 
         The page sends a stroke again and again as it grows, so a lost event loses nothing.
         """
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, (INSPECT, *GROUPS))
         known = self.cache.get(now.source)
         points = _points(stroke)
         if known is None or mode == INSPECT or not points:

@@ -22,7 +22,7 @@ from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.results import Analysis, Progress, Restored, Result, Sampled
-from patchscaler.ui.html import explain
+from patchscaler.ui.html import explained
 
 REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
 FADING = 0.85  # weight of a measurement against the next one
@@ -189,10 +189,8 @@ class Networks:
         `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. Errors are made visible
         here: ZeroGPU passes on no others.
         """
-        try:
+        with explained():
             yield from self._ordered(order, known, earlier, uniform)
-        except Exception as error:
-            raise explain(error) from error
 
     def _ordered(
         self, order: Order, known: Picture | Restored, earlier: Sampled | None, uniform: Sampled | None
