@@ -265,9 +265,8 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipe
     view, state = emptied(None), PageState()
     if first:
         opener = runner if first is pipeline else Runner(first, jobs, lent=False)
-        opening = opener.first_run(save_file_to_cache(example_files()[0], str(server.upload_folder())))
-        runner.cache.open_with(opening.page.source, opening.known, opening.rendered)
-        view, state = opening.view, opening.page
+        opener.cache = runner.cache
+        view, state = opener.first_run(save_file_to_cache(example_files()[0], str(server.upload_folder())))
     delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
     with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as blocks:
         gr.HTML(HEADING, elem_id="heading")

@@ -49,16 +49,6 @@ class Update:
     shown: Shown | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Opening:
-    """The run that the page opens with: what the page shows and holds, and what is in the cache for it."""
-
-    view: View
-    page: PageState
-    known: Known
-    rendered: Rendered
-
-
 class Runner:
     """Runs for the page and the API over one pipeline, and what they share: the session cache and the calibration."""
 
@@ -196,22 +186,28 @@ class Runner:
         earlier = (rendered.sampled, rendered.uniform) if rendered else ()
         return self.networks.run(order, start, *earlier)
 
-    def first_run(self, source: str) -> Opening:
-        """Run an example with the paper's plan, for the page to open with; later runs are expected to take as long."""
+    def first_run(self, source: str) -> tuple[View, PageState]:
+        """Run an example with the paper's plan, for the page to open with: what it shows and holds.
+
+        Later runs are expected to take as long.
+        """
         order = Order(source, SamplingPlan.paper(), 0, {})
         for _ in self.fresh_events(order):  # a process is slow at what it does first
             pass
         view = emptied(source)
         for update in self._updates(order):
             view |= update.view
-        shown, known, rendered = update.shown, self.cache.get(source), self.cache.rendered(None, source)
-        view |= grouped(known, rendered.sampled, order.plan, order.seed, {}, self.calibration, None)
+        self.cache.open_with(source)
+        shown, known = update.shown, self.cache.get(source)
         sides = closeup.SIDES[0], closeup.SIDES[2]
-        view["compare"] = closeup.pair(known, shown, sides)
         center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
-        view["zoom"] = closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], center)
-        view["note"] = "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>"
-        return Opening(view, PageState(source, shown, center=center, opened=True), known, rendered)
+        view |= {
+            **grouped(known, order, self.cache, self.calibration),
+            "compare": closeup.pair(known, shown, sides),
+            "zoom": closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], center),
+            "note": "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>",
+        }
+        return view, PageState(source, shown, center=center, opened=True)
 
     def _looked(self, order: Order) -> Iterator[Update]:
         """What can be said of an image before any run. Its groups too, unless that takes long."""
@@ -231,11 +227,7 @@ class Runner:
         plan, seed = order.plan, order.seed
         reused = self.cache.get(order.source) is not None
         shown, result, done = None, None, ""
-
-        def groups(known: Known) -> View:
-            earlier = self.cache.rendered(order.session, order.source).sampled
-            return grouped(known, earlier, plan, seed, order.by_hand, self.calibration, order.batch_size)
-
+        groups = partial(grouped, order=order, cache=self.cache, calibration=self.calibration)
         if not reused:
             yield Update({"status": html.status("Restoring the whole image…")})
         for event in self.events(order, picture):

@@ -292,9 +292,9 @@ class SessionCache:
             while len(self._rendered) > 1 and sum(each.bytes for each in self._rendered.values()) > self._kept_bytes:
                 self._rendered.popitem(last=False)
 
-    def open_with(self, source: str, known: Known, rendered: Rendered) -> None:
-        """Have every visitor begin with this image, which is kept for as long as the server runs."""
-        self._opening = {source: (known, rendered)}
+    def open_with(self, source: str) -> None:
+        """Have every visitor begin with this image as it is now, which is kept for as long as the server runs."""
+        self._opening = {source: (self.get(source), self.rendered(None, source))}
 
 
 def _pixels(known: Known) -> int:

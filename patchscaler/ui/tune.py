@@ -15,14 +15,12 @@ from torch import Tensor
 
 from patchscaler.figures import qmap_overlay
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
-from patchscaler.results import Sampled
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.state import (
     CUSTOM,
     DIALS,
     GAMMA_STEP,
     INSPECT,
-    ByHand,
     Known,
     SessionCache,
     Settings,
@@ -35,7 +33,7 @@ from patchscaler.ui.state import (
     preset_of,
     whole_pictures,
 )
-from patchscaler.ui.zerogpu import Calibration, work
+from patchscaler.ui.zerogpu import Calibration, Order, work
 
 MAX_STROKE = 1000  # points of a stroke that are looked at
 MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it
@@ -68,9 +66,8 @@ class Tuner:
             return {"stale": ""}
         if not now.usable:
             return {}
-        earlier = self.cache.rendered(now.session, now.source).sampled
-        view = grouped(known, earlier, now.plan, now.seed, now.page.by_hand, self.calibration, now.batch_size)
-        return {**view, "stale": stale(known, now)}
+        order = Order(now.source, now.plan, now.seed, now.page.by_hand, batch_size=now.batch_size, session=now.session)
+        return {**grouped(known, order, self.cache, self.calibration), "stale": stale(known, now)}
 
     def new_seed(self, now: Settings) -> View:
         seed = secrets.randbelow(2**31)
@@ -176,22 +173,15 @@ class Tuner:
         return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
 
 
-def grouped(
-    known: Known,
-    earlier: Sampled | None,
-    plan: SamplingPlan,
-    seed: Any,
-    by_hand: ByHand,
-    calibration: Calibration,
-    batch_size: int | None,
-) -> View:
-    """Overlay, legend, histogram and cost under `plan`, of which `earlier` patches are done. No network runs."""
-    analysis = known.analysis
-    assignment = assign(analysis.patch_confidence, plan, by_hand)
+def grouped(known: Known, order: Order, cache: SessionCache, calibration: Calibration) -> View:
+    """Overlay, legend, histogram, and what a run of the order would cost now. No network runs."""
+    analysis, plan = known.analysis, order.plan
+    assignment = assign(analysis.patch_confidence, plan, order.by_hand)
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     height, width = analysis.coarse.shape[-2:]
-    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=known.grey)
-    todo = work(earlier, plan, seed, assignment, batch_size or calibration.at_once)
+    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=order.by_hand, grey=known.grey)
+    earlier = cache.rendered(order.session, order.source).sampled
+    todo = work(earlier, plan, order.seed, assignment, order.batch_size or calibration.at_once)
     expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
     return {
         "qmap": export.save_preview(overlay, "qmap"),
@@ -221,7 +211,7 @@ def thresholds_within(
     plan: SamplingPlan,
     cost: Callable[[Tensor], Tensor | None],
     budget: float,
-    by_hand: ByHand | None = None,
+    by_hand: dict[int, int] | None = None,
 ) -> tuple[float, float] | None:
     """γ₁ and γ₂ under which a run of all patches costs at most `budget`.
 
