@@ -21,7 +21,6 @@ from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, V
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
 ZOOMS = ("100 %", "200 %", "400 %")
 WINDOW = 480  # side of the zoomed crop on the page, in pixels
-OVERLAY_SIDE = 1024  # the Qmap overlay is drawn no larger
 PATCH_ZOOM = 4
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -88,8 +87,8 @@ def zoomed(
     height, width = known.analysis.coarse.shape[-2:]
     factor = int(zoom.split()[0]) // 100
     x, y = center or (width / 2, height / 2)
-    box = window(x, width, WINDOW // factor) + window(y, height, WINDOW // factor)
-    crops = [side(known, shown, name, (box[0], box[2], box[1], box[3])) for name in sides]
+    (left, right), (top, bottom) = window(x, width, WINDOW // factor), window(y, height, WINDOW // factor)
+    crops = [side(known, shown, name, (left, top, right, bottom)) for name in sides]
     if None in crops:
         return None
     return tuple(save_preview(magnified(crop, factor), "zoom") for crop in crops)
@@ -129,7 +128,7 @@ def difference(a: Tensor, b: Tensor) -> Image.Image:
 
 def clicked(known: Known, at: tuple[float, float]) -> tuple[float, float]:
     """A pixel of the upscaled picture for a place on the Qmap overlay, which may be smaller."""
-    scale = max(1.0, max(known.analysis.coarse.shape[-2:]) / OVERLAY_SIDE)
+    scale = known.analysis.coarse.shape[-1] / known.grey.width
     return at[0] * scale, at[1] * scale
 
 

@@ -26,7 +26,6 @@ from patchscaler.ui.state import (
     DIALS,
     Known,
     PageState,
-    Rendered,
     SessionCache,
     Settings,
     Shown,
@@ -36,7 +35,7 @@ from patchscaler.ui.state import (
     preset_of,
 )
 from patchscaler.ui.tune import grouped
-from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, work, zero_gpu
+from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, Rendered, work, zero_gpu
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
@@ -182,9 +181,7 @@ class Runner:
     ) -> Iterator[Analysis | Progress | Partial | Result | Baseline]:
         """The same without Known: nothing is kept, and only what is given reused."""
         # A picture is decoded here: a bad one is refused before any device is asked for.
-        start = read_picture(order.source) if start is None else start
-        earlier = (rendered.sampled, rendered.uniform) if rendered else ()
-        return self.networks.run(order, start, *earlier)
+        return self.networks.run(order, read_picture(order.source) if start is None else start, rendered)
 
     def first_run(self, source: str) -> tuple[View, PageState]:
         """Run an example with the paper's plan, for the page to open with: what it shows and holds.

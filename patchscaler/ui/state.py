@@ -18,7 +18,7 @@ from patchscaler.figures import grey_preview
 from patchscaler.plan import PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Sampled
 from patchscaler.ui.html import SettingsError, visible_error
-from patchscaler.ui.zerogpu import Order
+from patchscaler.ui.zerogpu import Order, Rendered
 
 ByHand = dict[int, int]  # patch -> group
 View = dict[str, Any]  # what the page is to show, by the names of its components
@@ -234,18 +234,6 @@ class Known:
     def grey(self) -> Image.Image:
         """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
         return grey_preview(self.analysis.coarse)
-
-
-@dataclass(frozen=True, eq=False)
-class Rendered:
-    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
-
-    sampled: Sampled | None = None  # of the plan, finished or stopped
-    uniform: Sampled | None = None  # of the uniform baseline
-
-    @property
-    def bytes(self) -> int:
-        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
 
 
 class SessionCache:
