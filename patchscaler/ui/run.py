@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import unescape
@@ -58,7 +58,7 @@ class Runner:
         self.cache = SessionCache()
         self.calibration = Calibration(most_at_once(pipeline._execution_device))
         self.networks = Networks(pipeline, self.calibration, lent)
-        self.examples: set[str] = set()  # files that run as they are chosen
+        self.examples: Sequence[str] = ()  # files that run as they are chosen
         self._runs, self._looks = Stops(), Stops()
 
     # Events of the page
