@@ -9,6 +9,7 @@ they stand, so annotations are not postponed here, and it takes one line for eac
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any, Literal
@@ -71,8 +72,8 @@ class Endpoints:
             report: size, patch grid, each patch's confidence row by row, its group, seconds of each stage, notes
         """  # noqa: E501
         with _plainly():
-            source = _path("image", image)
-            return await self._last(lambda: self._analyze(source))
+            order = Order(_path("image", image), PAPER, 0, {}, live=False, refine=False)
+            return await self._last(lambda: self._runner.events(order), partial(self._analyzed, order))
 
     def regroup(
         self,
@@ -145,7 +146,7 @@ class Endpoints:
         with _plainly():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
             order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), color_fix, live=False)
-            return await self._last(lambda: self._refine(order))
+            return await self._last(lambda: self._refine(order), partial(_result, order))
 
     async def upscale(
         self,
@@ -175,16 +176,10 @@ class Endpoints:
         with _plainly():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
             order = Order(_path("image", image), plan, seed, {}, color_fix, live=False)
-            return await self._last(lambda: self._upscale(order))
+            return await self._last(lambda: self._runner.events(order), partial(_result, order))
 
-    # Jobs: they yield None where they can be stopped, and last what to return.
-
-    def _analyze(self, source: str) -> Iterator[Any]:
-        for event in self._runner.events(Order(source, PAPER, 0, {}, live=False, refine=False)):
-            if isinstance(event, Known):
-                known = event
-            yield None
-        analysis, name = known.analysis, _name(source)
+    def _analyzed(self, order: Order, known: Known) -> tuple[dict, dict, dict, dict]:
+        analysis, name = known.analysis, _name(order.source)
         assignment = assign(analysis.patch_confidence, PAPER)
         coarse = write_png(Picture(analysis.coarse), new_folder() / f"{name}_coarse.png")
         file = write_analysis(analysis, known.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
@@ -200,19 +195,21 @@ class Endpoints:
             "seconds": analysis.seconds,
             "notes": list(analysis.picture.notes),
         }
-        yield _handed(coarse), _drawn(overlay, name), _handed(file), report
+        return _handed(coarse), _drawn(overlay, name), _handed(file), report
 
     def _refine(self, order: Order) -> Iterator[Any]:
         loaded = read_analysis(order.source, self._runner.pipeline, self._weights)
         _assign(loaded.patch_confidence, order.plan, order.by_hand)
-        for event in self._runner.networks.run(order, loaded.restored()):
-            yield _result(event, order) if isinstance(event, Result) else None
+        return self._runner.networks.run(order, loaded.restored())
 
-    def _upscale(self, order: Order) -> Iterator[Any]:
-        for event in self._runner.events(order):
-            yield _result(event, order) if isinstance(event, Result) else None
+    async def _last(self, events: Callable[[], Iterator[Any]], returned: Callable[[Any], tuple]) -> tuple:
+        """Go through the events as a job, and return what `returned` makes of the last."""
 
-    async def _last(self, job: Callable[[], Iterator[Any]]) -> Any:
+        def job() -> Iterator[Any]:
+            for event in events():
+                yield event
+            yield returned(event)
+
         async for item in self._runner.jobs.stream(job):
             last = item
         return last
@@ -300,7 +297,7 @@ def _drawn(overlay: Any, name: str) -> dict:
     return _handed(path)
 
 
-def _result(result: Result, order: Order) -> tuple[dict, dict]:
+def _result(order: Order, result: Result) -> tuple[dict, dict]:
     picture = result.picture
     report = {
         "width": picture.width,

@@ -209,7 +209,10 @@ plausible, not evidence.</p>
 """
 
 # Read by page.css.
-COLORS = "".join(f".group-{name} {{ --group-color: {color}; }}" for name, color in zip(GROUPS, GROUP_COLORS))
+COLORS = "".join(
+    f'.group-{name}, #mode label:has([value="{name}"]) {{ --group-color: {color}; }}'
+    for name, color in zip(GROUPS, GROUP_COLORS)
+)
 # Nothing is fetched from font servers, so the page looks the same without a network.
 THEME = gr.themes.Base(
     primary_hue="teal",
