@@ -23,7 +23,7 @@ from patchscaler.images import Picture, write_png
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
-from patchscaler.ui.export import made_with
+from patchscaler.ui.export import restored
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -117,8 +117,8 @@ def test_a_png_without_the_colour_fix_says_so_and_the_page_restores_it_as_off(
             assert final.text.get("color_fix") == note
         assert report["color_fix"] is color_fix
         # Dropped on the page, it brings its settings along.
-        made = made_with(path)
-        assert (made.seed, made.color_fix) == (7, color_fix)
+        view = restored(path)
+        assert (view["seed"], view["color-fix"]) == (7, color_fix)
 
 
 def test_a_known_image_is_analyzed_once(call, image, analyzed, monkeypatch):

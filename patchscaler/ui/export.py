@@ -7,7 +7,7 @@ import re
 import secrets
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile
 
@@ -104,30 +104,26 @@ def linked(now: Settings, query: Any) -> View:
     }
 
 
-class MadeWith(NamedTuple):
-    """The settings in a PNG that was made here, and what is said of them; no dials if these cannot show its plan."""
-
-    said: str
-    dials: tuple[float, ...] | None = None
-    seed: int = 0
-    color_fix: bool = True
-
-
-def made_with(source: str) -> MadeWith | None:
-    """What a PNG of the page, the API or the command line was made with; None for any other file."""
+def restored(source: str) -> View:
+    """The settings in a PNG of the page, the API or the command line, and a note on them; nothing for other files."""
     text = read_png_text(source)
     try:
         plan, seed = SamplingPlan.from_json(text["plan"]), seed_of(int(text["seed"]))
         by_hand = len(json.loads(text.get("by_hand", "{}")).keys())
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return None
-    settings = html.describe(plan, seed)
-    if not in_range(dials := dials_of(plan)):
-        return MadeWith(f"PatchScaler made this image with {settings}, which is beyond these dials.")
-    said = f"PatchScaler made this image, and its settings are restored: {settings}."
+        return {}
+    settings, dials = html.describe(plan, seed), dials_of(plan)
+    if not in_range(dials):
+        return {"note": f"<p>PatchScaler made this image with {settings}, which is beyond these dials.</p>"}
+    note = f"PatchScaler made this image, and its settings are restored: {settings}."
     if by_hand:
-        said += f" Not so {by_hand} of its patches that were set by hand: they belong to the image it was made from."
-    return MadeWith(f"{said} Run upscales it once more.", dials, seed, text.get("color_fix") != "off")
+        note += f" Not so {by_hand} of its patches that were set by hand: they belong to the image it was made from."
+    return {
+        "note": f"<p>{note} Run upscales it once more.</p>",
+        "preset": preset_of(plan),
+        "color-fix": text.get("color_fix") != "off",
+        **dict(zip(DIALS, (*dials, seed))),
+    }
 
 
 def packed(cache: SessionCache, now: Settings) -> View:
@@ -141,16 +137,16 @@ def packed(cache: SessionCache, now: Settings) -> View:
 
 def stages_zip(known: Known, shown: Shown) -> Path:
     """All stages of the shown picture as lossless PNGs, with a report. FileNotFoundError if it is gone."""
-    analysis, name = known.analysis, stem(shown.source)
+    analysis, order, name = known.analysis, shown.order, stem(shown.order.source)
     path = new_folder() / f"{name}_patchscaler.zip"
-    assignment = assign(analysis.patch_confidence, shown.plan, shown.by_hand)
-    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=shown.by_hand)
+    assignment = assign(analysis.patch_confidence, order.plan, order.by_hand)
+    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=order.by_hand, grey=known.grey)
     report = {
         "image": name,
         "complete": shown.complete,
-        "color_fix": shown.color_fix,
+        "color_fix": order.color_fix,
         **shown.report,
-        "by_hand": {str(index): group for index, group in shown.by_hand.items()},
+        "by_hand": {str(index): group for index, group in order.by_hand.items()},
         "patches": [
             {"left": patch.left, "top": patch.top, "confidence": confidence, "group": group, "start": start, "steps": n}
             for patch, confidence, group, start, n in zip(

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import unescape
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -18,22 +17,11 @@ from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
-from patchscaler.results import Analysis, Partial, Progress, Restored, Result, Sampled
+from patchscaler.results import Analysis, Partial, Progress, Restored, Result
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs, Stops
-from patchscaler.ui.state import (
-    DIALS,
-    Known,
-    PageState,
-    SessionCache,
-    Settings,
-    Shown,
-    View,
-    flag_of,
-    plan_of,
-    preset_of,
-)
+from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown, View, flag_of
 from patchscaler.ui.tune import grouped
 from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, Rendered, work, zero_gpu
 
@@ -126,15 +114,7 @@ class Runner:
         for stops in (self._runs, self._looks):
             stops.stop(now.session)
         now.page.empty(now.source)
-        made = export.made_with(now.source) if now.source else None
-        view = emptied(now.source)
-        if made is None:
-            return view
-        view["note"] = f"<p>{made.said}</p>"
-        if made.dials is not None:
-            view |= dict(zip(DIALS, (*made.dials, made.seed)))
-            view |= {"preset": preset_of(plan_of(made.dials)), "color-fix": made.color_fix}
-        return view
+        return emptied(now.source) | (export.restored(now.source) if now.source else {})
 
     def settle(self, now: Settings) -> View:
         """After a run or a look: nothing is left to stop but a later run.
@@ -250,13 +230,13 @@ class Runner:
                     yield Update({"status": html.status(html.step(step, left, uniform), step.done, step.total)})
                 case Partial():
                     path = export.save_preview(to_pil(event.picture), "partial")
-                    shown = _shown(order, event.sampled, path, {"plan": asdict(plan), "seed": seed})
-                    refined, count = int((shown.start > 0).sum()), len(shown.start)
-                    yield Update({"final": path, "stale": html.unfinished(refined, count)}, shown)
+                    report = {"plan": asdict(plan), "seed": seed}
+                    shown = Shown(order, event.sampled.start, event.sampled.steps, path, report)
+                    yield Update({"final": path, "stale": html.unfinished(shown.refined, len(shown.start))}, shown)
                 case Result():
                     result = event
                     path = export.save_final(result, order.source)
-                    shown = _shown(order, result.sampled, path, result.report())
+                    shown = Shown(order, result.sampled.start, result.sampled.steps, path, result.report())
                     self._learn(order, result, analysis)
                     anew, count = int(result.rendered.sum()), len(result.rendered)
                     done = (
@@ -309,11 +289,6 @@ class Runner:
         self.calibration.learn(groups, result.picture.rgb[0].numel(), rest, pictures)
 
 
-def _shown(order: Order, sampled: Sampled, final: Path, report: dict) -> Shown:
-    made = (sampled.start, sampled.steps, final, order.by_hand, report)
-    return Shown(order.source, order.plan, order.seed, order.color_fix, *made)
-
-
 def emptied(source: str | None) -> View:
     """The page for another image, or for none, before its run."""
     return {
@@ -333,5 +308,4 @@ def _stopped(shown: Shown | None) -> str:
         return "Stopped before any group was finished. Press Run to start again."
     if shown.complete:
         return "Stopped. The picture is finished, the uniform baseline is not."
-    refined = int((shown.start > 0).sum())
-    return f"Stopped: {refined} of {len(shown.start)} patches are refined. Press Run to render the others."
+    return f"Stopped: {shown.refined} of {len(shown.start)} patches are refined. Press Run to render the others."

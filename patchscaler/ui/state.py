@@ -50,20 +50,21 @@ WAIT_SECONDS = 20
 class Shown:
     """How the final picture on a visitor's page was made, and its file."""
 
-    source: str
-    plan: SamplingPlan
-    seed: int
-    color_fix: bool
+    order: Order
     start: Tensor  # LongTensor N, T of each patch; 0 where it is still the coarse one
     steps: Tensor  # LongTensor N
     final: Path
-    by_hand: ByHand
     report: dict  # of the run, or only its plan and seed while that is not finished
     uniform: Path | None = None
 
     @property
+    def refined(self) -> int:
+        """Patches that are not the coarse ones any more."""
+        return int((self.start > 0).sum())
+
+    @property
     def complete(self) -> bool:
-        return bool((self.start > 0).all())
+        return self.refined == len(self.start)
 
 
 @dataclass(eq=False)

@@ -194,16 +194,17 @@ def grouped(known: Known, order: Order, cache: SessionCache, calibration: Calibr
 def stale(known: Known, now: Settings) -> str:
     """What to say about a final picture that is unfinished, or not the one that these settings give."""
     shown = now.page.shown
-    if shown is None or shown.source != now.source:
+    if shown is None or shown.order.source != now.source:
         return ""
     if not shown.complete:
-        return html.unfinished(int((shown.start > 0).sum()), len(shown.start))
+        return html.unfinished(shown.refined, len(shown.start))
+    made = shown.order
     start, steps = times_and_steps(now.plan, assign(known.analysis.patch_confidence, now.plan, now.page.by_hand))
     other = (shown.start != start) | (shown.steps != steps)
-    changed = int(other.sum()) if now.seed == shown.seed else len(start)
-    if not changed and (shown.plan, shown.seed, shown.color_fix) == (now.plan, now.seed, now.color_fix):
+    changed = int(other.sum()) if now.seed == made.seed else len(start)
+    if not changed and (made.plan, made.seed, made.color_fix) == (now.plan, now.seed, now.color_fix):
         return ""
-    return html.stale(shown.plan, shown.seed, changed, len(start), shown.color_fix != now.color_fix)
+    return html.stale(made.plan, made.seed, changed, len(start), made.color_fix != now.color_fix)
 
 
 def thresholds_within(
