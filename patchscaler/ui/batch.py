@@ -52,8 +52,7 @@ class Batch:
             raise visible_error("Too many images" if files else "No images", f"1 to {MAX_FILES} are taken.")
         with self._batches.of(now.session) as stop:
             outcomes: list[Outcome] = []
-            waiting = _status("Waiting for the pipeline…", 0, len(files))
-            stoppable = gr.update(interactive=True)
+            waiting, stoppable = html.status("Waiting for the pipeline…", 0, len(files)), gr.update(interactive=True)
             yield {"batch-status": waiting, "gallery": [], "outcomes": "", "batch-zip": None, "stop-all": stoppable}
             for place, file in enumerate(files):
                 order, name = replace(same, source=file["path"]), Path(file.get("orig_name") or file["path"]).name
@@ -63,15 +62,14 @@ class Batch:
                         if isinstance(event, Outcome):
                             outcomes.append(event)
                         elif isinstance(event, Progress):
-                            share = event.done / event.total
                             step = f"{said}: {GROUPS[event.group]}, step {event.step} of {event.steps}"
-                            yield {"batch-status": _status(step, place + share, len(files))}
+                            yield {"batch-status": html.status(step, place + event.done / event.total, len(files))}
                 except Exception as error:
                     visible = explain(error)
                     outcomes.append(Outcome(name, f"{visible.title}: {unescape(visible.message)}"))
                 if stop.is_set():
                     break
-                yield {"batch-status": _status(said, place + 1, len(files)), **_so_far(outcomes)}
+                yield {"batch-status": html.status(said, place + 1, len(files)), **_so_far(outcomes)}
             yield {
                 "batch-status": html.status(_summary(outcomes, len(files), stop.is_set())),
                 **_so_far(outcomes),
@@ -96,10 +94,6 @@ class Batch:
                 yield Outcome(name, text, picture, save_preview(preview, stem(order.source)), event.report())
             else:
                 yield event if isinstance(event, Progress) else None
-
-
-def _status(text: str, done: float, total: int) -> str:
-    return html.status(text, round(100 * done), 100 * total)
 
 
 def _so_far(outcomes: list[Outcome]) -> View:

@@ -76,9 +76,6 @@ LINK = """(...values) => {
 }"""
 
 
-SWITCHES = {"color": "1", "uniform": "0"}  # and what they are in a link without them
-
-
 def linked(now: Settings, query: Any) -> View:
     """Dials, preset, colour fix, baseline and patch batch from the page's address; nothing from one that cannot be.
 
@@ -89,7 +86,8 @@ def linked(now: Settings, query: Any) -> View:
         dials = tuple(float(text) for text in values["plan"].split(","))
         seed = seed_of(float(values["seed"]))
         preset = preset_of(plan_of(dials))
-        switches = [bool(("0", "1").index(values.get(name, usual))) for name, usual in SWITCHES.items()]
+        switch = {"0": False, "1": True}
+        color_fix, uniform = switch[values.get("color", "1")], switch[values.get("uniform", "0")]
         batch = batch_of(float(values["batch"]) if "batch" in values else None)
     except (KeyError, ValueError, OverflowError):
         return {}
@@ -98,8 +96,8 @@ def linked(now: Settings, query: Any) -> View:
     return {
         **dict(zip(DIALS, (*dials, seed))),
         "preset": preset,
-        "color-fix": switches[0],
-        "uniform": switches[1],
+        "color-fix": color_fix,
+        "uniform": uniform,
         "batch": batch,
     }
 

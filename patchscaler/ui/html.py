@@ -46,8 +46,8 @@ MOST_TEXT = 400  # letters of an error
 log = logging.getLogger(__name__)
 
 
-def status(text: str, done: int = 0, total: int = 0) -> str:
-    bar = f'<progress aria-label="Network evaluations" value="{done}" max="{total}"></progress>' if total else ""
+def status(text: str, done: float = 0, total: int = 0) -> str:
+    bar = f'<progress aria-label="Network evaluations" value="{done:g}" max="{total}"></progress>' if total else ""
     return f"<p>{escape(text)}</p>{bar}"
 
 

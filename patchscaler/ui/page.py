@@ -239,14 +239,14 @@ THEME = gr.themes.Base(
 def launch_settings(jobs: Jobs) -> dict[str, Any]:
     """What `launch` is given with a page: its looks, and what keeps it safe."""
     here = Path(__file__)
-    look = {
+    return {
+        **server.launch_settings(jobs),
         "theme": THEME,
         "css": COLORS,
         "css_paths": here.with_name("page.css"),
         "js": here.with_name("page.js").read_text(encoding="utf-8"),
         "footer_links": ["api"],
     }
-    return {**server.launch_settings(jobs), **look}
 
 
 def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipeline | None = None) -> gr.Blocks:
