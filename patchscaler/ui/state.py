@@ -116,15 +116,10 @@ class Settings:
         return Order(self.source, plan, seed, self.page.by_hand, color_fix, batch_size, session=session)
 
     @property
-    def usable(self) -> bool:
-        """Whether the dials show a plan: not so while a visitor types, or before pushed neighbours have moved."""
+    def plan(self) -> SamplingPlan | None:
+        """The plan that the dials show; None while a visitor types, or before pushed neighbours have moved."""
         with suppress(SettingsError):
-            return in_range(self.dials) and plan_of(self.dials) is not None
-        return False
-
-    @property
-    def plan(self) -> SamplingPlan:
-        return plan_of(self.dials)
+            return plan_of(self.dials) if in_range(self.dials) else None
 
     @property
     def batch_size(self) -> int | None:

@@ -64,7 +64,7 @@ class Tuner:
         known = self.cache.get(now.source)
         if known is None:
             return {"stale": ""}
-        if not now.usable:
+        if now.plan is None:
             return {}
         order = Order(now.source, now.plan, now.seed, now.page.by_hand, batch_size=now.batch_size, session=now.session)
         return {**grouped(known, order, self.cache, self.calibration), "stale": stale(known, now)}
@@ -121,7 +121,7 @@ class Tuner:
 
     @whole_pictures()
     def _picked(self, known: Known, index: int, center: tuple[float, float], mode: str, now: Settings) -> View:
-        if not now.usable:
+        if now.plan is None:
             return {}
         page, view = now.page, {}
         page.patch, page.center = index, center
@@ -136,7 +136,7 @@ class Tuner:
     def budget_known(self, now: Settings) -> View:
         """The budget's slider from the cheapest run to the most expensive, once it is known what a run takes."""
         known = self.cache.get(now.source)
-        if known is None or not now.usable:
+        if known is None or now.plan is None:
             return {}
         count = len(known.analysis.grid)
         ends = self._seconds(known, now, torch.tensor([[count, 0], [0, 0], [0, count]]))
@@ -151,7 +151,7 @@ class Tuner:
     def budget_set(self, now: Settings, seconds: Any) -> View:
         """Move both thresholds so that a run of all patches is expected to take at most so many seconds."""
         known = self.cache.get(now.source)
-        if known is None or not now.usable or not isinstance(seconds, (int, float)):
+        if known is None or now.plan is None or not isinstance(seconds, (int, float)):
             return {}
         gammas = thresholds_within(
             known.analysis.patch_confidence,
