@@ -22,17 +22,16 @@ from patchscaler.results import Analysis, Result
 from patchscaler.ui import html
 from patchscaler.ui.html import visible_error
 from patchscaler.ui.state import (
-    DIALS,
     Known,
     SessionCache,
     Settings,
     Shown,
     View,
     batch_of,
+    dialled,
     dials_of,
     in_range,
     plan_of,
-    preset_of,
     seed_of,
     whole_pictures,
 )
@@ -84,8 +83,7 @@ def linked(now: Settings, query: Any) -> View:
     values = {name: texts[0] for name, texts in parse_qs(str(query).removeprefix("?")).items()}
     try:
         dials = tuple(float(text) for text in values["plan"].split(","))
-        seed = seed_of(float(values["seed"]))
-        preset = preset_of(plan_of(dials))
+        plan, seed = plan_of(dials), seed_of(float(values["seed"]))
         switch = {"0": False, "1": True}
         color_fix, uniform = switch[values.get("color", "1")], switch[values.get("uniform", "0")]
         batch = batch_of(float(values["batch"]) if "batch" in values else None)
@@ -93,13 +91,7 @@ def linked(now: Settings, query: Any) -> View:
         return {}
     if not in_range(dials):
         return {}
-    return {
-        **dict(zip(DIALS, (*dials, seed))),
-        "preset": preset,
-        "color-fix": color_fix,
-        "uniform": uniform,
-        "batch": batch,
-    }
+    return {**dialled(plan, seed), "color-fix": color_fix, "uniform": uniform, "batch": batch}
 
 
 def restored(source: str) -> View:
@@ -110,18 +102,14 @@ def restored(source: str) -> View:
         by_hand = len(json.loads(text.get("by_hand", "{}")).keys())
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return {}
-    settings, dials = html.describe(plan, seed), dials_of(plan)
-    if not in_range(dials):
+    settings = html.describe(plan, seed)
+    if not in_range(dials_of(plan)):
         return {"note": f"<p>PatchScaler made this image with {settings}, which is beyond these dials.</p>"}
     note = f"PatchScaler made this image, and its settings are restored: {settings}."
     if by_hand:
         note += f" Not so {by_hand} of its patches that were set by hand: they belong to the image it was made from."
-    return {
-        "note": f"<p>{note} Run upscales it once more.</p>",
-        "preset": preset_of(plan),
-        "color-fix": text.get("color_fix") != "off",
-        **dict(zip(DIALS, (*dials, seed))),
-    }
+    color_fix = text.get("color_fix") != "off"
+    return {"note": f"<p>{note} Run upscales it once more.</p>", "color-fix": color_fix, **dialled(plan, seed)}
 
 
 def packed(cache: SessionCache, now: Settings) -> View:

@@ -157,6 +157,11 @@ def preset_of(plan: SamplingPlan) -> str:
     return next((name for name, preset in PRESETS.items() if preset == plan), CUSTOM)
 
 
+def dialled(plan: SamplingPlan, seed: int) -> View:
+    """Dials and preset as they show a plan and a seed."""
+    return {"preset": preset_of(plan), **dict(zip(DIALS, (*dials_of(plan), seed)))}
+
+
 def in_range(dials: Sequence[Any]) -> bool:
     """Whether eight dials hold what sliders give: not so while a visitor empties a field or types 700 as 7."""
     return all(
