@@ -49,11 +49,12 @@ async def sweeping(app: Any) -> AsyncIterator[None]:
         swept = -math.inf
         while True:
             try:
-                forget(app)
                 if time.monotonic() - swept > SWEEP_SECONDS:
                     swept = time.monotonic()
                     kept = [path for block in app.get_blocks().blocks.values() for path in block.keep_in_cache]
                     await asyncio.to_thread(sweep, upload_folder(), KEPT_SECONDS, kept)
+                forget_components(app)
+                forget_messages(app.get_blocks()._queue)
             except Exception:  # the next time may be better
                 log.exception("could not tidy up")
             await asyncio.sleep(FORGET_SECONDS)
@@ -65,15 +66,9 @@ async def sweeping(app: Any) -> AsyncIterator[None]:
         task.cancel()
 
 
-def forget(app: Any) -> None:
-    """Drop what Gradio keeps in memory of events that are over. On the event loop only."""
-    forget_components(app)
-    forget_messages(app.get_blocks()._queue)
-
-
 def forget_components(app: Any) -> None:
     """Drop, of all sessions, rebuilt components under numbers of their own and the values that deep links would
-    restore.
+    restore. On the event loop only, as the next.
 
     Gradio rebuilds each output that an event updates or skips, puts it in the place of the old one, and lists it under
     its own number too, for as long as the session lasts: some 40 kB for every move of a dial.

@@ -231,6 +231,10 @@ class Known:
     analysis: Analysis
     priors: Image.Image | None
 
+    @property
+    def pixels(self) -> int:
+        return self.analysis.coarse[0].numel()
+
     @cached_property
     def grey(self) -> Image.Image:
         """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
@@ -261,7 +265,7 @@ class SessionCache:
     def put(self, source: str, known: Known) -> None:
         with self._lock:
             self._known[source] = known
-            while len(self._known) > 1 and sum(map(_pixels, self._known.values())) > self._kept_pixels:
+            while len(self._known) > 1 and sum(each.pixels for each in self._known.values()) > self._kept_pixels:
                 self._known.popitem(last=False)
 
     def rendered(self, session: str | None, source: str | None) -> Rendered:
@@ -284,10 +288,6 @@ class SessionCache:
     def open_with(self, source: str) -> None:
         """Have every visitor begin with this image as it is now, which is kept for as long as the server runs."""
         self._opening = {source: (self.get(source), self.rendered(None, source))}
-
-
-def _pixels(known: Known) -> int:
-    return known.analysis.coarse[0].numel()
 
 
 _one_at_a_time = Lock()
