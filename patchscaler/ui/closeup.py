@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from patchscaler.images import Picture, to_pil
@@ -21,7 +21,6 @@ from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, V
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
 ZOOMS = ("100 %", "200 %", "400 %")
 WINDOW = 480  # side of the zoomed crop on the page, in pixels
-PATCH_ZOOM = 4
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -91,7 +90,7 @@ def zoomed(
     crops = [side(known, shown, name, (left, top, right, bottom)) for name in sides]
     if None in crops:
         return None
-    return tuple(save_preview(magnified(crop, factor), "zoom") for crop in crops)
+    return tuple(save_preview(ImageOps.scale(crop, factor, Image.Resampling.NEAREST), "zoom") for crop in crops)
 
 
 def window(center: float, length: int, side: int) -> tuple[int, int]:
@@ -115,10 +114,6 @@ def side(known: Known, shown: Shown | None, name: str, box: Box | None = None) -
         return (image.crop(box) if box else image).convert("RGB")
 
 
-def magnified(image: Image.Image, factor: int) -> Image.Image:
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
 def difference(a: Tensor, b: Tensor) -> Image.Image:
     """Where two pictures 3xHxW in [-1, 1] differ: black for not at all, white for a quarter of the range."""
     amount = (a - b).abs().mean(0).mul(2).clamp(0, 1).numpy()  # HxW
@@ -128,7 +123,7 @@ def difference(a: Tensor, b: Tensor) -> Image.Image:
 
 def clicked(known: Known, at: tuple[float, float]) -> tuple[float, float]:
     """A pixel of the upscaled picture for a place on the Qmap overlay, which may be smaller."""
-    scale = known.analysis.coarse.shape[-1] / known.grey.width
+    scale = max(known.analysis.coarse.shape[-2:]) / max(known.grey.size)
     return at[0] * scale, at[1] * scale
 
 
@@ -155,7 +150,7 @@ def patch_views(
     box = (left, top, min(width, left + size), min(height, top + size))
     group = int(assign(analysis.patch_confidence, plan, by_hand)[index])
     pictures = [
-        (label, magnified(picture, PATCH_ZOOM))
+        (label, picture)
         for label, name in (("Before: bicubic", "Bicubic input"), ("After: final", "Final"))
         if (picture := side(known, shown, name, box)) is not None
     ]
