@@ -59,7 +59,7 @@ class Shown:
 
     @property
     def refined(self) -> int:
-        """Patches that are not the coarse ones any more."""
+        """How many patches are refined."""
         return int((self.start > 0).sum())
 
     @property
@@ -193,6 +193,9 @@ def hold_order(dials: Sequence[float], moved: int) -> list[float]:
 def _whole(value: Any) -> Any:
     """Browsers make no difference between 8 and 8.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Other controls
 
 
 def batch_of(value: Any) -> int | None:
