@@ -281,7 +281,7 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
         for group, place in counts.nonzero().tolist()
     )
     marks = "".join(
-        f'<span class="threshold {name} {"before" if value > 0.5 else ""}" style="left: {100 * value:.0f}%">'
+        f'<span class="threshold {name} {"before" if value > 0.5 else ""}" style="left: {100 * value:.1f}%">'
         f"{sign} {value:.2f}</span>"
         for name, sign, value in (("gamma2", "γ₂", plan.gamma2), ("gamma1", "γ₁", plan.gamma1))
     )
