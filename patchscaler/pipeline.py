@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -286,11 +286,17 @@ class PatchScalerPipeline(DiffusionPipeline):
         """Latent patches KxCxVxV (of one patch's priors) as images Kx3x8Vx8V in [-1, 1], on the CPU."""
         return decode_latents(self.vae, priors.to(self._execution_device)).cpu()
 
-    def draw_priors(self, analysis: Analysis, rows: int = 4) -> Image.Image:
-        """A sheet of the priors of a few patches, evenly spread from the least to the most confident."""
+    def draw_priors(
+        self, analysis: Analysis, rows: int = 4, decode: Callable[[int], Tensor] | None = None
+    ) -> Image.Image:
+        """A sheet of the priors of a few patches, evenly spread from the least to the most confident.
+
+        `decode` gives the images Kx3xHxW of a patch's priors by its index, where the analysis holds no latents of them.
+        """
+        decode = decode or (lambda index: self.decode_priors(analysis.priors.values[index]))
         order = analysis.patch_confidence.argsort()
         chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()].tolist()
-        pictures = [self.decode_priors(analysis.priors.values[index]) for index in chosen]
+        pictures = [decode(index) for index in chosen]
         queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen]
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 

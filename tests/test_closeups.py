@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 from visitor import click, closeups, last, run, settings
 
@@ -54,6 +56,12 @@ def test_both_sides_of_the_zoom_show_the_same_place(runner, image, dials):
 def test_a_window_stays_inside(center, first):
     assert closeup.window(center, 100, 20) == (first, first + 20)
     assert closeup.window(center, 7, 20) == (0, 7)
+
+
+def test_a_click_on_the_overlay_of_a_strip_is_a_place_in_the_picture():
+    analysis = SimpleNamespace(coarse=torch.zeros(1).expand(3, 20480, 4))
+    known = SimpleNamespace(analysis=analysis, grey=Image.new("RGB", (1, 1024)))
+    assert closeup.clicked(known, (0.1, 512)) == (2, 10240)
 
 
 def test_patch_borders_are_drawn_over_the_panels(runner, image, dials):

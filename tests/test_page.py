@@ -162,8 +162,8 @@ def test_upload_run_and_drag(page, photo):
     assert [int(text) for text in rows.locator("td:nth-child(2)").all_inner_texts()] == counts(page)
     assert page.locator("#timing table.stages tbody tr").count() == 6
 
-    assert page.locator("#timing svg.bar rect").count() == 8
-    assert page.locator("#histogram svg .threshold").count() == 2
+    assert page.locator("#timing .bar span").count() == 8
+    assert page.locator("#histogram .threshold").count() == 2
 
     # 4. Drag gamma 1 to its end: groups and cost follow, gamma 2 keeps below, and the picture is called old.
     before, cost = counts(page), page.locator("#cost").inner_text()

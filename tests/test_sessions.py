@@ -58,16 +58,16 @@ def test_a_group_of_which_some_patches_were_reused_says_so(runner, image, dials)
 
 
 def test_every_visitor_begins_with_the_example_that_was_run_at_start_up(runner, image, dials):
-    opening = runner.first_run(image["path"])
-    runner.cache.open_with(opening.page.source, opening.known, opening.rendered)
+    opened, page = runner.first_run(image["path"])
+    known = runner.cache.get(image["path"])
     for name in ("coarse", "qmap", "priors", "final"):
-        with Image.open(opening.view[name]) as panel:
+        with Image.open(opened[name]) as panel:
             panel.load()
-    assert len(opening.view["compare"]) == len(opening.view["zoom"]) == 2
-    assert sum(int(row["patches"]) for row in groups_of(opening.view["timing"]).values() if row["start"]) == 9
+    assert len(opened["compare"]) == len(opened["zoom"]) == 2
+    assert sum(int(row["patches"]) for row in groups_of(opened["timing"]).values() if row["start"]) == 9
     paper = (*dials_of(SamplingPlan.paper()), 0)
     for session in ("first", "second"):
-        now = replace(settings(None, paper, session=session), page=deepcopy(opening.page))
+        now = replace(settings(None, paper, session=session), page=deepcopy(page))
         view = tuner(runner).regrouped(now)
         assert "Run renders 0 of 9" in view["cost"] and view["stale"] == ""
         assert runner.new_image(now) == {}  # as the browser tells of the image that was there from the first
@@ -79,7 +79,7 @@ def test_every_visitor_begins_with_the_example_that_was_run_at_start_up(runner, 
     # Another image leaves it behind, and it stays for the next visitor.
     assert runner.new_image(replace(now, image={"path": "another"}))["final"] is None and not now.page.opened
     runner.cache._known.clear()
-    assert runner.cache.get(image["path"]) is opening.known
+    assert runner.cache.get(image["path"]) is known
 
 
 def test_the_cache_of_refined_patches_is_bounded(tiny_pipeline, picture, plan):

@@ -34,6 +34,7 @@ from patchscaler.ui.zerogpu import (
     Call,
     Networks,
     Order,
+    Rendered,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def test_every_argument_and_event_of_a_run_pickles(networks, picture):
     *_, plain = networks.here(replace(order, uniform=False), picture)
     assert torch.equal(result.picture.rgb, plain.picture.rgb) and json.dumps(result.report())
     # The second run, of what the first one left.
-    again, _ = there(order, analysis.restored(), result.sampled, uniform.sampled)
+    again, _ = there(order, analysis.restored(), Rendered(result.sampled, uniform.sampled))
     assert torch.equal(again.picture.rgb, result.picture.rgb) and not again.rendered.any()
 
 
@@ -91,10 +92,10 @@ def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, pict
     assert networks.seconds(order, known) == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * (4 * 3 + 5), abs=1)
     *_, result = tiny_pipeline.refine(known, PLAN, 7, by_hand=order.by_hand)
     longer = replace(order, plan=replace(PLAN, steps=(1, 2, 20)))
-    assert networks.seconds(order, known, result.sampled) == pytest.approx(START_SECONDS + rest, abs=1)
-    more = networks.seconds(longer, known, result.sampled)
+    assert networks.seconds(order, known, Rendered(result.sampled)) == pytest.approx(START_SECONDS + rest, abs=1)
+    more = networks.seconds(longer, known, Rendered(result.sampled))
     assert more == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 4 * 20, abs=1)
-    both = networks.seconds(replace(order, uniform=True), known, result.sampled)
+    both = networks.seconds(replace(order, uniform=True), known, Rendered(result.sampled))
     assert both == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * 9 * 20, abs=1)
 
 

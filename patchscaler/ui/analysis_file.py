@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field, Json, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -94,56 +95,54 @@ def read_analysis(path: str | Path, pipeline: PatchScalerPipeline, weights: str)
     """
     try:
         with safe_open(path, "pt") as file:
-            seconds, notes = _facts(file.metadata() or {}, weights)
-            shapes = {name: _header(file, name) for name in file.keys()}
-            grid = _check_shapes(shapes, pipeline)
-            tensors = {name: file.get_tensor(name) for name in shapes}
+            facts = Facts.model_validate(file.metadata() or {})
+            if facts.weights != weights:
+                raise AnalysisFileError("The analysis was made with other weights. Run /analyze again.")
+            headers = {name: _header(file, name) for name in file.keys()}
+            grid, parts = _parts(headers, pipeline)
+            tensors = {name: file.get_tensor(name) for name in parts}
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, found = ".".join(map(str, first["loc"])), str(first["input"])[:40]
+        raise AnalysisFileError(f"{WRONG}: its metadata {place} is {found!r}: {first['msg']}") from error
     except (SafetensorError, OSError) as error:
         raise AnalysisFileError(f"{WRONG}: {str(error)[:120]}") from error
-    _check_range("rgb", tensors["rgb"], -1, 1)
-    _check_range("latents", tensors["latents"], -MOST_LATENT, MOST_LATENT)
-    for name in ("confidence", "patch_confidence"):
-        _check_range(name, tensors[name], 0, 1)
-    if "alpha" in tensors:
-        _check_range("alpha", tensors["alpha"], 0, 1)
+    for name, part in parts.items():
+        values = tensors[name]
+        if not ((values >= part.low) & (values <= part.high)).all():  # nor is NaN between them
+            found = f"from {values.min().item():g} to {values.max().item():g}"
+            raise AnalysisFileError(f"{WRONG}: {name} goes {found}; the limits are {part.low:g} and {part.high:g}")
     return Loaded(
-        picture=Picture(tensors["rgb"], tensors.get("alpha"), notes),
+        picture=Picture(tensors["rgb"], tensors.get("alpha"), tuple(facts.notes)),
         latents=tensors["latents"],
         confidence=tensors["confidence"],
         grid=grid,
         patch_confidence=tensors["patch_confidence"],
         grey=Image.fromarray(tensors["grey"].numpy()).convert("RGB"),
-        seconds=seconds,
+        seconds={stage: facts.seconds[stage] for stage in STAGES},
     )
 
 
-def _facts(metadata: dict[str, str], weights: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Seconds and notes, once the file is known to be one of ours, for these weights."""
-    names = {"format", "weights", "seconds", "notes"}
-    if metadata.keys() != names:
-        raise AnalysisFileError(f"{WRONG}: its metadata are {sorted(metadata)[:8]}, not {sorted(names)}")
-    try:
-        facts = {name: json.loads(text) for name, text in metadata.items()}
-    except (ValueError, RecursionError) as error:
-        raise AnalysisFileError(f"{WRONG}: its metadata are no JSON") from error
-    if facts["format"] != FORMAT:
-        raise AnalysisFileError(f"The file's format is {str(facts['format'])[:40]!r}; it must be {FORMAT!r}")
-    if facts["weights"] != weights:
-        raise AnalysisFileError("The analysis was made with other weights. Run /analyze again.")
-    seconds, notes = facts["seconds"], facts["notes"]
-    if not isinstance(seconds, dict) or seconds.keys() != set(STAGES) or not all(map(_is_time, seconds.values())):
-        raise AnalysisFileError(f"{WRONG}: its seconds are not one number for each of {', '.join(STAGES)}")
-    if not isinstance(notes, list) or len(notes) > MOST_NOTES or not all(map(_is_note, notes)):
-        raise AnalysisFileError(f"{WRONG}: its notes are not at most {MOST_NOTES} texts of {NOTE_LENGTH} letters")
-    return {stage: float(seconds[stage]) for stage in STAGES}, tuple(notes)
+Seconds = Annotated[float, Field(strict=True, ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
+Note = Annotated[str, Field(max_length=NOTE_LENGTH)]
 
 
-def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST_SECONDS
+class Facts(BaseModel, extra="forbid"):
+    """The file's metadata, each of them JSON."""
+
+    format: Json[Literal[FORMAT]]
+    weights: Json[str]  # their fingerprint
+    seconds: Json[Annotated[dict[Literal[STAGES], Seconds], Field(min_length=len(STAGES))]]
+    notes: Json[Annotated[list[Note], Field(max_length=MOST_NOTES)]]
 
 
-def _is_note(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= NOTE_LENGTH
+class Part(NamedTuple):
+    """What a tensor of the file must be: its type and shape, and the limits of its values."""
+
+    kind: str
+    shape: tuple[int, ...]
+    low: float
+    high: float
 
 
 def _header(file: Any, name: str) -> tuple[str, tuple[int, ...]]:
@@ -152,9 +151,11 @@ def _header(file: Any, name: str) -> tuple[str, tuple[int, ...]]:
     return part.get_dtype(), tuple(part.get_shape())
 
 
-def _check_shapes(shapes: dict[str, tuple[str, tuple[int, ...]]], pipeline: PatchScalerPipeline) -> PatchGrid:
-    """All sizes follow from that of the input, and that one has limits. Returns the grid."""
-    rgb = shapes.get("rgb", ("", ()))[1]
+def _parts(
+    headers: dict[str, tuple[str, tuple[int, ...]]], pipeline: PatchScalerPipeline
+) -> tuple[PatchGrid, dict[str, Part]]:
+    """The grid, and what every tensor must be: all sizes follow from that of the input, and that one has limits."""
+    rgb = headers.get("rgb", ("", ()))[1]
     if len(rgb) != 3 or min(rgb) < 1:
         raise AnalysisFileError(f"{WRONG}: rgb has shape {rgb}, not 3xHxW")
     height, width = rgb[1:]
@@ -164,25 +165,19 @@ def _check_shapes(shapes: dict[str, tuple[str, tuple[int, ...]]], pipeline: Patc
         raise AnalysisFileError(f"{width}×{height} is {height * width:,} pixels; the limit is {most:,}")
     config = pipeline.transformer.config
     grid = PatchGrid.covering(SCALE * height, SCALE * width, config.size)
-    expected = {
-        "rgb": ("F32", (3, height, width)),
-        "latents": ("F32", (config.channels, grid.height, grid.width)),
-        "confidence": ("F32", (1, grid.height, grid.width)),
-        "patch_confidence": ("F32", (len(grid),)),
-        "grey": ("U8", preview_size(SCALE * width, SCALE * height)[::-1]),
+    parts = {
+        "rgb": Part("F32", (3, height, width), -1, 1),
+        "latents": Part("F32", (config.channels, grid.height, grid.width), -MOST_LATENT, MOST_LATENT),
+        "confidence": Part("F32", (1, grid.height, grid.width), 0, 1),
+        "patch_confidence": Part("F32", (len(grid),), 0, 1),
+        "grey": Part("U8", preview_size(SCALE * width, SCALE * height)[::-1], 0, 255),
     }
-    if "alpha" in shapes:
-        expected["alpha"] = ("F32", (1, height, width))
-    if shapes.keys() != expected.keys():
-        raise AnalysisFileError(f"{WRONG}: it holds {sorted(shapes)[:8]}, not {sorted(expected)}")
-    for name, wanted in expected.items():
-        if shapes[name] != wanted:
-            found, wanted = (f"{kind} {'x'.join(map(str, shape))}" for kind, shape in (shapes[name], wanted))
+    if "alpha" in headers:
+        parts["alpha"] = Part("F32", (1, height, width), 0, 1)
+    if headers.keys() != parts.keys():
+        raise AnalysisFileError(f"{WRONG}: it holds {sorted(headers)[:8]}, not {sorted(parts)}")
+    for name, part in parts.items():
+        if headers[name] != part[:2]:
+            found, wanted = (f"{kind} {'x'.join(map(str, shape))}" for kind, shape in (headers[name], part[:2]))
             raise AnalysisFileError(f"{WRONG}: {name} is {found}, not {wanted}")
-    return grid
-
-
-def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
-    if not ((values >= low) & (values <= high)).all():  # nor is NaN between them
-        found = f"from {values.min().item():g} to {values.max().item():g}"
-        raise AnalysisFileError(f"{WRONG}: {name} goes {found}; the limits are {low:g} and {high:g}")
+    return grid, parts

@@ -7,7 +7,9 @@ they stand, so annotations are not postponed here, and it takes one line for eac
 
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +26,12 @@ from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import SCALE
 from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.results import Result
-from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
+from patchscaler.ui.analysis_file import fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import new_folder, save_final, stem
-from patchscaler.ui.html import explain, shortened
+from patchscaler.ui.html import SettingsError, explain
 from patchscaler.ui.run import Runner
 from patchscaler.ui.server import mcp_wanted
-from patchscaler.ui.state import ByHand, Known, plan_of, seed_of, whole_pictures
+from patchscaler.ui.state import ByHand, Known, flag_of, plan_of, seed_of, whole_pictures
 from patchscaler.ui.zerogpu import Order
 from patchscaler.version import __version__
 
@@ -69,8 +71,9 @@ class Endpoints:
             analysis: the file for regroup and refine, in safetensors format
             report: size, patch grid, each patch's confidence row by row, its group, seconds of each stage, notes
         """  # noqa: E501
-        source = _path("image", image)
-        return await self._last(lambda: self._analyze(source))
+        with _plainly():
+            order = Order(_path("image", image), PAPER, 0, {}, live=False, refine=False)
+            return await self._last(lambda: self._runner.events(order), partial(self._analyzed, order))
 
     def regroup(
         self,
@@ -97,29 +100,17 @@ class Endpoints:
             overlay: the groups drawn over the coarse image in grey, a PNG of at most 1024 pixels a side
             report: the plan, the number of patches in each group, each patch's group, and network evaluations
         """  # noqa: E501
-        plan, _ = _checked(gamma1, gamma2, start, steps)
-        by_hand = _by_hand(by_hand)
-        if (analysis is None) == (confidence is None):
-            raise _refusal("either analysis or confidence is needed, and not both")
-        if analysis is None:
-            if not isinstance(confidence, list) or not confidence or not all(map(_is_number, confidence)):
-                raise _refusal("confidence is not a list of numbers")
-            if len(confidence) > MOST_CONFIDENCES:
-                raise _refusal(f"{len(confidence):,} confidences are too many; the limit is {MOST_CONFIDENCES:,}")
-            try:
-                values = tensor([float(value) for value in confidence])
-            except OverflowError as error:  # a whole number may have any length
-                raise _refusal("confidence is not a list of numbers in [0, 1]") from error
-            assignment = _assign(values, plan, by_hand)
-            return None, _grouped(plan, assignment, by_hand)
-        return self._regroup(_path("analysis", analysis), plan, by_hand)
+        with _plainly():
+            plan, by_hand = _plan(gamma1, gamma2, start, steps), _by_hand(by_hand)
+            if (analysis is None) == (confidence is None):
+                raise SettingsError("either analysis or confidence is needed, and not both")
+            if analysis is None:
+                return None, _grouped(plan, _assign(_confidences(confidence), plan, by_hand), by_hand)
+            return self._regroup(_path("analysis", analysis), plan, by_hand)
 
     @whole_pictures()
     def _regroup(self, path: str, plan: SamplingPlan, by_hand: ByHand) -> tuple[dict, dict]:
-        try:
-            loaded = read_analysis(path, self._runner.pipeline, self._weights)
-        except AnalysisFileError as error:
-            raise _plain(error) from error
+        loaded = read_analysis(path, self._runner.pipeline, self._weights)
         assignment = _assign(loaded.patch_confidence, plan, by_hand)
         size = empty(3, SCALE * loaded.picture.height, SCALE * loaded.picture.width, device="meta")
         overlay = qmap_overlay(size, loaded.grid, assignment, by_hand=by_hand, grey=loaded.grey)
@@ -152,9 +143,10 @@ class Endpoints:
             final: the image at four times the size, a lossless PNG with plan and seed inside
             report: the plan, the seed, and patches, network evaluations and seconds of each group and stage
         """
-        plan, seed = _checked(gamma1, gamma2, start, steps, seed)
-        order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), _flag(color_fix), live=False)
-        return await self._last(lambda: self._refine(order))
+        with _plainly():
+            plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
+            order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), color_fix, live=False)
+            return await self._last(lambda: self._refine(order), partial(_result, order))
 
     async def upscale(
         self,
@@ -181,18 +173,13 @@ class Endpoints:
             final: the image at four times the size, a lossless PNG with plan and seed inside
             report: the plan, the seed, and patches, network evaluations and seconds of each group and stage
         """  # noqa: E501
-        plan, seed = _checked(gamma1, gamma2, start, steps, seed)
-        order = Order(_path("image", image), plan, seed, {}, _flag(color_fix), live=False)
-        return await self._last(lambda: self._upscale(order))
+        with _plainly():
+            plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
+            order = Order(_path("image", image), plan, seed, {}, color_fix, live=False)
+            return await self._last(lambda: self._runner.events(order), partial(_result, order))
 
-    # Jobs: they yield None where they can be stopped, and last what to return.
-
-    def _analyze(self, source: str) -> Iterator[Any]:
-        for event in self._runner.events(Order(source, PAPER, 0, {}, live=False, refine=False)):
-            if isinstance(event, Known):
-                known = event
-            yield None
-        analysis, name = known.analysis, _name(source)
+    def _analyzed(self, order: Order, known: Known) -> tuple[dict, dict, dict, dict]:
+        analysis, name = known.analysis, _name(order.source)
         assignment = assign(analysis.patch_confidence, PAPER)
         coarse = write_png(Picture(analysis.coarse), new_folder() / f"{name}_coarse.png")
         file = write_analysis(analysis, known.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
@@ -208,25 +195,24 @@ class Endpoints:
             "seconds": analysis.seconds,
             "notes": list(analysis.picture.notes),
         }
-        yield _handed(coarse), _drawn(overlay, name), _handed(file), report
+        return _handed(coarse), _drawn(overlay, name), _handed(file), report
 
     def _refine(self, order: Order) -> Iterator[Any]:
         loaded = read_analysis(order.source, self._runner.pipeline, self._weights)
         _assign(loaded.patch_confidence, order.plan, order.by_hand)
-        for event in self._runner.networks.run(order, loaded.restored()):
-            yield _result(event, order) if isinstance(event, Result) else None
+        return self._runner.networks.run(order, loaded.restored())
 
-    def _upscale(self, order: Order) -> Iterator[Any]:
-        for event in self._runner.events(order):
-            yield _result(event, order) if isinstance(event, Result) else None
+    async def _last(self, events: Callable[[], Iterator[Any]], returned: Callable[[Any], tuple]) -> tuple:
+        """Go through the events as a job, and return what `returned` makes of the last."""
 
-    async def _last(self, job: Callable[[], Iterator[Any]]) -> Any:
-        try:
-            async for item in self._runner.jobs.stream(job):
-                last = item
-            return last
-        except Exception as error:
-            raise _plain(error) from error
+        def job() -> Iterator[Any]:
+            for event in events():
+                yield event
+            yield returned(event)
+
+        async for item in self._runner.jobs.stream(job):
+            last = item
+        return last
 
 
 def _publish(page: gr.Blocks, endpoint: Callable, **options: Any) -> None:
@@ -244,7 +230,17 @@ def _publish(page: gr.Blocks, endpoint: Callable, **options: Any) -> None:
         page.blocks[number]._api_info["description"] = text
 
 
-# What goes in
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Errors of this block as a program reads them: as they are, and not as HTML."""
+    try:
+        yield
+    except Exception as error:
+        visible = explain(error)
+        raise gr.Error(unescape(visible.message), title=unescape(visible.title), print_exception=False) from error
+
+
+# What goes in. All raise SettingsError.
 
 
 def _path(name: str, file: Any) -> str:
@@ -252,16 +248,13 @@ def _path(name: str, file: Any) -> str:
     try:
         return FileData.model_validate(file, context={"validate_meta": True}).path
     except ValidationError as error:
-        raise _refusal(f"{name} is not an uploaded file") from error
+        raise SettingsError(f"{name} is not an uploaded file") from error
 
 
-def _checked(gamma1: Any, gamma2: Any, start: Any, steps: Any, seed: Any = 0) -> tuple[SamplingPlan, int]:
+def _plan(gamma1: Any, gamma2: Any, start: Any, steps: Any) -> SamplingPlan:
     if not isinstance(start, list) or not isinstance(steps, list) or (len(start), len(steps)) != (3, 3):
-        raise _refusal("start and steps are lists of three whole numbers")
-    try:
-        return plan_of([gamma1, gamma2, *start, *steps]), seed_of(seed)
-    except ValueError as error:
-        raise _refusal(str(error)) from error
+        raise SettingsError("start and steps are lists of three whole numbers")
+    return plan_of([gamma1, gamma2, *start, *steps])
 
 
 def _by_hand(groups: Any) -> ByHand:
@@ -270,36 +263,25 @@ def _by_hand(groups: Any) -> ByHand:
         return {int(index): GROUPS.index(group) for index, group in groups.items()}
     except (AttributeError, TypeError, ValueError) as error:
         example = f'{{"7": "hard"}}, of a patch and one of {", ".join(GROUPS)}'
-        raise _refusal(f"by_hand={str(groups)[:80]} is not like {example}") from error
+        raise SettingsError(f"by_hand={str(groups)[:80]} is not like {example}") from error
 
 
-def _flag(color_fix: Any) -> bool:
-    if not isinstance(color_fix, bool):
-        raise _refusal(f"color_fix={str(color_fix)[:80]} is neither true nor false")
-    return color_fix
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _confidences(values: Any) -> Tensor:
+    if not isinstance(values, list) or not values or any(type(value) not in (int, float) for value in values):
+        raise SettingsError("confidence is not a list of numbers")
+    if len(values) > MOST_CONFIDENCES:
+        raise SettingsError(f"{len(values):,} confidences are too many; the limit is {MOST_CONFIDENCES:,}")
+    try:
+        return tensor([float(value) for value in values])
+    except OverflowError as error:  # a whole number may have any length
+        raise SettingsError("confidence is not a list of numbers in [0, 1]") from error
 
 
 def _assign(confidence: Tensor, plan: SamplingPlan, by_hand: ByHand) -> Tensor:
     try:
         return assign(confidence, plan, by_hand)
     except ValueError as error:
-        raise _refusal(str(error)) from error
-
-
-def _refusal(text: str, title: str = "These settings do not work") -> gr.Error:
-    """Of a program's request: as it is, and not as HTML."""
-    return gr.Error(shortened(text), title=title, print_exception=False)
-
-
-def _plain(error: Exception) -> gr.Error:
-    if isinstance(error, AnalysisFileError):
-        return _refusal(str(error), "This analysis was refused")
-    visible = explain(error)
-    return _refusal(unescape(visible.message), unescape(visible.title))
+        raise SettingsError(str(error)) from error
 
 
 # What goes out
@@ -315,7 +297,7 @@ def _drawn(overlay: Any, name: str) -> dict:
     return _handed(path)
 
 
-def _result(result: Result, order: Order) -> tuple[dict, dict]:
+def _result(order: Order, result: Result) -> tuple[dict, dict]:
     picture = result.picture
     report = {
         "width": picture.width,

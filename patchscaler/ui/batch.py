@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Stops
 from patchscaler.ui.run import Runner
 from patchscaler.ui.server import MAX_FILES
-from patchscaler.ui.state import Settings, View, checked_batch, checked_flag, checked_plan
+from patchscaler.ui.state import Settings, View
 from patchscaler.ui.zerogpu import Order
 
 PREVIEW_SIDE = 1024  # of the pictures in the gallery, in pixels
@@ -46,36 +47,31 @@ class Batch:
 
     async def run_all(self, now: Settings, files: list | None) -> AsyncIterator[View]:
         """Upscale file by file. A bad one is reported and the rest go on; Stop keeps what is finished."""
-        plan, seed = checked_plan(now.dials, now.seed)
-        batch_size, color_fix = checked_batch(now.batch), checked_flag("color_fix", now.color_fix)
-        sources = [file["path"] for file in files or []]
-        if not sources or len(sources) > MAX_FILES:
-            raise visible_error("No images" if not sources else "Too many images", f"1 to {MAX_FILES} are taken.")
-        names = [Path(file.get("orig_name") or file["path"]).name for file in files]
+        files, same = files or [], replace(now.order(), by_hand={}, live=False)
+        if not 1 <= len(files) <= MAX_FILES:
+            raise visible_error("Too many images" if files else "No images", f"1 to {MAX_FILES} are taken.")
         with self._batches.of(now.session) as stop:
             outcomes: list[Outcome] = []
-            waiting = _status("Waiting for the pipeline…", 0, len(sources))
-            stoppable = gr.update(interactive=True)
+            waiting, stoppable = html.status("Waiting for the pipeline…", 0, len(files)), gr.update(interactive=True)
             yield {"batch-status": waiting, "gallery": [], "outcomes": "", "batch-zip": None, "stop-all": stoppable}
-            for place, (source, name) in enumerate(zip(sources, names)):
-                order = Order(source, plan, seed, {}, color_fix, batch_size, live=False)
-                said = f"Image {place + 1} of {len(sources)}, {name}"
+            for place, file in enumerate(files):
+                order, name = replace(same, source=file["path"]), Path(file.get("orig_name") or file["path"]).name
+                said = f"Image {place + 1} of {len(files)}, {name}"
                 try:
                     async for event in self._runner.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023
                         if isinstance(event, Outcome):
                             outcomes.append(event)
                         elif isinstance(event, Progress):
-                            share = event.done / event.total
                             step = f"{said}: {GROUPS[event.group]}, step {event.step} of {event.steps}"
-                            yield {"batch-status": _status(step, place + share, len(sources))}
+                            yield {"batch-status": html.status(step, place + event.done / event.total, len(files))}
                 except Exception as error:
                     visible = explain(error)
                     outcomes.append(Outcome(name, f"{visible.title}: {unescape(visible.message)}"))
                 if stop.is_set():
                     break
-                yield {"batch-status": _status(said, place + 1, len(sources)), **_so_far(outcomes)}
+                yield {"batch-status": html.status(said, place + 1, len(files)), **_so_far(outcomes)}
             yield {
-                "batch-status": html.status(_summary(outcomes, len(sources), stop.is_set())),
+                "batch-status": html.status(_summary(outcomes, len(files), stop.is_set())),
                 **_so_far(outcomes),
                 "batch-zip": _zip(outcomes),
                 "stop-all": gr.update(interactive=False),
@@ -98,10 +94,6 @@ class Batch:
                 yield Outcome(name, text, picture, save_preview(preview, stem(order.source)), event.report())
             else:
                 yield event if isinstance(event, Progress) else None
-
-
-def _status(text: str, done: float, total: int) -> str:
-    return html.status(text, round(100 * done), 100 * total)
 
 
 def _so_far(outcomes: list[Outcome]) -> View:

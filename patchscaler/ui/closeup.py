@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from patchscaler.images import Picture, to_pil
@@ -16,13 +16,11 @@ from patchscaler.patches import LATENT_PIXELS, Patch
 from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui import html
 from patchscaler.ui.export import save_preview
-from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, checked_choice, whole_pictures
+from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, choice_of, whole_pictures
 
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
 ZOOMS = ("100 %", "200 %", "400 %")
 WINDOW = 480  # side of the zoomed crop on the page, in pixels
-OVERLAY_SIDE = 1024  # the Qmap overlay is drawn no larger
-PATCH_ZOOM = 4
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -38,15 +36,15 @@ class Closeups:
     @whole_pictures()
     def compared(self, now: Settings, left: str, right: str) -> View:
         """Two whole pictures for the slider."""
-        sides = checked_choice("left", left, SIDES), checked_choice("right", right, SIDES)
+        sides = choice_of("left", left, SIDES), choice_of("right", right, SIDES)
         known = self.cache.get(now.source)
         return {"compare": pair(known, now.page.shown, sides) if known else None}
 
     @whole_pictures()
     def zoomed(self, now: Settings, left: str, right: str, zoom: str) -> View:
         """The same crop of both."""
-        sides = checked_choice("left", left, SIDES), checked_choice("right", right, SIDES)
-        zoom = checked_choice("zoom", zoom, ZOOMS)
+        sides = choice_of("left", left, SIDES), choice_of("right", right, SIDES)
+        zoom = choice_of("zoom", zoom, ZOOMS)
         known = self.cache.get(now.source)
         return {"zoom": zoomed(known, now.page.shown, sides, zoom, now.page.center) if known else None}
 
@@ -60,9 +58,11 @@ class Closeups:
         if known is None or index is None:
             return {"inspected": ""}
         priors = known.analysis.priors
-        images = [to_pil(Picture(values)) for values in self._decode(priors.indices[index])]
-        coarse = to_pil(Picture(known.analysis.grid.patches[index].pixels(known.analysis.coarse)))
-        return {"inspected": html.priors(coarse, images, priors.similarities[index].tolist())}
+        coarse = known.analysis.grid.patches[index].pixels(known.analysis.coarse)
+        similarities = enumerate(priors.similarities[index].tolist(), start=1)
+        labels = ["y₀: the coarse patch", *(f"Prior {place}, similarity {value:.3f}" for place, value in similarities)]
+        pictures = [to_pil(Picture(values)) for values in (coarse, *self._decode(priors.indices[index]))]
+        return {"inspected": html.figures(list(zip(labels, pictures)), "priors")}
 
     def seams(self, now: Settings, on: Any) -> View:
         """The borders of all patches, over every panel that shows the whole picture."""
@@ -86,11 +86,11 @@ def zoomed(
     height, width = known.analysis.coarse.shape[-2:]
     factor = int(zoom.split()[0]) // 100
     x, y = center or (width / 2, height / 2)
-    box = window(x, width, WINDOW // factor) + window(y, height, WINDOW // factor)
-    crops = [side(known, shown, name, (box[0], box[2], box[1], box[3])) for name in sides]
+    (left, right), (top, bottom) = window(x, width, WINDOW // factor), window(y, height, WINDOW // factor)
+    crops = [side(known, shown, name, (left, top, right, bottom)) for name in sides]
     if None in crops:
         return None
-    return tuple(save_preview(magnified(crop, factor), "zoom") for crop in crops)
+    return tuple(save_preview(ImageOps.scale(crop, factor, Image.Resampling.NEAREST), "zoom") for crop in crops)
 
 
 def window(center: float, length: int, side: int) -> tuple[int, int]:
@@ -114,10 +114,6 @@ def side(known: Known, shown: Shown | None, name: str, box: Box | None = None) -
         return (image.crop(box) if box else image).convert("RGB")
 
 
-def magnified(image: Image.Image, factor: int) -> Image.Image:
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
 def difference(a: Tensor, b: Tensor) -> Image.Image:
     """Where two pictures 3xHxW in [-1, 1] differ: black for not at all, white for a quarter of the range."""
     amount = (a - b).abs().mean(0).mul(2).clamp(0, 1).numpy()  # HxW
@@ -127,7 +123,7 @@ def difference(a: Tensor, b: Tensor) -> Image.Image:
 
 def clicked(known: Known, at: tuple[float, float]) -> tuple[float, float]:
     """A pixel of the upscaled picture for a place on the Qmap overlay, which may be smaller."""
-    scale = max(1.0, max(known.analysis.coarse.shape[-2:]) / OVERLAY_SIDE)
+    scale = max(known.analysis.coarse.shape[-2:]) / max(known.grey.size)
     return at[0] * scale, at[1] * scale
 
 
@@ -154,11 +150,11 @@ def patch_views(
     box = (left, top, min(width, left + size), min(height, top + size))
     group = int(assign(analysis.patch_confidence, plan, by_hand)[index])
     pictures = [
-        (label, magnified(picture, PATCH_ZOOM))
+        (label, picture)
         for label, name in (("Before: bicubic", "Bicubic input"), ("After: final", "Final"))
         if (picture := side(known, shown, name, box)) is not None
     ]
     confidence = analysis.patch_confidence[index].item()
     facts = html.patch(index, box, confidence, group, plan, index in by_hand)
     closer = html.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
-    return facts + closer, facts + html.pictures(pictures)
+    return facts + closer, facts + html.figures(pictures)

@@ -17,6 +17,7 @@ from gradio.events import Dependency
 from patchscaler.ui import export
 from patchscaler.ui.batch import Batch
 from patchscaler.ui.closeup import Closeups
+from patchscaler.ui.html import explained
 from patchscaler.ui.run import Runner
 from patchscaler.ui.state import DIALS, Settings, View
 from patchscaler.ui.tune import Tuner
@@ -138,14 +139,17 @@ def _called(handler: Callable, page: dict[str, Any], own: int, at: bool) -> Call
         return {page[name]: value for name, value in view.items()} or gr.skip()
 
     async def stream(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
-        async for view in handler(settings(request, values), *values[:own]):
-            yield by_component(view)
+        with explained():
+            async for view in handler(settings(request, values), *values[:own]):
+                yield by_component(view)
 
     def select(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
-        return by_component(handler(settings(request, values), event.index, *values[:own]))
+        with explained():
+            return by_component(handler(settings(request, values), event.index, *values[:own]))
 
     def call(request: gr.Request, *values: Any) -> Any:
-        return by_component(handler(settings(request, values), *values[:own]))
+        with explained():
+            return by_component(handler(settings(request, values), *values[:own]))
 
     wrapped = stream if isasyncgenfunction(handler) else select if at else call
     wrapped.__name__ = getattr(handler, "__name__", None) or handler.func.__name__

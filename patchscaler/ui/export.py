@@ -7,7 +7,7 @@ import re
 import secrets
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs
 from zipfile import ZIP_STORED, ZipFile
 
@@ -22,17 +22,16 @@ from patchscaler.results import Analysis, Result
 from patchscaler.ui import html
 from patchscaler.ui.html import visible_error
 from patchscaler.ui.state import (
-    DIALS,
     Known,
     SessionCache,
     Settings,
     Shown,
     View,
+    batch_of,
+    dialled,
     dials_of,
     in_range,
-    is_batch,
     plan_of,
-    preset_of,
     seed_of,
     whole_pictures,
 )
@@ -76,9 +75,6 @@ LINK = """(...values) => {
 }"""
 
 
-SWITCHES = {"color": "1", "uniform": "0"}  # and what they are in a link without them
-
-
 def linked(now: Settings, query: Any) -> View:
     """Dials, preset, colour fix, baseline and patch batch from the page's address; nothing from one that cannot be.
 
@@ -87,47 +83,33 @@ def linked(now: Settings, query: Any) -> View:
     values = {name: texts[0] for name, texts in parse_qs(str(query).removeprefix("?")).items()}
     try:
         dials = tuple(float(text) for text in values["plan"].split(","))
-        seed = seed_of(float(values["seed"]))
-        preset = preset_of(plan_of(dials))
-        switches = [bool(("0", "1").index(values.get(name, usual))) for name, usual in SWITCHES.items()]
-        batch = float(values["batch"]) if "batch" in values else None
+        plan, seed = plan_of(dials), seed_of(float(values["seed"]))
+        switch = {"0": False, "1": True}
+        color_fix, uniform = switch[values.get("color", "1")], switch[values.get("uniform", "0")]
+        batch = batch_of(float(values["batch"]) if "batch" in values else None)
     except (KeyError, ValueError, OverflowError):
         return {}
-    if not in_range(dials) or not is_batch(batch):
+    if not in_range(dials):
         return {}
-    return {
-        **dict(zip(DIALS, (*dials, seed))),
-        "preset": preset,
-        "color-fix": switches[0],
-        "uniform": switches[1],
-        "batch": None if batch is None else int(batch),
-    }
+    return {**dialled(plan, seed), "color-fix": color_fix, "uniform": uniform, "batch": batch}
 
 
-class MadeWith(NamedTuple):
-    """The settings in a PNG that was made here, and what is said of them; no dials if these cannot show its plan."""
-
-    said: str
-    dials: tuple[float, ...] | None = None
-    seed: int = 0
-    color_fix: bool = True
-
-
-def made_with(source: str) -> MadeWith | None:
-    """What a PNG of the page, the API or the command line was made with; None for any other file."""
+def restored(source: str) -> View:
+    """The settings in a PNG of the page, the API or the command line, and a note on them; nothing for other files."""
     text = read_png_text(source)
     try:
         plan, seed = SamplingPlan.from_json(text["plan"]), seed_of(int(text["seed"]))
         by_hand = len(json.loads(text.get("by_hand", "{}")).keys())
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return None
+        return {}
     settings = html.describe(plan, seed)
-    if not in_range(dials := dials_of(plan)):
-        return MadeWith(f"PatchScaler made this image with {settings}, which is beyond these dials.")
-    said = f"PatchScaler made this image, and its settings are restored: {settings}."
+    if not in_range(dials_of(plan)):
+        return {"note": f"<p>PatchScaler made this image with {settings}, which is beyond these dials.</p>"}
+    note = f"PatchScaler made this image, and its settings are restored: {settings}."
     if by_hand:
-        said += f" Not so {by_hand} of its patches that were set by hand: they belong to the image it was made from."
-    return MadeWith(f"{said} Run upscales it once more.", dials, seed, text.get("color_fix") != "off")
+        note += f" Not so {by_hand} of its patches that were set by hand: they belong to the image it was made from."
+    color_fix = text.get("color_fix") != "off"
+    return {"note": f"<p>{note} Run upscales it once more.</p>", "color-fix": color_fix, **dialled(plan, seed)}
 
 
 def packed(cache: SessionCache, now: Settings) -> View:
@@ -141,16 +123,16 @@ def packed(cache: SessionCache, now: Settings) -> View:
 
 def stages_zip(known: Known, shown: Shown) -> Path:
     """All stages of the shown picture as lossless PNGs, with a report. FileNotFoundError if it is gone."""
-    analysis, name = known.analysis, stem(shown.source)
+    analysis, order, name = known.analysis, shown.order, stem(shown.order.source)
     path = new_folder() / f"{name}_patchscaler.zip"
-    assignment = assign(analysis.patch_confidence, shown.plan, shown.by_hand)
-    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=shown.by_hand)
+    assignment = assign(analysis.patch_confidence, order.plan, order.by_hand)
+    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=order.by_hand, grey=known.grey)
     report = {
         "image": name,
         "complete": shown.complete,
-        "color_fix": shown.color_fix,
+        "color_fix": order.color_fix,
         **shown.report,
-        "by_hand": {str(index): group for index, group in shown.by_hand.items()},
+        "by_hand": {str(index): group for index, group in order.by_hand.items()},
         "patches": [
             {"left": patch.left, "top": patch.top, "confidence": confidence, "group": group, "start": start, "steps": n}
             for patch, confidence, group, start, n in zip(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
-from typing import NamedTuple
+from typing import Any
 
 import gradio as gr
 import torch
@@ -19,23 +20,34 @@ from patchscaler.images import ImageError
 from patchscaler.patches import PatchGrid
 from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.results import NotFiniteError, Progress, Result
+from patchscaler.ui.analysis_file import AnalysisFileError
 from patchscaler.ui.jobs import JobError
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."
 NO_PATCH = '<p class="quiet">After a run, click a patch on the Qmap overlay to see what the method knows of it.</p>'
 NO_TIMING = '<p class="quiet">The seconds of every group and stage appear here after a run.</p>'
-STAGES = (
-    ("encode", "Encode"),
-    ("restore", "Restore (GRM)"),
-    ("retrieve", "Retrieve priors"),
-    ("refine", "Refine"),
-    ("decode", "Decode"),
-    ("color", "Colour fix"),
-)
+STAGES = {
+    "encode": "Encode",
+    "restore": "Restore (GRM)",
+    "retrieve": "Retrieve priors",
+    "refine": "Refine",
+    "decode": "Decode",
+    "color": "Colour fix",
+}
+STAGE_COLORS = {
+    "encode": "#5b6b7a",
+    "restore": "#7d8fa3",
+    "retrieve": "#a3b1bf",
+    "decode": "#8a6fb0",
+    "color": "#b9a3d6",
+}
+BINS = 50  # of the histogram
+MOST_TEXT = 400  # letters of an error
+log = logging.getLogger(__name__)
 
 
-def status(text: str, done: int = 0, total: int = 0) -> str:
-    bar = f'<progress aria-label="Network evaluations" value="{done}" max="{total}"></progress>' if total else ""
+def status(text: str, done: float = 0, total: int = 0) -> str:
+    bar = f'<progress aria-label="Network evaluations" value="{done:g}" max="{total}"></progress>' if total else ""
     return f"<p>{escape(text)}</p>{bar}"
 
 
@@ -51,7 +63,7 @@ def legend(counts: Sequence[int] = ()) -> str:
     entries = []
     for i, name in enumerate(GROUPS):
         count = f" <b>{counts[i]}</b>" if counts else ""
-        entries.append(f'<li data-group="{name}">{_swatch(i)}{name.capitalize()}{count}</li>')
+        entries.append(f'<li data-group="{name}">{_swatch(GROUP_COLORS[i])}{name.capitalize()}{count}</li>')
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
@@ -117,22 +129,20 @@ def patch(
     return (
         f"<p><b>Patch {index}</b>, pixels {box[0]}, {box[1]} to {box[2]}, {box[3]}: "
         f"confidence <b>{confidence:.3f}</b>, "
-        f"{_swatch(group)}{GROUPS[group]}{hand}, T {plan.start[group]}, N {plan.steps[group]}</p>"
+        f"{_swatch(GROUP_COLORS[group])}{GROUPS[group]}{hand}, T {plan.start[group]}, N {plan.steps[group]}</p>"
     )
 
 
-def pictures(labelled: Sequence[tuple[str, Image.Image]]) -> str:
-    """Pictures side by side, of a patch before and after."""
-    return f'<div class="patches">{"".join(_figure(picture, label) for label, picture in labelled)}</div>'
-
-
-def priors(coarse: Image.Image, pictures: Sequence[Image.Image], similarities: Sequence[float]) -> str:
-    """A patch's y0 and the texture priors that were retrieved for it, best first."""
-    figures = _figure(coarse, "y₀: the coarse patch") + "".join(
-        _figure(picture, f"Prior {place}, similarity {similarity:.3f}")
-        for place, (picture, similarity) in enumerate(zip(pictures, similarities), start=1)
-    )
-    return f'<div class="patches priors">{figures}</div>'
+def figures(labelled: Sequence[tuple[str, Image.Image]], kind: str = "") -> str:
+    """Pictures side by side with their labels, within the HTML itself: they need no files, and are exact."""
+    entries = ""
+    for label, picture in labelled:
+        data = io.BytesIO()
+        picture.save(data, "PNG", compress_level=1)
+        source, label = base64.b64encode(data.getvalue()).decode(), escape(label)
+        image = f'<img src="data:image/png;base64,{source}" alt="{label}">'
+        entries += f"<figure>{image}<figcaption>{label}</figcaption></figure>"
+    return f'<div class="patches {kind}">{entries}</div>'
 
 
 def baseline(evaluations: tuple[int, int], seconds: tuple[float, float]) -> str:
@@ -180,73 +190,64 @@ def describe(plan: SamplingPlan, seed: int) -> str:
     return f"γ {plan.gamma1:.2f}/{plan.gamma2:.2f}, T {start}, N {steps}, seed {seed}"
 
 
-class GroupCost(NamedTuple):
-    """What a group costs under a plan, whether its patches were sampled in this run or taken over."""
+def timing(result: Result, reused: bool) -> str:
+    """Bar and tables: each group's cost, and the seconds of every stage. `reused`: the analysis is an earlier one.
 
-    name: str
-    patches: int
-    start: int
-    steps: int
-    seconds: float
-    reused: int  # patches
-
-    @property
-    def evaluations(self) -> int:
-        return self.patches * self.steps
-
-
-def costs(result: Result) -> list[GroupCost]:
-    """By group. The seconds of patches that were taken over are those of the run in which they were sampled."""
-    groups = []
+    The seconds of patches that were taken over are those of the run in which they were sampled.
+    """
+    took = result.sampled.seconds  # N
+    groups, sampling = [], []
     for index, group in enumerate(result.groups):
         members = result.assignment == index
-        seconds, reused = result.sampled.seconds[members].sum().item(), int((members & ~result.rendered).sum())
-        groups.append(GroupCost(group.name, group.patches, group.start, group.steps, seconds, reused))
-    return groups
+        seconds, again = took[members].sum().item(), int((members & ~result.rendered).sum())
+        name, evaluations = group.name.capitalize(), group.patches * group.steps
+        spent = f"{seconds:.2f}{_reused(again, group.patches)}"
+        facts = (group.patches, group.start, group.steps, f"{evaluations:,}", spent, _per_step(seconds, evaluations))
+        groups.append((_swatch(GROUP_COLORS[index]) + name, *facts))
+        sampling.append((name, seconds, GROUP_COLORS[index]))
+    patches, evaluations = len(took), result.plan.evaluations([group.patches for group in result.groups])
+    spent = sum(seconds for _, seconds, _ in sampling)
+    all_groups = ("All", patches, "", "", f"{evaluations:,}", f"{spent:.2f}", _per_step(spent, evaluations))
+
+    stages = {**result.seconds, "refine": result.seconds["refine"] + took[~result.rendered].sum().item()}
+    notes = {"refine": _reused(int((~result.rendered).sum()), patches)}
+    if reused:
+        notes |= dict.fromkeys(("encode", "restore", "retrieve"), _quiet("reused"))
+        notes["decode"] = _quiet("coarse reused")
+    parts = [(label, stages[name], STAGE_COLORS[name]) for name, label in STAGES.items() if name != "refine"]
+    parts[3:3] = sampling  # in the order of the work
+    columns = ("Group", "Patches", "T", "N", "Evaluations", "Seconds", "ms per patch-step")
+    rows = [(label, f"{stages[name]:.2f}{notes.get(name, '')}") for name, label in STAGES.items()]
+    tables = _table("Groups", columns, groups, all_groups) + _table("Stages", ("Stage", "Seconds"), rows)
+    return f'{_time_bar(parts)}<div class="tables">{tables}</div>'
 
 
-def timing(result: Result, reused: bool) -> str:
-    """Bar and tables: each group's cost, and the seconds of every stage. `reused`: the analysis is an earlier one."""
-    groups = costs(result)
-    taken_over = result.sampled.seconds[~result.rendered].sum().item()
-    seconds = {**result.seconds, "refine": result.seconds["refine"] + taken_over}
-    sampling = sum(group.seconds for group in groups)
-    rows = "".join(
-        f'<tr><th scope="row">{_swatch(i)}{group.name.capitalize()}</th><td>{group.patches}</td><td>{group.start}</td>'
-        f"<td>{group.steps}</td><td>{group.evaluations:,}</td>"
-        f"<td>{group.seconds:.2f}{_taken_over(group.reused, group.patches)}</td>"
-        f"<td>{_per_step(group.seconds, group.evaluations)}</td></tr>"
-        for i, group in enumerate(groups)
-    )
-    patches, evaluations = (sum(getattr(group, name) for group in groups) for name in ("patches", "evaluations"))
-    notes = dict.fromkeys(("encode", "restore", "retrieve"), _quiet("reused")) if reused else {}
-    notes["decode"] = _quiet("coarse reused") if reused else ""
-    notes["refine"] = _taken_over(sum(group.reused for group in groups), patches)
-    stages = "".join(
-        f'<tr><th scope="row">{label}</th><td>{seconds[name]:.2f}{notes.get(name, "")}</td></tr>'
-        for name, label in STAGES
-    )
+def _table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], foot: Sequence[Any] | None = None) -> str:
+    """Cells are HTML or numbers; the first of each row is its name."""
+
+    def row(cells: Sequence[Any]) -> str:
+        return f'<tr><th scope="row">{cells[0]}</th>{"".join(f"<td>{cell}</td>" for cell in cells[1:])}</tr>'
+
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    below = f"<tfoot>{row(foot)}</tfoot>" if foot else ""
     return (
-        f"{time_bar(groups, seconds)}"
-        '<div class="tables"><table class="groups"><caption>Groups</caption><thead><tr>'
-        '<th scope="col">Group</th><th scope="col">Patches</th><th scope="col">T</th><th scope="col">N</th>'
-        '<th scope="col">Evaluations</th><th scope="col">Seconds</th>'
-        '<th scope="col">ms per patch-step</th></tr></thead>'
-        f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">All</th><td>{patches}</td><td></td><td></td>'
-        f"<td>{evaluations:,}</td><td>{sampling:.2f}</td>"
-        f"<td>{_per_step(sampling, evaluations)}</td></tr></tfoot></table>"
-        '<table class="stages"><caption>Stages</caption><thead><tr><th scope="col">Stage</th>'
-        f'<th scope="col">Seconds</th></tr></thead><tbody>{stages}</tbody></table></div>'
+        f'<table class="{name.lower()}"><caption>{name}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(map(row, rows))}</tbody>{below}</table>"
     )
 
 
-def _figure(picture: Image.Image, label: str) -> str:
-    """An image within the HTML itself: it needs no file, and is exact."""
-    data = io.BytesIO()
-    picture.save(data, "PNG", compress_level=1)
-    source = base64.b64encode(data.getvalue()).decode()
-    label = escape(label)
-    return f'<figure><img src="data:image/png;base64,{source}" alt="{label}"><figcaption>{label}</figcaption></figure>'
+def _time_bar(parts: Sequence[tuple[str, float, str]]) -> str:
+    """One bar for all seconds of a run: label, seconds and colour of each part."""
+    total = sum(seconds for _, seconds, _ in parts)
+    bar, keys = "", ""
+    for label, seconds, color in parts:
+        width = f"width: {100 * seconds / total:.2f}%"
+        bar += f'<span title="{label}: {seconds:.2f} s" style="{width}; background: {color}"></span>'
+        keys += f"<li>{_swatch(color)}{label} <b>{seconds:.2f}&nbsp;s</b></li>"
+    return (
+        f'<figure class="chart"><figcaption>{total:.2f} seconds of work</figcaption><div class="bar" role="img" '
+        f'aria-label="Seconds of every stage, as in the tables">{bar}</div><ul class="legend">{keys}</ul></figure>'
+    )
 
 
 def _per_step(seconds: float, evaluations: int) -> str:
@@ -254,7 +255,7 @@ def _per_step(seconds: float, evaluations: int) -> str:
     return f"{1000 * seconds / evaluations:.1f}" if evaluations else "–"
 
 
-def _taken_over(reused: int, patches: int) -> str:
+def _reused(reused: int, patches: int) -> str:
     """The mark on seconds of an earlier run."""
     if not reused:
         return ""
@@ -265,110 +266,66 @@ def _quiet(note: str) -> str:
     return f' <span class="quiet">{note}</span>'
 
 
-def _swatch(group: int) -> str:
-    return f'<span class="swatch" style="background:{GROUP_COLORS[group]}"></span>'
+def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str:
+    """How many patches have which confidence (N in [0, 1]), by group, and where the thresholds lie.
+
+    Bars are drawn in bins and patches and stretched to the page's width; texts are the page's own.
+    """
+    bins = (confidence * BINS).long().clamp(0, BINS - 1)
+    counts = torch.stack([bins[assignment == group].bincount(minlength=BINS) for group in range(len(GROUPS))])
+    tops = counts.cumsum(0)  # 3xBINS, the groups stacked
+    highest = int(tops[-1].max())
+    bars = "".join(
+        f'<rect data-group="{GROUPS[group]}" fill="{GROUP_COLORS[group]}" x="{place + 0.1:.1f}" width="0.8" '
+        f'y="{highest - tops[group, place]}" height="{counts[group, place]}"/>'
+        for group, place in counts.nonzero().tolist()
+    )
+    marks = "".join(
+        f'<span class="threshold {name} {"before" if value > 0.5 else ""}" style="left: {100 * value:.1f}%">'
+        f"{sign} {value:.2f}</span>"
+        for name, sign, value in (("gamma2", "γ₂", plan.gamma2), ("gamma1", "γ₁", plan.gamma1))
+    )
+    low, high = confidence.min().item(), confidence.max().item()
+    label = (
+        f"Histogram of patch confidence, from {low:.2f} to {high:.2f}; thresholds {plan.gamma1:.2f}, {plan.gamma2:.2f}"
+    )
+    axis = "".join(f"<span>{value}</span>" for value in ("0", "0.25", "0.5", "0.75", "1"))
+    return (
+        '<figure class="chart"><figcaption>Confidence of the patches</figcaption>'
+        f'<div class="plot"><svg viewBox="0 0 {BINS} {highest}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}">{bars}</svg>{marks}</div><p class="axis">{axis}</p>'
+        '<p class="axis"><span>uncertain</span><span>sure</span></p></figure>'
+    )
+
+
+def _swatch(color: str) -> str:
+    return f'<span class="swatch" style="background: {color}"></span>'
 
 
 def _patches(count: int) -> str:
     return f"{count:,} patch" if count == 1 else f"{count:,} patches"
 
 
-BINS = 50
-STAGE_COLORS = {
-    "encode": "#5b6b7a",
-    "restore": "#7d8fa3",
-    "retrieve": "#a3b1bf",
-    "decode": "#8a6fb0",
-    "color": "#b9a3d6",
-}
-_WIDTH, _HEIGHT, _FOOT = 600, 190, 46  # of the histogram, in SVG units
+class SettingsError(ValueError):
+    """Settings of a visitor or client that cannot be; the message names the value and the limit."""
 
 
-def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str:
-    """How many patches have which confidence (N in [0, 1]), by group, and where the thresholds lie."""
-    bins = (confidence * BINS).long().clamp(0, BINS - 1)
-    counts = [bins[assignment == group].bincount(minlength=BINS).tolist() for group in range(len(GROUPS))]
-    highest = max(map(sum, zip(*counts)))
-    step, room = _WIDTH / BINS, _HEIGHT - _FOOT - 44
-    bars = []
-    for place in range(BINS):
-        bottom = _HEIGHT - _FOOT
-        for group, color in enumerate(GROUP_COLORS):
-            height = room * counts[group][place] / highest
-            bottom -= height
-            if height:
-                x, width = place * step + 1, step - 2
-                bars.append(_rectangle(x, bottom, width, height, color, f'data-group="{GROUPS[group]}"'))
-    marks = ""
-    # γ₂'s name stands left of its line and γ₁'s right of it, unless the edge is too near; then γ₁'s is lower.
-    for name, value, y in (("γ₂", plan.gamma2, 16), ("γ₁", plan.gamma1, 16 if plan.gamma1 < 0.85 else 38)):
-        before = value > (0.15 if name == "γ₂" else 0.85)
-        x, anchor = value * _WIDTH, "end" if before else "start"
-        marks += (
-            f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{_HEIGHT - _FOOT}"/>'
-            f'<text x="{x + (-4 if before else 4):.1f}" y="{y}" text-anchor="{anchor}">'
-            f"{name} {value:.2f}</text>"
-        )
-    axis = "".join(
-        f'<text x="{value * _WIDTH:.0f}" y="{_HEIGHT - 26}" text-anchor="{anchor}">{value:g}</text>'
-        for value, anchor in ((0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end"))
-    )
-    low, high = confidence.min().item(), confidence.max().item()
-    label = (
-        f"Histogram of patch confidence, from {low:.2f} to {high:.2f}; thresholds {plan.gamma1:.2f}, {plan.gamma2:.2f}"
-    )
-    return (
-        f'<figure class="chart"><figcaption>Confidence of the patches</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(bars)}'
-        f'<line class="axis" x1="0" x2="{_WIDTH}" y1="{_HEIGHT - _FOOT}" y2="{_HEIGHT - _FOOT}"/>{axis}{marks}'
-        f'<text x="0" y="{_HEIGHT - 5}">uncertain</text>'
-        f'<text x="{_WIDTH}" y="{_HEIGHT - 5}" text-anchor="end">sure</text></svg></figure>'
-    )
-
-
-def time_bar(groups: Sequence[GroupCost], seconds: dict[str, float]) -> str:
-    """One bar for all seconds of a run, in the order of the work; `seconds` are those of the stages."""
-    parts = []
-    for name, label in STAGES:
-        if name == "refine":
-            parts += [(group.name.capitalize(), group.seconds, color) for group, color in zip(groups, GROUP_COLORS)]
-        else:
-            parts.append((label, seconds[name], STAGE_COLORS[name]))
-    total = sum(took for _, took, _ in parts)
-    bars, keys, x = "", "", 0.0
-    for label, took, color in parts:
-        width = 100 * took / total
-        bars += _rectangle(x, 0, width, 10, color, f'data-part="{escape(label)}"', f"{label}: {took:.2f} s")
-        swatch = f'<span class="swatch" style="background:{color}"></span>'
-        keys += f"<li>{swatch}{escape(label)} <b>{took:.2f}&nbsp;s</b></li>"
-        x += width
-    return (
-        f'<figure class="chart"><figcaption>{total:.2f} seconds of work</figcaption>'
-        f'<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
-        f'aria-label="Seconds of every stage, as in the tables">{bars}</svg><ul class="legend">{keys}</ul></figure>'
-    )
-
-
-def _rectangle(x: float, y: float, width: float, height: float, color: str, more: str = "", title: str = "") -> str:
-    inside = f"<title>{escape(title)}</title>" if title else ""
-    return (
-        f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" fill="{color}" {more}>{inside}</rect>'
-    )
-
-
-log = logging.getLogger(__name__)
-
-MOST_TEXT = 400  # letters
+@contextmanager
+def explained() -> Iterator[None]:
+    """Errors of this block as `explain` makes them."""
+    try:
+        yield
+    except Exception as error:
+        raise explain(error) from error
 
 
 def explain(error: Exception) -> gr.Error:
     """The error a visitor sees: Gradio passes on no other text than that of its own error."""
     if isinstance(error, gr.Error):
         return error
-    if isinstance(error, ImageError):
-        return visible_error("This image was refused", str(error))
-    if isinstance(error, JobError):
-        return visible_error("The run was not finished", str(error))
+    for kind, title in TITLES.items():
+        if isinstance(error, kind):
+            return visible_error(title, str(error))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return visible_error("Out of memory", "There is not enough memory for this image. Try a smaller one.")
     log.error("a run failed", exc_info=error)
@@ -377,11 +334,16 @@ def explain(error: Exception) -> gr.Error:
     return visible_error("The run failed", f"{type(error).__name__}; the server's log has the details.")
 
 
+# Errors whose own text a visitor may read.
+TITLES = {
+    SettingsError: "These settings do not work",
+    ImageError: "This image was refused",
+    AnalysisFileError: "This analysis was refused",
+    JobError: "The run was not finished",
+}
+
+
 def visible_error(title: str, text: str) -> gr.Error:
     """Gradio shows both as HTML."""
-    return gr.Error(escape(shortened(text)), title=escape(title), print_exception=False)
-
-
-def shortened(text: str) -> str:
-    """A message may name a value of any length, as it was sent."""
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
+    short = text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"  # it may name a value of any length
+    return gr.Error(escape(short), title=escape(title), print_exception=False)

@@ -91,7 +91,10 @@ class Jobs:
                 loop.call_soon_threadsafe(items.put_nowait, last)
             last = None  # an error holds this frame, and the two would keep each other
 
-        self._admit()
+        with self._lock:
+            if self._waiting >= WAITING:
+                raise JobError(f"{self._waiting} jobs wait already; the limit is {WAITING}. Try again later.")
+            self._waiting += 1
         # ZeroGPU finds the visitor's request, whose quota it uses, in the context.
         self._threads.submit(copy_context().run, work)
         try:
@@ -129,12 +132,6 @@ class Jobs:
     def close(self) -> None:
         """Let jobs at work stop at their next item, and the waiting ones never begin."""
         self._closed.set()
-
-    def _admit(self) -> None:
-        with self._lock:
-            if self._waiting >= WAITING:
-                raise JobError(f"{self._waiting} jobs wait already; the limit is {WAITING}. Try again later.")
-            self._waiting += 1
 
     def _check(self, began: list[float]) -> None:
         if self._closed.is_set():

@@ -21,17 +21,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PRESET_NAMES = {"paper": "Paper", "fast": "Fast", "balanced": "Balanced", "uniform": "Uniform 20", CUSTOM: "Custom"}
 
 
-def _sidebar(view: View) -> set[str]:
-    """All controls: the image, what a run is to do, and its buttons. Gives the paths of the examples."""
-    with gr.Column(elem_id="controls", scale=0, min_width=300):
-        with gr.Column(elem_id="start", min_width=280):
-            examples = _start(view)
-        with gr.Column(elem_id="plan", min_width=280):
-            _plan()
-    return examples
-
-
-def _start(view: View) -> set[str]:
+def _start(view: View) -> None:
+    """The image, and the buttons that have it upscaled."""
     image = gr.Image(
         label="Input image",
         type="filepath",
@@ -44,17 +35,17 @@ def _start(view: View) -> set[str]:
     )
     gr.HTML(view["note"], elem_id="note")
     paths = [str(path) for path in example_files()]
-    examples = gr.Examples(paths, image, label="Examples", elem_id="examples", api_visibility="private")
+    gr.Examples(paths, image, label="Examples", elem_id="examples", api_visibility="private")
     with gr.Column(elem_id="go", min_width=0):
         with gr.Row():
             ready = view["run"]["interactive"]
             gr.Button("Run", variant="primary", min_width=100, scale=2, interactive=ready, elem_id="run")
             gr.Button("Stop", variant="stop", min_width=80, scale=1, interactive=False, elem_id="stop")
         gr.HTML(view["cost"], elem_id="cost")
-    return {sample[0]["path"] for sample in examples.dataset.samples}
 
 
 def _plan() -> None:
+    """What a run is to do."""
     plan = SamplingPlan.paper()
     choices = [(label, name) for name, label in PRESET_NAMES.items()]
     gr.Dropdown(choices, value="paper", label="Preset", elem_id="preset")
@@ -218,7 +209,10 @@ plausible, not evidence.</p>
 """
 
 # Read by page.css.
-COLORS = "".join(f".group-{name} {{ --group-color: {color}; }}" for name, color in zip(GROUPS, GROUP_COLORS))
+COLORS = "".join(
+    f'.group-{name}, #mode label:has([value="{name}"]) {{ --group-color: {color}; }}'
+    for name, color in zip(GROUPS, GROUP_COLORS)
+)
 # Nothing is fetched from font servers, so the page looks the same without a network.
 THEME = gr.themes.Base(
     primary_hue="teal",
@@ -245,14 +239,14 @@ THEME = gr.themes.Base(
 def launch_settings(jobs: Jobs) -> dict[str, Any]:
     """What `launch` is given with a page: its looks, and what keeps it safe."""
     here = Path(__file__)
-    look = {
+    return {
+        **server.launch_settings(jobs),
         "theme": THEME,
         "css": COLORS,
         "css_paths": here.with_name("page.css"),
         "js": here.with_name("page.js").read_text(encoding="utf-8"),
         "footer_links": ["api"],
     }
-    return {**server.launch_settings(jobs), **look}
 
 
 def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipeline | None = None) -> gr.Blocks:
@@ -261,18 +255,23 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipe
     `first` is the pipeline that runs the first example before the page opens with it: the same, or on ZeroGPU, where
     that would spend a visitor's seconds, one on the CPU. Without it the page opens empty.
     """
+    examples = [save_file_to_cache(path, str(server.upload_folder())) for path in example_files()]
     runner = Runner(pipeline, jobs)
+    runner.examples = examples
     view, state = emptied(None), PageState()
     if first:
         opener = runner if first is pipeline else Runner(first, jobs, lent=False)
-        opening = opener.first_run(save_file_to_cache(example_files()[0], str(server.upload_folder())))
-        runner.cache.open_with(opening.page.source, opening.known, opening.rendered)
-        view, state = opening.view, opening.page
+        opener.cache = runner.cache
+        view, state = opener.first_run(examples[0])
     delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
     with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as blocks:
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(elem_id="columns"):
-            runner.examples = _sidebar(view)
+            with gr.Column(elem_id="controls", scale=0, min_width=300):
+                with gr.Column(elem_id="start", min_width=280):
+                    _start(view)
+                with gr.Column(elem_id="plan", min_width=280):
+                    _plan()
             with gr.Column(elem_id="results", min_width=280), gr.Tabs():
                 with gr.Tab("One image"):
                     _results(view)

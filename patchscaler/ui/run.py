@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import unescape
-from pathlib import Path
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -17,27 +17,13 @@ from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
-from patchscaler.results import Analysis, Partial, Progress, Restored, Result, Sampled
+from patchscaler.results import Analysis, Partial, Progress, Restored, Result
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs, Stops
-from patchscaler.ui.state import (
-    DIALS,
-    Known,
-    PageState,
-    Rendered,
-    SessionCache,
-    Settings,
-    Shown,
-    View,
-    checked_batch,
-    checked_flag,
-    checked_plan,
-    plan_of,
-    preset_of,
-)
+from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown, View, flag_of
 from patchscaler.ui.tune import grouped
-from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, work, zero_gpu
+from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, Rendered, work, zero_gpu
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
@@ -50,16 +36,6 @@ class Update:
     shown: Shown | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Opening:
-    """The run that the page opens with: what the page shows and holds, and what is in the cache for it."""
-
-    view: View
-    page: PageState
-    known: Known
-    rendered: Rendered
-
-
 class Runner:
     """Runs for the page and the API over one pipeline, and what they share: the session cache and the calibration."""
 
@@ -70,7 +46,7 @@ class Runner:
         self.cache = SessionCache()
         self.calibration = Calibration(most_at_once(pipeline._execution_device))
         self.networks = Networks(pipeline, self.calibration, lent)
-        self.examples: set[str] = set()  # files that run as they are chosen
+        self.examples: Sequence[str] = ()  # files that run as they are chosen
         self._runs, self._looks = Stops(), Stops()
 
     # Events of the page
@@ -80,53 +56,49 @@ class Runner:
 
         A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
         """
-        source, (plan, seed) = now.source, checked_plan(now.dials, now.seed)
-        if not source:
+        order = replace(now.order(), uniform=flag_of("uniform", uniform))
+        if not order.source:
             raise visible_error("No image", html.NO_IMAGE)
-        color_fix, uniform = checked_flag("color_fix", now.color_fix), checked_flag("uniform", uniform)
-        batch_size, session = checked_batch(now.batch), now.session
-        order = Order(source, plan, seed, now.page.by_hand, color_fix, batch_size, uniform, session=session)
         with self._runs.of(now.session) as stop:
-            now.page.source = source
+            now.page.source = order.source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
             shown = None
-            try:
-                async for update in self.jobs.stream(lambda: self._updates(order), stop):
-                    if update.shown:
-                        shown = update.shown
-                        if now.page.source == source:
-                            now.page.shown = shown
-                    yield update.view
-                if shown is None or not shown.complete or shown.uniform is None and uniform:
-                    yield {"status": html.status(_stopped(shown))}
-            except Exception as error:
-                visible = explain(error)
-                yield {"status": _failed(visible)}
-                raise visible from error
+            async for update in self._stream(lambda: self._updates(order), stop):
+                if update.shown:
+                    shown = update.shown
+                    if now.page.source == order.source:
+                        now.page.shown = shown
+                yield update.view
+            if shown is None or not shown.complete or shown.uniform is None and uniform:
+                yield {"status": html.status(_stopped(shown))}
 
     async def look(self, now: Settings) -> AsyncIterator[View]:
         """Analyze an image as it comes in, so that its groups and what a run costs are known; run an example."""
         now.page.source = now.source
-        if now.source is None or not now.usable or now.page.shown:
+        if now.source is None or now.page.shown:
             return
         if now.source in self.examples:
             async for view in self.run(now, False):
                 yield view
             return
-        settings = now.plan, now.seed, now.page.by_hand, now.color_fix, now.batch_size
-        order = Order(now.source, *settings, session=now.session)
+        order = now.order()
         with self._looks.of(now.session) as stop:
-            try:
-                async for update in self.jobs.stream(lambda: self._looked(order), stop):
-                    # A run that waits, or goes on already, has the status line.
-                    running = now.session in self._runs
-                    yield {name: value for name, value in update.view.items() if name != "status" or not running}
-                if now.session not in self._runs and not stop.is_set():
-                    yield {"status": html.status("Press Run.")}
-            except Exception as error:
-                visible = explain(error)
-                yield {"status": _failed(visible)}
-                raise visible from error
+            async for update in self._stream(lambda: self._looked(order), stop):
+                # A run that waits, or goes on already, has the status line.
+                running = now.session in self._runs
+                yield {name: value for name, value in update.view.items() if name != "status" or not running}
+            if now.session not in self._runs and not stop.is_set():
+                yield {"status": html.status("Press Run.")}
+
+    async def _stream(self, job: Callable[[], Iterator[Update]], stop: Event) -> AsyncIterator[Update]:
+        """A job's updates, of which the last says why it failed if it did."""
+        try:
+            async for update in self.jobs.stream(job, stop):
+                yield update
+        except Exception as error:
+            visible = explain(error)
+            yield Update({"status": html.status(f"{visible.title}: {unescape(visible.message)}")})
+            raise visible from error
 
     def stop(self, now: Settings) -> None:
         """Have the visitor's run stop at its next step."""
@@ -142,15 +114,7 @@ class Runner:
         for stops in (self._runs, self._looks):
             stops.stop(now.session)
         now.page.empty(now.source)
-        made = export.made_with(now.source) if now.source else None
-        view = emptied(now.source)
-        if made is None:
-            return view
-        view["note"] = f"<p>{made.said}</p>"
-        if made.dials is not None:
-            view |= dict(zip(DIALS, (*made.dials, made.seed)))
-            view |= {"preset": preset_of(plan_of(made.dials)), "color-fix": made.color_fix}
-        return view
+        return emptied(now.source) | (export.restored(now.source) if now.source else {})
 
     def settle(self, now: Settings) -> View:
         """After a run or a look: nothing is left to stop but a later run.
@@ -197,26 +161,30 @@ class Runner:
     ) -> Iterator[Analysis | Progress | Partial | Result | Baseline]:
         """The same without Known: nothing is kept, and only what is given reused."""
         # A picture is decoded here: a bad one is refused before any device is asked for.
-        start = read_picture(order.source) if start is None else start
-        earlier = (rendered.sampled, rendered.uniform) if rendered else ()
-        return self.networks.run(order, start, *earlier)
+        return self.networks.run(order, read_picture(order.source) if start is None else start, rendered)
 
-    def first_run(self, source: str) -> Opening:
-        """Run an example with the paper's plan, for the page to open with; later runs are expected to take as long."""
+    def first_run(self, source: str) -> tuple[View, PageState]:
+        """Run an example with the paper's plan, for the page to open with: what it shows and holds.
+
+        Later runs are expected to take as long.
+        """
         order = Order(source, SamplingPlan.paper(), 0, {})
         for _ in self.fresh_events(order):  # a process is slow at what it does first
             pass
         view = emptied(source)
         for update in self._updates(order):
             view |= update.view
-        shown, known, rendered = update.shown, self.cache.get(source), self.cache.rendered(None, source)
-        view |= grouped(known, rendered.sampled, order.plan, order.seed, {}, self.calibration, None)
+        self.cache.open_with(source)
+        shown, known = update.shown, self.cache.get(source)
         sides = closeup.SIDES[0], closeup.SIDES[2]
-        view["compare"] = closeup.pair(known, shown, sides)
         center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
-        view["zoom"] = closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], center)
-        view["note"] = "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>"
-        return Opening(view, PageState(source, shown, center=center, opened=True), known, rendered)
+        view |= {
+            **grouped(known, order, self.cache, self.calibration),
+            "compare": closeup.pair(known, shown, sides),
+            "zoom": closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], center),
+            "note": "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>",
+        }
+        return view, PageState(source, shown, center=center, opened=True)
 
     def _looked(self, order: Order) -> Iterator[Update]:
         """What can be said of an image before any run. Its groups too, unless that takes long."""
@@ -236,11 +204,7 @@ class Runner:
         plan, seed = order.plan, order.seed
         reused = self.cache.get(order.source) is not None
         shown, result, done = None, None, ""
-
-        def groups(known: Known) -> View:
-            earlier = self.cache.rendered(order.session, order.source).sampled
-            return grouped(known, earlier, plan, seed, order.by_hand, self.calibration, order.batch_size)
-
+        groups = partial(grouped, order=order, cache=self.cache, calibration=self.calibration)
         if not reused:
             yield Update({"status": html.status("Restoring the whole image…")})
         for event in self.events(order, picture):
@@ -266,13 +230,13 @@ class Runner:
                     yield Update({"status": html.status(html.step(step, left, uniform), step.done, step.total)})
                 case Partial():
                     path = export.save_preview(to_pil(event.picture), "partial")
-                    shown = _shown(order, event.sampled, path, {"plan": asdict(plan), "seed": seed})
-                    refined, count = int((shown.start > 0).sum()), len(shown.start)
-                    yield Update({"final": path, "stale": html.unfinished(refined, count)}, shown)
+                    report = {"plan": asdict(plan), "seed": seed}
+                    shown = Shown(order, event.sampled.start, event.sampled.steps, path, report)
+                    yield Update({"final": path, "stale": html.unfinished(shown.refined, len(shown.start))}, shown)
                 case Result():
                     result = event
                     path = export.save_final(result, order.source)
-                    shown = _shown(order, result.sampled, path, result.report())
+                    shown = Shown(order, result.sampled.start, result.sampled.steps, path, result.report())
                     self._learn(order, result, analysis)
                     anew, count = int(result.rendered.sum()), len(result.rendered)
                     done = (
@@ -325,11 +289,6 @@ class Runner:
         self.calibration.learn(groups, result.picture.rgb[0].numel(), rest, pictures)
 
 
-def _shown(order: Order, sampled: Sampled, final: Path, report: dict) -> Shown:
-    made = (sampled.start, sampled.steps, final, order.by_hand, report)
-    return Shown(order.source, order.plan, order.seed, order.color_fix, *made)
-
-
 def emptied(source: str | None) -> View:
     """The page for another image, or for none, before its run."""
     return {
@@ -344,14 +303,9 @@ def emptied(source: str | None) -> View:
     }
 
 
-def _failed(error: gr.Error) -> str:
-    return html.status(f"{error.title}: {unescape(error.message)}")
-
-
 def _stopped(shown: Shown | None) -> str:
     if shown is None:
         return "Stopped before any group was finished. Press Run to start again."
     if shown.complete:
         return "Stopped. The picture is finished, the uniform baseline is not."
-    refined = int((shown.start > 0).sum())
-    return f"Stopped: {refined} of {len(shown.start)} patches are refined. Press Run to render the others."
+    return f"Stopped: {shown.refined} of {len(shown.start)} patches are refined. Press Run to render the others."

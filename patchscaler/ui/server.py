@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from urllib.parse import unquote
 
 from gradio.utils import get_upload_folder
 from gradio_client.utils import is_http_url_like
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -43,39 +45,30 @@ async def sweeping(app: Any) -> AsyncIterator[None]:
     Gradio's own `delete_cache` forgets what it has made when its process ends, and never deletes folders.
     """
 
-    async def sweep_files() -> None:
-        kept = [path for block in app.get_blocks().blocks.values() for path in block.keep_in_cache]
-        await asyncio.to_thread(sweep, upload_folder(), KEPT_SECONDS, kept)
-
-    async def forget_events() -> None:
-        forget(app)
-
-    async def now_and_then(work: Callable[[], Awaitable[None]], seconds: float) -> None:
+    async def tidy() -> None:
+        swept = -math.inf
         while True:
             try:
-                await work()
+                if time.monotonic() - swept > SWEEP_SECONDS:
+                    swept = time.monotonic()
+                    kept = [path for block in app.get_blocks().blocks.values() for path in block.keep_in_cache]
+                    await asyncio.to_thread(sweep, upload_folder(), KEPT_SECONDS, kept)
+                forget_components(app)
+                forget_messages(app.get_blocks()._queue)
             except Exception:  # the next time may be better
                 log.exception("could not tidy up")
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(FORGET_SECONDS)
 
-    each = ((sweep_files, SWEEP_SECONDS), (forget_events, FORGET_SECONDS))
-    tasks = [asyncio.create_task(now_and_then(work, seconds)) for work, seconds in each]
+    task = asyncio.create_task(tidy())
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-
-
-def forget(app: Any) -> None:
-    """Drop what Gradio keeps in memory of events that are over. On the event loop only."""
-    forget_components(app)
-    forget_messages(app.get_blocks()._queue)
+        task.cancel()
 
 
 def forget_components(app: Any) -> None:
     """Drop, of all sessions, rebuilt components under numbers of their own and the values that deep links would
-    restore.
+    restore. On the event loop only, as the next.
 
     Gradio rebuilds each output that an event updates or skips, puts it in the place of the old one, and lists it under
     its own number too, for as long as the session lasts: some 40 kB for every move of a dial.
@@ -164,42 +157,7 @@ class Doorkeeper:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-        elif CLOSED.match(scope["path"]):
-            await refusal(403, "not allowed")(scope, receive, send)
-        elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self._pass(scope, receive, send)
-        elif shutil.disk_usage(upload_folder()).free < KEPT_FREE:
-            await refusal(507, "the server's disk is full; try again later")(scope, receive, send)
-        elif scope["path"].rstrip("/") == "/gradio_api/upload":
-            await self._upload(scope, receive, send)
-        else:
-            await self._message(scope, receive, send)
-
-    async def _message(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Everything but uploads is small, and read whole."""
-        try:
-            counted = Counted(receive, MAX_JSON)
-            body = b"".join([chunk async for chunk in counted])
-        except Refused as error:
-            await refusal(error.status, str(error))(scope, receive, send)
-            return
-        with suppress(ValueError, RecursionError):  # Gradio says what is wrong with that
-            data = json.loads(body)
-            if _names_an_address(data):
-                data = _with_paths(data)
-                body = json.dumps(data).encode()
-            if _names_an_address(data):
-                await refusal(403, "images are uploaded, not fetched from addresses")(scope, receive, send)
-                return
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replayed() -> Message:
-            return unread.pop() if unread else await receive()
-
-        await self._pass(scope, replayed, send)
-
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return await self.app(scope, receive, send)
         answered = False
 
         async def sending(message: Message) -> None:
@@ -208,110 +166,92 @@ class Doorkeeper:
             await send(message)
 
         try:
-            await self.app(scope, receive, sending)
+            return await self.app(scope, await self._admitted(scope, receive), sending)
+        except HTTPException as error:
+            refusal = error
         except Exception as error:  # an unknown endpoint, event or session; what handlers raise stays in Gradio
             log.warning("%r: %r", scope["path"][:200], error)
-            if not answered:  # or it is cut off
-                await refusal(400, "the page has no answer to this request")(scope, receive, send)
+            refusal = _refusal(400, "the page has no answer to this request")
+        if not answered:  # or it is cut off
+            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
+            await answer(scope, receive, send)
 
-    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        boundary = BOUNDARY.match(headers.get(b"content-type", b""))
-        counted = Counted(receive, self.max_upload, boundary and b"--" + boundary[1])
-        answered = False
+    async def _admitted(self, scope: Scope, receive: Receive) -> Receive:
+        """From where Gradio gets the body. HTTPException, here or as the body comes in, for what is refused."""
+        if CLOSED.match(scope["path"]):
+            raise _refusal(403, "not allowed")
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return receive
+        if shutil.disk_usage(upload_folder()).free < KEPT_FREE:
+            raise _refusal(507, "the server's disk is full; try again later")
+        if scope["path"].rstrip("/") == "/gradio_api/upload":
+            boundary = BOUNDARY.match(dict(scope["headers"]).get(b"content-type", b""))
+            return Body(receive, self.max_upload, boundary and b"--" + boundary[1]).receive
+        # Everything but uploads is small, and read whole.
+        body = await Body(receive, MAX_JSON).whole()
+        with suppress(ValueError, RecursionError):  # Gradio says what is wrong with that
+            body = json.dumps(json.loads(body, object_hook=_without_address)).encode()
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def sending(message: Message) -> None:
-            nonlocal answered
-            if counted.error is None or answered:  # what becomes of half a body is not told
-                answered = True
-                await send(message)
+        async def replayed() -> Message:
+            return unread.pop() if unread else await receive()
 
-        with suppress(Refused):
-            counted.expect(headers.get(b"content-length", b""))
-            await self.app(scope, counted.receive, sending)
-        if counted.error and not answered:
-            await refusal(counted.error.status, str(counted.error))(scope, receive, send)
-
-
-class Refused(Exception):
-    """A body over a limit, which the message names; `status` is HTTP's."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+        return replayed
 
 
-class Counted:
+class Body:
     """The body of a request as it comes in, which may have no length in its header: its bytes and parts."""
 
     def __init__(self, receive: Receive, limit: int, delimiter: bytes | None = None) -> None:
-        self.error: Refused | None = None
         self._receive = receive
         self._limit = limit
         self._delimiter = delimiter
         self._size = self._parts = 0
         self._tail = b""
-        self._whole = False
+        self._ended = False
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            message = await self.receive()
-            more = message.get("more_body", False)
-            yield message.get("body", b"")
+    async def whole(self) -> bytes:
+        body = b""
+        while not self._ended:
+            body += (await self.receive()).get("body", b"")
+        return body
 
     async def receive(self) -> Message:
         try:
-            message = await asyncio.wait_for(self._receive(), None if self._whole else BODY_SECONDS)
+            message = await asyncio.wait_for(self._receive(), None if self._ended else BODY_SECONDS)
         except asyncio.TimeoutError:
-            self._refuse(f"nothing came in for {BODY_SECONDS} seconds", 408)
-        self._whole = not message.get("more_body", False)
+            raise _refusal(408, f"nothing came in for {BODY_SECONDS} seconds") from None
+        self._ended = not message.get("more_body", False)
         chunk = message.get("body", b"")
         self._size += len(chunk)
-        self._check(self._size)
+        if self._size > self._limit:
+            raise _refusal(413, f"the request is too large; the limit is {self._limit:,} bytes")
         if self._delimiter:
             seen = self._tail + chunk
             self._parts += seen.count(self._delimiter)
             self._tail = seen[1 - len(self._delimiter) :]
             if self._parts > MAX_FILES + 1:  # one more ends the body
-                self._refuse(f"too many files at once; the limit is {MAX_FILES}")
+                raise _refusal(413, f"too many files at once; the limit is {MAX_FILES}")
         return message
 
-    def expect(self, length: bytes) -> None:
-        """Refuse at once what the header says will be too long."""
-        self._check(int(length) if length.isdigit() else 0)
 
-    def _check(self, size: int) -> None:
-        if size > self._limit:
-            self._refuse(f"the request is too large; the limit is {self._limit:,} bytes")
+def _without_address(file: dict) -> dict:
+    """An object of a message: Gradio would fetch a file's address, from anywhere in public, of any size, into memory.
 
-    def _refuse(self, reason: str, status: int = 413) -> None:
-        self.error = Refused(status, reason)
-        raise self.error
-
-
-def _names_an_address(data: Any) -> bool:
-    """Whether the JSON has a file that Gradio would fetch: from anywhere in public, into memory, of any size."""
-    if isinstance(data, dict):
-        path = data.get("path")
-        return isinstance(path, str) and is_http_url_like(path) or any(map(_names_an_address, data.values()))
-    return isinstance(data, list) and any(map(_names_an_address, data))
-
-
-def _with_paths(data: Any) -> Any:
-    """The JSON with the paths of uploads and results in place of their addresses, by which MCP clients know them.
-
-    No matter at which host: nothing is fetched, and Gradio looks at every path.
+    MCP clients know uploads and results by their addresses: these become paths, whatever the host, since nothing is
+    fetched and Gradio looks at every path.
     """
-    if isinstance(data, dict):
-        data = {key: _with_paths(value) for key, value in data.items()}
-        own = OWN.fullmatch(path) if isinstance(path := data.get("path"), str) else None
-        return {**data, "path": unquote(own[1])} if own else data
-    return [_with_paths(value) for value in data] if isinstance(data, list) else data
+    path = file.get("path")
+    if own := OWN.fullmatch(path) if isinstance(path, str) else None:
+        path = unquote(own[1])
+        file = {**file, "path": path}
+    if isinstance(path, str) and is_http_url_like(path):
+        raise _refusal(403, "images are uploaded, not fetched from addresses")
+    return file
 
 
-def refusal(status: int, detail: str) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, {"Connection": "close"})
+def _refusal(status: int, detail: str) -> HTTPException:
+    return HTTPException(status, detail, {"Connection": "close"})
 
 
 def launch_settings(jobs: Jobs) -> dict[str, Any]:

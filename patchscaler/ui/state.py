@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,14 @@ from torch import Tensor
 from patchscaler.figures import grey_preview
 from patchscaler.plan import PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Sampled
-from patchscaler.ui.html import visible_error
+from patchscaler.ui.html import SettingsError, visible_error
+from patchscaler.ui.zerogpu import Order, Rendered
 
 ByHand = dict[int, int]  # patch -> group
 View = dict[str, Any]  # what the page is to show, by the names of its components
 
 INSPECT = "inspect"  # what a click on the Qmap does, besides the groups' names
 CUSTOM = "custom"  # the preset's name when the dials match none
-WRONG = "These settings do not work"
 
 # The dials: nine numbers that together are a sampling plan and a seed, everywhere in this order.
 DIALS = ("gamma1", "gamma2", "start1", "start2", "start3", "steps1", "steps2", "steps3", "seed")
@@ -50,20 +50,21 @@ WAIT_SECONDS = 20
 class Shown:
     """How the final picture on a visitor's page was made, and its file."""
 
-    source: str
-    plan: SamplingPlan
-    seed: int
-    color_fix: bool
+    order: Order
     start: Tensor  # LongTensor N, T of each patch; 0 where it is still the coarse one
     steps: Tensor  # LongTensor N
     final: Path
-    by_hand: ByHand
     report: dict  # of the run, or only its plan and seed while that is not finished
     uniform: Path | None = None
 
     @property
+    def refined(self) -> int:
+        """How many patches are refined."""
+        return int((self.start > 0).sum())
+
+    @property
     def complete(self) -> bool:
-        return bool((self.start > 0).all())
+        return self.refined == len(self.start)
 
 
 @dataclass(eq=False)
@@ -108,22 +109,23 @@ class Settings:
         """The image's path; that of the example that the page opened with until another image is chosen."""
         return (self.image or {}).get("path") or (self.page.source if self.page.opened else None)
 
-    @property
-    def usable(self) -> bool:
-        """Whether the dials show a plan: not so while a visitor types, or before pushed neighbours have moved."""
-        try:
-            return in_range(self.dials) and plan_of(self.dials) is not None
-        except ValueError:
-            return False
+    def order(self) -> Order:
+        """What a run with these settings is to do. Raises SettingsError."""
+        plan, seed, color_fix = plan_of(self.dials), seed_of(self.seed), flag_of("color_fix", self.color_fix)
+        batch_size, session = batch_of(self.batch), self.session
+        return Order(self.source, plan, seed, self.page.by_hand, color_fix, batch_size, session=session)
 
     @property
-    def plan(self) -> SamplingPlan:
-        return plan_of(self.dials)
+    def plan(self) -> SamplingPlan | None:
+        """The plan that the dials show; None while a visitor types, or before pushed neighbours have moved."""
+        with suppress(SettingsError):
+            return plan_of(self.dials) if in_range(self.dials) else None
 
     @property
     def batch_size(self) -> int | None:
         """The patch batch; None, for what suits the device, if its field is empty or while something else is in it."""
-        return checked_batch(self.batch) if is_batch(self.batch) else None
+        with suppress(SettingsError):
+            return batch_of(self.batch)
 
 
 # The dials
@@ -135,21 +137,29 @@ def dials_of(plan: SamplingPlan) -> tuple[float, ...]:
 
 
 def plan_of(dials: Sequence[Any]) -> SamplingPlan:
-    """The plan that eight dials show. Raises ValueError as SamplingPlan does."""
+    """The plan that eight dials show. Raises SettingsError with what SamplingPlan says."""
     gamma1, gamma2, *rest = (_whole(value) for value in dials)
-    return SamplingPlan(gamma1, gamma2, start=tuple(rest[:3]), steps=tuple(rest[3:]))
+    try:
+        return SamplingPlan(gamma1, gamma2, start=tuple(rest[:3]), steps=tuple(rest[3:]))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def seed_of(value: Any) -> int:
-    """A whole number in 0..2^53-1. Raises ValueError for everything else, an emptied field too."""
+    """A whole number in 0..2^53-1. Raises SettingsError for everything else, an emptied field too."""
     value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
-        raise ValueError(f"seed={value!r} is not a whole number from 0 to {MAX_SEED}")
+        raise SettingsError(f"seed={value!r} is not a whole number from 0 to {MAX_SEED}")
     return value
 
 
 def preset_of(plan: SamplingPlan) -> str:
     return next((name for name, preset in PRESETS.items() if preset == plan), CUSTOM)
+
+
+def dialled(plan: SamplingPlan, seed: int) -> View:
+    """Dials and preset as they show a plan and a seed."""
+    return {"preset": preset_of(plan), **dict(zip(DIALS, (*dials_of(plan), seed)))}
 
 
 def in_range(dials: Sequence[Any]) -> bool:
@@ -185,37 +195,29 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# Checks of what came in. Each gives the value, or raises a gr.Error that names it and the limit.
+# Other controls
 
 
-def is_batch(value: Any) -> bool:
-    """Whether a value of the patch batch's field is one, or None: what suits the device."""
-    return value is None or isinstance(value, (int, float)) and 1 <= value <= MAX_BATCH and value == int(value)
+def batch_of(value: Any) -> int | None:
+    """Patches at once, 1..256, or None for what suits the device. Raises SettingsError."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or not 1 <= value <= MAX_BATCH or value != int(value):
+        raise SettingsError(f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
+    return int(value)
 
 
-def checked_batch(value: Any) -> int | None:
-    """Patches at once, None for what suits the device."""
-    if not is_batch(value):
-        raise visible_error(WRONG, f"patch batch {value!r} is not a whole number from 1 to {MAX_BATCH}")
-    return None if value is None else int(value)
-
-
-def checked_plan(dials: Any, seed: Any) -> tuple[SamplingPlan, int]:
-    try:
-        return plan_of(dials), seed_of(seed)
-    except ValueError as error:
-        raise visible_error(WRONG, str(error)) from error
-
-
-def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def choice_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of the choices. Raises SettingsError."""
     if not isinstance(value, str) or value not in choices:
-        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")
+        raise SettingsError(f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")
     return value
 
 
-def checked_flag(name: str, value: Any) -> bool:
+def flag_of(name: str, value: Any) -> bool:
+    """True or False. Raises SettingsError."""
     if not isinstance(value, bool):
-        raise visible_error(WRONG, f"{name}={str(value)[:80]!r} is neither true nor false")
+        raise SettingsError(f"{name}={str(value)[:80]} is neither true nor false")
     return value
 
 
@@ -232,22 +234,14 @@ class Known:
     analysis: Analysis
     priors: Image.Image | None
 
+    @property
+    def pixels(self) -> int:
+        return self.analysis.coarse[0].numel()
+
     @cached_property
     def grey(self) -> Image.Image:
         """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
         return grey_preview(self.analysis.coarse)
-
-
-@dataclass(frozen=True, eq=False)
-class Rendered:
-    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
-
-    sampled: Sampled | None = None  # of the plan, finished or stopped
-    uniform: Sampled | None = None  # of the uniform baseline
-
-    @property
-    def bytes(self) -> int:
-        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
 
 
 class SessionCache:
@@ -274,7 +268,7 @@ class SessionCache:
     def put(self, source: str, known: Known) -> None:
         with self._lock:
             self._known[source] = known
-            while len(self._known) > 1 and sum(map(_pixels, self._known.values())) > self._kept_pixels:
+            while len(self._known) > 1 and sum(each.pixels for each in self._known.values()) > self._kept_pixels:
                 self._known.popitem(last=False)
 
     def rendered(self, session: str | None, source: str | None) -> Rendered:
@@ -294,13 +288,9 @@ class SessionCache:
             while len(self._rendered) > 1 and sum(each.bytes for each in self._rendered.values()) > self._kept_bytes:
                 self._rendered.popitem(last=False)
 
-    def open_with(self, source: str, known: Known, rendered: Rendered) -> None:
-        """Have every visitor begin with this image, which is kept for as long as the server runs."""
-        self._opening = {source: (known, rendered)}
-
-
-def _pixels(known: Known) -> int:
-    return known.analysis.coarse[0].numel()
+    def open_with(self, source: str) -> None:
+        """Have every visitor begin with this image as it is now, which is kept for as long as the server runs."""
+        self._opening = {source: (self.get(source), self.rendered(None, source))}
 
 
 _one_at_a_time = Lock()

@@ -15,19 +15,17 @@ from torch import Tensor
 
 from patchscaler.figures import qmap_overlay
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
-from patchscaler.results import Sampled
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.state import (
     CUSTOM,
     DIALS,
     GAMMA_STEP,
     INSPECT,
-    ByHand,
     Known,
     SessionCache,
     Settings,
     View,
-    checked_choice,
+    choice_of,
     dials_of,
     hold_order,
     in_range,
@@ -35,7 +33,7 @@ from patchscaler.ui.state import (
     preset_of,
     whole_pictures,
 )
-from patchscaler.ui.zerogpu import Calibration, work
+from patchscaler.ui.zerogpu import Calibration, Order, work
 
 MAX_STROKE = 1000  # points of a stroke that are looked at
 MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it
@@ -56,7 +54,7 @@ class Tuner:
 
     def preset_chosen(self, now: Settings, preset: str) -> View:
         """Set the dials to the preset's plan; `custom` leaves them where they are."""
-        preset = checked_choice("preset", preset, (*PRESETS, CUSTOM))
+        preset = choice_of("preset", preset, (*PRESETS, CUSTOM))
         if preset == CUSTOM:
             return self.regrouped(now)
         return {**self._set(now, dials_of(PRESETS[preset])), "preset": preset}
@@ -66,11 +64,10 @@ class Tuner:
         known = self.cache.get(now.source)
         if known is None:
             return {"stale": ""}
-        if not now.usable:
+        if now.plan is None:
             return {}
-        earlier = self.cache.rendered(now.session, now.source).sampled
-        view = grouped(known, earlier, now.plan, now.seed, now.page.by_hand, self.calibration, now.batch_size)
-        return {**view, "stale": stale(known, now)}
+        order = Order(now.source, now.plan, now.seed, now.page.by_hand, batch_size=now.batch_size, session=now.session)
+        return {**grouped(known, order, self.cache, self.calibration), "stale": stale(known, now)}
 
     def new_seed(self, now: Settings) -> View:
         seed = secrets.randbelow(2**31)
@@ -90,7 +87,7 @@ class Tuner:
 
     def clicked(self, now: Settings, at: tuple[float, float], mode: str) -> View:
         """A click on the Qmap: look at the patch there, or first put it into the group that `mode` names."""
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, (INSPECT, *GROUPS))
         known = self.cache.get(now.source)
         if known is None:
             return {}
@@ -99,7 +96,7 @@ class Tuner:
 
     def numbered(self, now: Settings, index: Any, mode: str) -> View:
         """The same for a patch by its number, for those who do not click."""
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, (INSPECT, *GROUPS))
         known = self.cache.get(now.source)
         if known is None or not isinstance(index, (int, float)) or not 0 <= index < len(known.analysis.grid):
             return {}
@@ -111,7 +108,7 @@ class Tuner:
 
         The page sends a stroke again and again as it grows, so a lost event loses nothing.
         """
-        checked_choice("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, (INSPECT, *GROUPS))
         known = self.cache.get(now.source)
         points = _points(stroke)
         if known is None or mode == INSPECT or not points:
@@ -124,7 +121,7 @@ class Tuner:
 
     @whole_pictures()
     def _picked(self, known: Known, index: int, center: tuple[float, float], mode: str, now: Settings) -> View:
-        if not now.usable:
+        if now.plan is None:
             return {}
         page, view = now.page, {}
         page.patch, page.center = index, center
@@ -139,7 +136,7 @@ class Tuner:
     def budget_known(self, now: Settings) -> View:
         """The budget's slider from the cheapest run to the most expensive, once it is known what a run takes."""
         known = self.cache.get(now.source)
-        if known is None or not now.usable:
+        if known is None or now.plan is None:
             return {}
         count = len(known.analysis.grid)
         ends = self._seconds(known, now, torch.tensor([[count, 0], [0, 0], [0, count]]))
@@ -154,7 +151,7 @@ class Tuner:
     def budget_set(self, now: Settings, seconds: Any) -> View:
         """Move both thresholds so that a run of all patches is expected to take at most so many seconds."""
         known = self.cache.get(now.source)
-        if known is None or not now.usable or not isinstance(seconds, (int, float)):
+        if known is None or now.plan is None or not isinstance(seconds, (int, float)):
             return {}
         gammas = thresholds_within(
             known.analysis.patch_confidence,
@@ -176,22 +173,15 @@ class Tuner:
         return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
 
 
-def grouped(
-    known: Known,
-    earlier: Sampled | None,
-    plan: SamplingPlan,
-    seed: Any,
-    by_hand: ByHand,
-    calibration: Calibration,
-    batch_size: int | None,
-) -> View:
-    """Overlay, legend, histogram and cost under `plan`, of which `earlier` patches are done. No network runs."""
-    analysis = known.analysis
-    assignment = assign(analysis.patch_confidence, plan, by_hand)
+def grouped(known: Known, order: Order, cache: SessionCache, calibration: Calibration) -> View:
+    """Overlay, legend, histogram, and what a run of the order would cost now. No network runs."""
+    analysis, plan = known.analysis, order.plan
+    assignment = assign(analysis.patch_confidence, plan, order.by_hand)
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     height, width = analysis.coarse.shape[-2:]
-    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=by_hand, grey=known.grey)
-    todo = work(earlier, plan, seed, assignment, batch_size or calibration.at_once)
+    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=order.by_hand, grey=known.grey)
+    earlier = cache.rendered(order.session, order.source).sampled
+    todo = work(earlier, plan, order.seed, assignment, order.batch_size or calibration.at_once)
     expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
     return {
         "qmap": export.save_preview(overlay, "qmap"),
@@ -204,16 +194,17 @@ def grouped(
 def stale(known: Known, now: Settings) -> str:
     """What to say about a final picture that is unfinished, or not the one that these settings give."""
     shown = now.page.shown
-    if shown is None or shown.source != now.source:
+    if shown is None or shown.order.source != now.source:
         return ""
     if not shown.complete:
-        return html.unfinished(int((shown.start > 0).sum()), len(shown.start))
+        return html.unfinished(shown.refined, len(shown.start))
+    made = shown.order
     start, steps = times_and_steps(now.plan, assign(known.analysis.patch_confidence, now.plan, now.page.by_hand))
     other = (shown.start != start) | (shown.steps != steps)
-    changed = int(other.sum()) if now.seed == shown.seed else len(start)
-    if not changed and (shown.plan, shown.seed, shown.color_fix) == (now.plan, now.seed, now.color_fix):
+    changed = int(other.sum()) if now.seed == made.seed else len(start)
+    if not changed and (made.plan, made.seed, made.color_fix) == (now.plan, now.seed, now.color_fix):
         return ""
-    return html.stale(shown.plan, shown.seed, changed, len(start), shown.color_fix != now.color_fix)
+    return html.stale(made.plan, made.seed, changed, len(start), made.color_fix != now.color_fix)
 
 
 def thresholds_within(
@@ -221,7 +212,7 @@ def thresholds_within(
     plan: SamplingPlan,
     cost: Callable[[Tensor], Tensor | None],
     budget: float,
-    by_hand: ByHand | None = None,
+    by_hand: dict[int, int] | None = None,
 ) -> tuple[float, float] | None:
     """γ₁ and γ₂ under which a run of all patches costs at most `budget`.
 

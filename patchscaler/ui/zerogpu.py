@@ -16,14 +16,13 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.figures import priors_sheet
 from patchscaler.images import Picture
 from patchscaler.models import decode_latents
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
 from patchscaler.results import Analysis, Progress, Restored, Result, Sampled
-from patchscaler.ui.html import explain
+from patchscaler.ui.html import explained
 
 REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
 FADING = 0.85  # weight of a measurement against the next one
@@ -143,6 +142,18 @@ class Order:
 
 
 @dataclass(frozen=True, eq=False)
+class Rendered:
+    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
+
+    sampled: Sampled | None = None  # of the plan, finished or stopped
+    uniform: Sampled | None = None  # of the uniform baseline
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
+
+
+@dataclass(frozen=True, eq=False)
 class Baseline:
     """An event of the uniform baseline's run, which follows the plan's."""
 
@@ -172,64 +183,43 @@ class Networks:
         """Images Kx3xHxW in [-1, 1] of K rows of the texture memory: on the CPU, so no GPU is asked or waited for."""
         return decode_latents(self._vae, self._memory.patches(indices))
 
-    def draw_priors(self, analysis: Analysis, rows: int = 4) -> Image.Image:
-        """A sheet of the priors of a few patches, evenly spread from the least to the most confident; on the CPU."""
-        order = analysis.patch_confidence.argsort()
-        chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()]
-        pictures = [self.prior_images(indices) for indices in analysis.priors.indices[chosen]]
-        queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen.tolist()]
-        return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
+    def draw_priors(self, analysis: Analysis) -> Image.Image:
+        """The sheet of the pipeline; on the CPU."""
+        return self._pipeline.draw_priors(
+            analysis, decode=lambda index: self.prior_images(analysis.priors.indices[index])
+        )
 
-    def here(
-        self,
-        order: Order,
-        known: Picture | Restored,
-        earlier: Sampled | None = None,
-        uniform: Sampled | None = None,
-    ) -> Iterator[Any]:
+    def here(self, order: Order, known: Picture | Restored, done: Rendered | None = None) -> Iterator[Any]:
         """Yield the Analysis of a Picture, its priors without latents, and then the events of the refinement.
 
-        `earlier` and `uniform` are patches of the last runs of the plan and of the baseline. Errors are made visible
-        here: ZeroGPU passes on no others.
+        `done` are the visitor's patches of it. Errors are made visible here: ZeroGPU passes on no others.
         """
-        try:
-            yield from self._ordered(order, known, earlier, uniform)
-        except Exception as error:
-            raise explain(error) from error
+        done, pipeline = done or Rendered(), self._pipeline
+        with explained():
+            if isinstance(known, Picture):
+                known = pipeline.analyze(known, order.batch_size)
+                # The latents of the priors stay here, and their rows in the memory are sent. From another process so
+                # is no prompt, which is most of the bytes: refinement looks it up again.
+                sent = replace(known, priors=replace(known.priors, values=None))
+                yield replace(sent, prompt=None) if zero_gpu() else sent
+            if not order.refine:
+                return
+            usual = {"seed": order.seed, "batch_size": order.batch_size, "color_fix": order.color_fix}
+            own = {"by_hand": order.by_hand, "earlier": done.sampled, "partial": order.live}
+            for event in pipeline.refine(known, order.plan, **usual, **own):
+                yield event
+            if order.uniform:
+                earlier = done.uniform if done.uniform and done.uniform.seed == order.seed else event.sampled
+                for event in pipeline.refine(known, SamplingPlan.uniform(), **usual, earlier=earlier):
+                    yield Baseline(event)
 
-    def _ordered(
-        self, order: Order, known: Picture | Restored, earlier: Sampled | None, uniform: Sampled | None
-    ) -> Iterator[Any]:
-        if isinstance(known, Picture):
-            known = self._pipeline.analyze(known, order.batch_size)
-            # The latents of the priors stay here, and their rows in the memory are sent. From another process so is no
-            # prompt, which is most of the bytes: refinement looks it up again.
-            sent = replace(known, priors=replace(known.priors, values=None))
-            yield replace(sent, prompt=None) if zero_gpu() else sent
-        if not order.refine:
-            return
-        common = {"seed": order.seed, "batch_size": order.batch_size, "color_fix": order.color_fix}
-        for event in self._pipeline.refine(
-            known, order.plan, **common, by_hand=order.by_hand, earlier=earlier, partial=order.live
-        ):
-            yield event
-        if order.uniform:
-            done = event.sampled if uniform is None or uniform.seed != order.seed else uniform
-            for event in self._pipeline.refine(known, SamplingPlan.uniform(), **common, earlier=done):
-                yield Baseline(event)
-
-    def seconds(
-        self,
-        order: Order,
-        known: Picture | Restored,
-        earlier: Sampled | None = None,
-        uniform: Sampled | None = None,
-    ) -> int:
+    def seconds(self, order: Order, known: Picture | Restored, done: Rendered | None = None) -> int:
         """For how long `here` with these arguments may need the device, from what runs on it took before.
 
         The patches of a Picture are not grouped yet: they count as hard ones, which cost most, and a picture is
         counted for every group.
         """
+        done = done or Rendered()
         picture = known if isinstance(known, Picture) else known.picture
         height, width = SCALE * picture.height, SCALE * picture.width
         expected = 0.0
@@ -240,10 +230,10 @@ class Networks:
             groups = torch.full((count,), len(GROUPS) - 1)
         else:
             groups = assign(known.patch_confidence, order.plan, order.by_hand)
-        runs = [(order.plan, earlier, order.live)] * order.refine
-        runs += [(SamplingPlan.uniform(), uniform, False)] * order.uniform
-        for plan, done, partial in runs:
-            todo = work(done, plan, order.seed, groups, order.batch_size or self._calibration.at_once)
+        runs = [(order.plan, done.sampled, order.live)] * order.refine
+        runs += [(SamplingPlan.uniform(), done.uniform, False)] * order.uniform
+        for plan, earlier, partial in runs:
+            todo = work(earlier, plan, order.seed, groups, order.batch_size or self._calibration.at_once)
             if isinstance(known, Picture):  # any group may turn out to have patches
                 todo = todo._replace(calls=todo.calls + sum(plan.steps[:-1]), pictures=len(GROUPS))
             pictures = todo.pictures if partial else 1
