@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from patchscaler.images import (
     picture_from_pil,
     read_picture,
     write_png,
+    written_whole,
 )
 from patchscaler.large import Bands, write_tiff
 from patchscaler.loading import CheckpointError, load_pipeline, sha256
@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         one = len(args.inputs) == 1 and not args.inputs[0].is_dir()
         try:
-            _write_text(args.report, json.dumps(reports[0] if one else reports, indent=2) + "\n")
+            with written_whole(args.report) as file:
+                file.write_text(json.dumps(reports[0] if one else reports, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             failed |= _complain(str(args.report), error)
     return failed
@@ -389,16 +390,6 @@ def _done(task: Task, width: int, height: int, began: float, args: argparse.Name
     if not args.quiet:
         print(f"{task.source} -> {task.output}  {width}x{height}  {time.perf_counter() - began:.1f} s", flush=True)
     return {"input": str(task.source), "output": str(task.output), **report}
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write through a temporary file beside it, so that the file is whole or absent."""
-    part = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _complain(what: str, error: Exception) -> int:

@@ -32,7 +32,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from patchscaler import files
-from patchscaler.images import ImageError, Limits, Picture, read_picture, write_png
+from patchscaler.images import ImageError, Limits, Picture, read_picture, write_png, written_whole
 from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError
 from patchscaler.plan import SamplingPlan
@@ -96,11 +96,12 @@ class Manifest:
         to be taken for ours."""
         self.path = posixpath.join(folder, MANIFEST)
         self.content = {"job": job.describe(), "images": {}}
-        self.resumed = not anew and exists(self.path)
+        fs, path = url_to_fs(self.path)
+        self.resumed = not anew and fs.exists(path)
         self.saved = 0.0
         if self.resumed:
             try:
-                with fsspec.open(self.path, "rb") as file:
+                with fs.open(path, "rb") as file:
                     earlier = json.load(file)
                 same = earlier["job"] == self.content["job"]
                 self.content["images"] = dict(earlier["images"])
@@ -116,14 +117,8 @@ class Manifest:
             self.save()
 
     def save(self) -> None:
-        fs, path = url_to_fs(self.path)
-        data = json.dumps(self.content, indent=1).encode()
-        if isinstance(fs, LocalFileSystem):
-            part = Path(f"{path}.{os.getpid()}.part")
-            part.write_bytes(data)
-            part.replace(path)
-        else:
-            fs.pipe_file(path, data)
+        with stored(self.path) as file:
+            file.write_text(json.dumps(self.content, indent=1))
         self.saved = time.monotonic()
 
 
@@ -264,11 +259,6 @@ def _full(fs: AbstractFileSystem, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
 
 
-def exists(place: str) -> bool:
-    fs, path = url_to_fs(place)
-    return fs.exists(path)
-
-
 def record_of(output: str) -> files.Record | None:
     """`files.record_of` of a file wherever it lies."""
     try:
@@ -297,13 +287,22 @@ def fetched(source: str) -> Iterator[Path]:
 
 
 def store(picture: Picture, output: str, text: dict[str, str]) -> None:
-    """Write a PNG that appears whole or not at all: renamed on disk; one upload on an object store."""
-    fs, path = url_to_fs(output)
+    with stored(output) as file:
+        write_png(picture, file, text)
+
+
+@contextmanager
+def stored(place: str) -> Iterator[Path]:
+    """A file on disk to write to, which then appears at a place whole: renamed on disk; one upload elsewhere."""
+    fs, path = url_to_fs(place)
     if isinstance(fs, LocalFileSystem):
-        write_png(picture, path, text)
+        with written_whole(Path(path)) as file:
+            yield file
         return
     with tempfile.TemporaryDirectory() as folder:
-        fs.put_file(str(write_png(picture, Path(folder) / "output.png", text)), path)
+        file = Path(folder) / "output"
+        yield file
+        fs.put_file(str(file), path)
 
 
 def _identity(place: str) -> str:
