@@ -18,6 +18,8 @@ from patchscaler.patches import LATENT_PIXELS, PatchGrid
 # colour-blind, which green, amber and red do not.
 GROUP_COLORS = ("#0a9396", "#e9a800", "#c2185b")
 
+PREVIEW_SIDE = 1024  # pixels
+
 _TINT = 0.5  # share of the group's colour in a cell
 _TILE = 128  # side of one picture on the sheet
 _GAP = 8
@@ -28,11 +30,10 @@ def qmap_overlay(
     coarse: Tensor,
     grid: PatchGrid,
     assignment: Tensor,
-    max_side: int = 1024,
     by_hand: Collection[int] = (),
     grey: Image.Image | None = None,
 ) -> Image.Image:
-    """Qmap (Eq. 2) drawn over the coarse image in grey.
+    """Qmap (Eq. 2) drawn over the coarse image in grey, at most PREVIEW_SIDE pixels wide and high.
 
     Patches overlap, so each one colours the cell that lies nearer to its centre than to any other
     patch's; the cells tile the image.
@@ -40,8 +41,7 @@ def qmap_overlay(
     Args:
         coarse: 3xHxW in [-1, 1], its top left corner at the grid's; H and W may be less than the grid's.
         assignment: N group numbers 0, 1, 2 in the grid's order.
-        max_side: the drawing is scaled down to at most this many pixels on its longer side.
-        grey: what `grey_preview(coarse, max_side)` gives, where it is kept for many drawings.
+        grey: what `grey_preview(coarse)` gives, where it is kept for many drawings.
         by_hand: indices of patches whose group a person chose; their cells get a border.
 
     Raises:
@@ -49,8 +49,8 @@ def qmap_overlay(
     """
     if len(assignment) != len(grid):
         raise ValueError(f"{len(assignment)} assigned groups for {len(grid)} patches")
-    grey = grey or grey_preview(coarse, max_side)
-    size, scale = grey.size, min(1.0, max_side / max(coarse.shape[-2:]))
+    grey = grey or grey_preview(coarse)
+    size, scale = grey.size, min(1.0, PREVIEW_SIDE / max(coarse.shape[-2:]))
     rows = _cell_edges([patch.top for patch in grid.patches], grid.size, size[1], scale)
     columns = _cell_edges([patch.left for patch in grid.patches], grid.size, size[0], scale)
     groups = assignment.cpu().numpy().reshape(len(rows) - 1, len(columns) - 1)
@@ -72,15 +72,15 @@ def qmap_overlay(
     return overlay
 
 
-def grey_preview(coarse: Tensor, max_side: int = 1024) -> Image.Image:
-    """The coarse image 3xHxW in grey, so that every colour drawn on it is a group's, scaled down to `max_side`."""
+def grey_preview(coarse: Tensor) -> Image.Image:
+    """The coarse image 3xHxW in grey, so that every colour drawn on it is a group's, of `preview_size`."""
     image = to_pil(Picture(coarse.float().cpu()))
-    return image.convert("L").resize(preview_size(*image.size, max_side), Image.Resampling.LANCZOS).convert("RGB")
+    return image.convert("L").resize(preview_size(*image.size), Image.Resampling.LANCZOS).convert("RGB")
 
 
-def preview_size(width: int, height: int, max_side: int = 1024) -> tuple[int, int]:
-    """Width and height of a picture scaled down to `max_side`."""
-    scale = min(1.0, max_side / max(width, height))
+def preview_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of a picture scaled down to at most PREVIEW_SIDE on its longer side."""
+    scale = min(1.0, PREVIEW_SIDE / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 

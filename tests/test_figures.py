@@ -21,12 +21,12 @@ def test_each_cell_has_its_patch_s_colour():
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "side", "size"),
-    [(4, 4, 1024, (4, 4)), (28, 1200, 300, (300, 7)), (1600, 800, 1024, (512, 1024))],
+    ("height", "width", "size"),
+    [(4, 4, (4, 4)), (28, 4096, (1024, 7)), (1600, 800, (512, 1024))],
 )
-def test_cropped_and_scaled_overlays(height, width, side, size):
+def test_cropped_and_scaled_overlays(height, width, size):
     grid = PatchGrid(max(16, -(-height // 8)), max(16, -(-width // 8)))
-    overlay = qmap_overlay(torch.zeros(3, height, width), grid, torch.zeros(len(grid), dtype=torch.long), side)
+    overlay = qmap_overlay(torch.zeros(3, height, width), grid, torch.zeros(len(grid), dtype=torch.long))
     assert overlay.size == size
 
 

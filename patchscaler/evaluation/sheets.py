@@ -9,13 +9,12 @@ from patchscaler.figures import qmap_overlay
 from patchscaler.images import Picture, to_pil
 from patchscaler.results import Analysis, Result
 
-_PANEL = 1024  # longest side of a picture on the sheet
 _LEAST, _LABEL, _GAP = 64, 24, 8  # room for a panel, and for its label above
 
 
 def contact_sheet(analysis: Analysis, final: Result, truth: Tensor | None) -> Image.Image:
     """Input (its pixels as squares), bicubic, coarse, Qmap, final and truth, shrunk if they are large."""
-    qmap = qmap_overlay(analysis.coarse, analysis.grid, final.assignment, _PANEL)
+    qmap = qmap_overlay(analysis.coarse, analysis.grid, final.assignment)
     panels = {
         "input": to_pil(Picture(analysis.picture.rgb)).resize(qmap.size, Image.Resampling.NEAREST),
         "bicubic": to_pil(Picture(analysis.bicubic)),
