@@ -21,9 +21,8 @@ GROUP_COLORS = ("#0a9396", "#e9a800", "#c2185b")
 PREVIEW_SIDE = 1024  # pixels
 
 _TINT = 0.5  # share of the group's colour in a cell
-_TILE = 128  # side of one picture on the sheet
-_GAP = 8
-_LABEL = 20  # height of a label under a picture
+# Of a contact sheet, in pixels: room for a label's width, its height, and the space between pictures.
+_LEAST, _LABEL, _GAP = 64, 20, 8
 
 
 def qmap_overlay(
@@ -102,16 +101,20 @@ def priors_sheet(
     ]
     if queries is not None:
         rows = [[(query, "patch"), *row] for query, row in zip(queries, rows)]
-    step_x, step_y = _TILE + _GAP, _TILE + _LABEL + _GAP
+    return contact_sheet([[(to_pil(Picture(each.float().cpu())), label) for each, label in row] for row in rows])
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], size: tuple[int, int] = (128, 128)) -> Image.Image:
+    """Rows of pictures, each resized to `size`, with its label under it."""
+    width, height = size
+    step_x, step_y = max(width, _LEAST) + _GAP, height + _LABEL + _GAP
     sheet = Image.new("RGB", (step_x * max(map(len, rows)) + _GAP, step_y * len(rows) + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for y, row in enumerate(rows):
         for x, (picture, label) in enumerate(row):
             corner = (_GAP + x * step_x, _GAP + y * step_y)
-            tile = to_pil(Picture(picture.float().cpu()))
-            sheet.paste(tile.resize((_TILE, _TILE), Image.Resampling.LANCZOS), corner)
-            draw.text((corner[0] + _TILE // 2, corner[1] + _TILE + 3), label, "black", font, anchor="ma")
+            sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), corner)
+            draw.text((corner[0] + width // 2, corner[1] + height + 3), label, "black", font, anchor="ma")
     return sheet
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchscaler.device import pick_device, pick_dtype
+from patchscaler.device import Stopwatch, pick_device, pick_dtype
 from patchscaler.evaluation import standins
 from patchscaler.evaluation.components import read_image
 from patchscaler.evaluation.tables import table
@@ -210,13 +210,10 @@ def peak_memory(device: torch.device) -> int:
 
 def _shortest_seconds(call: Callable, device: torch.device, budget: float) -> float:
     """The shortest of as many calls as fit into `budget` seconds; what else runs here only ever makes one longer."""
-    times: list[float] = []
+    clock, times = Stopwatch(device), []
     while not times or sum(times) < budget:
-        began = time.perf_counter()
         call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(clock.lap())
     return min(times)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from patchscaler.evaluation.benchmark import (
     Pair,
@@ -28,7 +29,6 @@ from patchscaler.evaluation.benchmark import (
     read_truth,
     score,
     score_groups,
-    with_progress,
 )
 from patchscaler.evaluation.components import read_image, to_8bit
 from patchscaler.evaluation.metrics import MESH_PERIODS, mesh
@@ -52,7 +52,7 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], plan: Sampling
     rows, patches = defaultdict(list), empty_groups(("coarse", *forced))
     near = []  # HaarPSI of the image at T 50 against the coarse one
     truths, made = [], {"coarse": [], "final": []}
-    for low, high in with_progress(pairs):
+    for low, high in tqdm(pairs, unit="image", disable=None):
         analysis = pipeline.analyze(read_image(low))
         truth = read_truth(high, analysis.bicubic)  # 3×H×W
         images = _images(pipeline, analysis, truth, plan, seed)
