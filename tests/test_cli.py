@@ -181,7 +181,6 @@ def test_failure_while_sampling_leaves_nothing(upscale, tmp_path, monkeypatch, c
 
 
 def test_memory_that_runs_out_costs_time_or_ends_with_advice(upscale, tmp_path, memory_for, capsys):
-    """Row 25 of the table that tests/service.py names."""
     save_image(tmp_path / "a.png")
     assert upscale("a.png") == 0
     expected = (tmp_path / "out" / "a.png").read_bytes()

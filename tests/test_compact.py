@@ -58,7 +58,7 @@ def test_the_patch_batch_changes_no_pixel_by_more_than_one_level(pipeline, cat):
 
 @pytest.mark.parametrize("start, steps", [(1, 1), (50, 1), (1000, 20)])
 def test_the_final_image_keeps_the_structure_of_the_coarse_one(pipeline, cat, start, steps):
-    """At every T, as these weights refine alike at all: that the change falls with T they have not learned."""
+    """At every T alike: these weights have not learned to change less at smaller T."""
     analysis = pipeline.analyze(cat)
     plan = SamplingPlan(0.95, 0.75, start=(start,) * 3, steps=(steps,) * 3)
     *_, result = pipeline.refine(analysis, plan, color_fix=False)

@@ -146,7 +146,7 @@ def test_groups_and_ratios_are_in_the_summary(measured):
 
 
 def test_without_scipy_the_correlation_is_skipped(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # as good as not installed
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # as if it were not installed
     assert bench._correlation(torch.arange(3), torch.arange(3)).startswith("- skipped: Spearman (import of scipy.stats")
 
 
@@ -245,7 +245,7 @@ def test_without_its_network_the_feature_distance_is_skipped(monkeypatch):
     ):
         features.load_features.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, package, None)  # as good as not installed
+            patch.setitem(sys.modules, package, None)  # as if it were not installed
             scorer = scores.find_scorer(torch.device("cpu"), ("feature_distance", "psnr_y"))
         (skipped,) = scorer.skipped_lines()
         assert skipped.startswith(f"skipped: feature distance ({line}")
@@ -256,7 +256,7 @@ def test_without_its_network_the_feature_distance_is_skipped(monkeypatch):
 def test_without_piq_the_rest_is_measured(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("piq.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "piq", None)  # as good as not installed
+    monkeypatch.setitem(sys.modules, "piq", None)  # as if it were not installed
     scorer = scores.find_scorer(torch.device("cpu"), ("psnr_y", "haarpsi", "mdsi"))
     assert [metric.label for metric in scorer.skipped] == ["HaarPSI", "MDSI"]
     assert all(line.startswith(("skipped: HaarPSI (", "skipped: MDSI (")) for line in scorer.skipped_lines())

@@ -1,4 +1,4 @@
-"""What a server keeps of events that are over, and what many visitors at once may take. Row 30 of tests/service.py."""
+"""What a server keeps of events that are over, and what many visitors at once may take."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def posted(service: Service, path: str, body: dict):
 
 
 def called(service: Service, endpoint: str, **arguments) -> str:
-    """What comes of a call of the API, as it is sent."""
+    """The raw response to a call of the API."""
     event = service.begin(endpoint, **arguments).json()["event_id"]
     return service.web.get(f"/gradio_api/call/v2/{endpoint}/{event}").text
 

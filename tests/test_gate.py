@@ -229,7 +229,7 @@ def mutated(seed: bytes, other: bytes, draw: random.Random) -> bytes:
 
 
 def with_right_checksums(data: bytes) -> bytes:
-    """A PNG as it is, but for checksums that hold, so that the fuzz comes past them."""
+    """A PNG as it is, but for checksums that hold, so that the fuzzer gets past them."""
     place, parts = 8, [data[:8]]
     while place + 12 <= len(data):
         length = min(int.from_bytes(data[place : place + 4], "big"), len(data) - place - 12)

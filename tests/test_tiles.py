@@ -1,4 +1,4 @@
-"""Tiles equal the whole, memory that runs out ends in smaller pieces, and a run after that is as any other."""
+"""Tiles equal the whole, lack of memory leads to smaller tiles, and the next run is unaffected."""
 
 from __future__ import annotations
 

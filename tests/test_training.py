@@ -449,7 +449,7 @@ def test_training_starts_from_the_weights_of_a_folder(images, trained, tmp_path)
     for name in ("vae", "grm", "texture_classifier", "texture_encoder", "transformer"):
         weights = dict(getattr(old, name).named_parameters())
         for key, value in getattr(new, name).named_parameters():
-            if not key.startswith("judge.2"):  # calibrated anew
+            if not key.startswith("judge.2"):  # calibrated again
                 assert torch.allclose(value, weights[key], atol=2e-3), (name, key)
     assert torch.equal(new.transformer.gain, old.transformer.gain)
     assert f"Trained from the weights in `{start}`" in (tmp_path / "README.md").read_text()
