@@ -278,11 +278,7 @@ def _refuse_to_replace(task: Task) -> None:
     if there and task.source.is_file():  # a missing one will be said when it is to be read
         made_of = sha256(task.source)
         for path in there:
-            if (record := files.record_of(path)) is None or record.input_sha256 != made_of:
-                raise UsageError(
-                    f"{path} exists and is not PatchScaler's output of {task.source}; "
-                    "--suffix _x4 writes beside it, --overwrite replaces it"
-                )
+            files.own_record(path, files.record_of(path), task.source, made_of)
 
 
 def _is_finished(task: Task, plan: SamplingPlan, args: argparse.Namespace) -> bool:

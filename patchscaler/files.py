@@ -132,6 +132,16 @@ def record_of(path: Path) -> Record | None:
         return None
 
 
+def own_record(output: str | Path, record: Record | None, source: str | Path, input_sha256: str) -> Record:
+    """The record of an output that is there. UsageError if it was not made of that input."""
+    if record is None or record.input_sha256 != input_sha256:
+        raise UsageError(
+            f"{output} exists and is not PatchScaler's output of {source}; "
+            "--suffix _x4 writes beside it, --overwrite replaces it"
+        )
+    return record
+
+
 def check_name(name: str) -> None:
     """UsageError for the name of a file that is longer than file systems take."""
     length = len(os.fsencode(posixpath.basename(name)))
