@@ -297,5 +297,5 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = {"out": args.out, "plan": args.plan, "seed": args.seed, "batch_size": args.batch_size}
-    return measure_pairs(args, partial(benchmark, **options))
+    measure = partial(benchmark, out=args.out, plan=args.plan, seed=args.seed, batch_size=args.batch_size)
+    return measure_pairs(args, measure)
