@@ -25,6 +25,7 @@ def task(weights, plan="paper", tiles=1) -> dict:
     return {**common, "plan": asdict(PRESETS[plan]), "tiles": tiles}
 
 
+@pytest.mark.slow
 def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "in_new_process", lambda task: bench.KINDS[task["kind"]](task))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -59,6 +60,7 @@ def test_flops_are_those_of_a_whole_run(tiny_pipeline, weights):
     assert row["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_has_its_own_peak_memory(weights):
     held = torch.ones(400_000_000, dtype=torch.int8)  # 0.4 GB here are not to be seen there
     row = bench.in_new_process(task(weights))

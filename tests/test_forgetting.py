@@ -161,6 +161,7 @@ def test_those_that_hold_whole_pictures_wait_for_each_other(service, image, monk
     assert "Try again in a moment" not in ask()
 
 
+@pytest.mark.slow
 def test_a_short_soak(weights, capsys):
     """The long form: python tests/load/soak.py."""
     arguments = ["--weights", str(weights), "--clients", "4", "--light", "200", "--heavy", "8"]

@@ -41,6 +41,7 @@ def wait_for(true, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_command_that_is_ended_while_it_writes_leaves_whole_files_only(weights, tmp_path):
     for name, side in (("a", 8), ("c", 400)):
         Image.fromarray(noise(side, side)).save(tmp_path / f"{name}.png")
@@ -102,6 +103,7 @@ class Server:
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_ended_in_a_run_starts_again_healthy(weights, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -57,6 +57,7 @@ def pixels(service: Service, file: dict) -> bytes:
     return picture(service, file).tobytes()
 
 
+@pytest.mark.slow
 def test_every_file_of_the_corpus_by_page_and_api(service, capfd, caplog):
     for case in cases():
         file = service.upload(case.name, case.data)

@@ -232,6 +232,7 @@ stopped.close()
 """
 
 
+@pytest.mark.slow
 def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
     requests = []
 
