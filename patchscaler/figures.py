@@ -83,25 +83,19 @@ def preview_size(width: int, height: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def priors_sheet(
-    priors: Tensor | Sequence[Tensor],
-    similarities: Tensor | Sequence[Sequence[float]],
-    queries: Sequence[Tensor] | None = None,
-) -> Image.Image:
+def priors_sheet(priors: Sequence[Tensor], similarities: Tensor, queries: Sequence[Tensor]) -> Image.Image:
     """A contact sheet of retrieved priors (Algorithm 1): a row per patch, the similarity under each prior.
 
     Args:
-        priors: NxKx3xhxw, or N tensors of Kx3xhxw, in [-1, 1].
+        priors: N tensors of Kx3xhxw in [-1, 1].
         similarities: NxK.
         queries: N pictures 3xhxw of the patches themselves, drawn at the start of their rows.
     """
-    rows = [
-        [(picture, f"{float(value):.3f}") for picture, value in zip(row, values)]
-        for row, values in zip(priors, similarities)
-    ]
-    if queries is not None:
-        rows = [[(query, "patch"), *row] for query, row in zip(queries, rows)]
-    return contact_sheet([[(to_pil(Picture(each.float().cpu())), label) for each, label in row] for row in rows])
+    rows = []
+    for query, images, values in zip(queries, priors, similarities.tolist()):
+        labels = ["patch", *(f"{value:.3f}" for value in values)]
+        rows.append([(to_pil(Picture(image)), label) for image, label in zip((query, *images), labels)])
+    return contact_sheet(rows)
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], size: tuple[int, int] = (128, 128)) -> Image.Image:

@@ -37,11 +37,11 @@ def test_overlay_wants_a_group_for_every_patch():
 
 def test_priors_sheet_has_a_row_for_each_patch():
     priors, similarities = torch.full((2, 3, 3, 128, 128), -1.0), torch.rand(2, 3)
-    bare = priors_sheet(priors, similarities)
-    queried = priors_sheet(list(priors), similarities.tolist(), queries=[torch.ones(3, 9, 9), torch.zeros(3, 128, 5)])
-    assert queried.height == bare.height and queried.width > bare.width
-    assert bare.getpixel((70, 70)) == (0, 0, 0)  # inside the first prior
-    assert queried.getpixel((70, 70)) == (255, 255, 255)  # inside the first patch
+    sheet = priors_sheet(list(priors), similarities, [torch.ones(3, 9, 9), torch.zeros(3, 128, 5)])
+    assert sheet.getpixel((70, 70)) == (255, 255, 255)  # inside the first patch
+    assert sheet.getpixel((206, 70)) == (0, 0, 0)  # inside its first prior
+    assert sheet.getpixel((70, 226)) == pytest.approx((128,) * 3, abs=1)  # inside the second patch
+    assert sheet.size == (8 + 4 * 136, 8 + 2 * 156)
 
 
 def test_patches_set_by_hand_have_a_border():
