@@ -16,11 +16,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from patchscaler.color import REACH, wavelet_color_fix
 from patchscaler.device import Stopwatch, out_of_memory_errors
-from patchscaler.images import Picture, bicubic, to_pil, written_whole
+from patchscaler.images import FORMATS, Picture, bicubic, to_pil, written_whole
+from patchscaler.limits import OUTPUT_PER_INPUT, Limits
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
@@ -221,6 +223,17 @@ def _bicubic_rows(image: Tensor, first: int, last: int) -> Tensor:
     top = max(0, first // SCALE - MARGIN)
     rows = bicubic(image[None, :, top : -(-last // SCALE) + MARGIN], SCALE)[0]
     return rows[:, first - SCALE * top : last - SCALE * top]
+
+
+def is_large(source: Path) -> bool:
+    """Whether a picture is too large to be held upscaled, as its header has it."""
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            pixels = image.width * image.height
+    except Exception:  # whatever it is, reading it will say so
+        return False
+    limits = Limits.from_environment()
+    return pixels > limits.input_pixels or OUTPUT_PER_INPUT * pixels > limits.output_pixels
 
 
 def write_tiff(
