@@ -102,13 +102,13 @@ def _images(
         *_, result = pipeline.refine(replace(analysis, latents=latents), plan, seed, by_hand=by_hand)
         return result.picture.rgb
 
-    every = range(len(analysis.grid))
+    groups = {group: dict.fromkeys(range(len(analysis.grid)), group) for group in range(len(GROUPS))}
     return {
         "bicubic": analysis.bicubic,
         "bicubic, encoded and decoded": _decode(pipeline, y_lr, truth),
         "coarse: GRM": analysis.coarse,
         FINAL: refined(analysis.latents),
-        **{_forced(plan, group): refined(analysis.latents, by_hand=dict.fromkeys(every, group)) for group in range(len(GROUPS))},
+        **{_forced(plan, group): refined(analysis.latents, by_hand=every) for group, every in groups.items()},
         NEAR: refined(analysis.latents, replace(plan, start=(50, 50, 50), steps=(1, 1, 1))),
         "Patch-DiT on the true latents": refined(x_hr),
         "truth, encoded and decoded": _decode(pipeline, x_hr, truth),
