@@ -44,6 +44,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     Image.open(lr / "dot.png").save(lr / "dot.bmp")
     (lr / "dot.png").unlink()
     (lr / "notes.txt").write_text("not an image")
+    (lr / "._rock.png").write_bytes(b"a sidecar of macOS")
     return lr, hr
 
 
