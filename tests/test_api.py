@@ -337,6 +337,7 @@ def test_calls_of_many_clients_run_one_after_another(service, call, image, analy
 # The README
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["python", "sh"])
 def test_the_readmes_calls_run_as_they_are_printed(service, image, tmp_path, language):
     section = README.read_text(encoding="utf-8").split("\n## Call it from a program\n")[1].split("\n## ")[0]

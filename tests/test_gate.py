@@ -238,6 +238,7 @@ def with_right_checksums(data: bytes) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.slow
 def test_no_mutated_file_raises_anything_but_an_image_error(tmp_path):
     seeds = [case.data for case in cases() if 0 < len(case.data) < 3000]
     draw, path, read, refused = random.Random(5), tmp_path / "input", 0, 0

@@ -149,6 +149,7 @@ print("the next run works")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and /proc are Linux's")
 def test_memory_that_really_runs_out_is_said_and_the_next_run_works():
     """A picture whose output alone is too large: no smaller piece can help, and the advice is given."""
