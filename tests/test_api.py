@@ -25,6 +25,8 @@ from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import made_with
 
+pytestmark = pytest.mark.slow  # a real server
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -337,7 +339,6 @@ def test_calls_of_many_clients_run_one_after_another(service, call, image, analy
 # The README
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("language", ["python", "sh"])
 def test_the_readmes_calls_run_as_they_are_printed(service, image, tmp_path, language):
     section = README.read_text(encoding="utf-8").split("\n## Call it from a program\n")[1].split("\n## ")[0]

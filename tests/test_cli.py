@@ -131,6 +131,7 @@ def test_folder_with_a_bad_file(upscale, tmp_path, capsys):
     assert "b.jpg: " in errors and "missing.png: " in errors and "notes.txt" not in errors
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of broken tags
 def test_the_whole_corpus_in_one_run(weights, tmp_path, capfd):
     (tmp_path / "in").mkdir()

@@ -324,6 +324,7 @@ def arguments(command: str, folders: tuple[Path, Path], out: Path, weights: Path
     return [str(part) for part in given]
 
 
+@pytest.mark.slow
 def test_evaluate_runs_from_the_command_line(weights, examples, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "plan.json").write_text(PLAN.to_json())
@@ -334,6 +335,7 @@ def test_evaluate_runs_from_the_command_line(weights, examples, tmp_path, capsys
     assert written == ["reliability.csv", "reliability.png", "results.csv", "sheets", "summary.md"]
 
 
+@pytest.mark.slow
 def test_sweep_runs_from_the_command_line(weights, examples, tmp_path, capsys, monkeypatch):
     plans = tuple(replace(PLAN, steps=steps) for steps in ((1, 1, 1), (1, 2, 3)))
     monkeypatch.setattr(sweeps, "PLANS", (*plans, sweeps.PAPER))

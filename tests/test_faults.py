@@ -22,6 +22,8 @@ from patchscaler.ui import jobs as jobs_module
 from patchscaler.ui.events import WAITING
 from patchscaler.ui.state import dials_of
 
+pytestmark = pytest.mark.slow  # a real server and crowds of visitors
+
 QUICK_DIALS, SLOW_DIALS = (*dials_of(QUICK), 7), (*dials_of(SLOW), 7)
 SLOW_CALL = {**asdict(SLOW), "seed": 7}
 
@@ -74,7 +76,6 @@ def file_of(service: Service, file: dict) -> bytes:
     return service.web.get(f"/gradio_api/file={file['path']}").content
 
 
-@pytest.mark.slow
 def test_eight_users_at_once_get_what_each_would_get_alone(service, image):
     """By page and API, identical bits."""
     plan = SamplingPlan(0.9, 0.1, (100, 200, 300), (2, 3, 4))
@@ -91,7 +92,6 @@ def test_eight_users_at_once_get_what_each_would_get_alone(service, image):
     assert user(1, seed=8) != together[0]
 
 
-@pytest.mark.slow
 def test_a_hundred_runs_are_joined_and_cancelled(service, image):
     service.watch.fault = slowly(0.05)
     run = service.functions["run"]._id
@@ -166,7 +166,6 @@ def test_a_large_picture_is_given_up_between_its_tiles(service, image, monkeypat
     assert len(asked) <= left + 8
 
 
-@pytest.mark.slow
 def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
     service.run("mover", image, QUICK_DIALS)
     with held(service):

@@ -79,6 +79,7 @@ def test_the_pages_upload_limit_follows_the_environment(monkeypatch):
     assert settings["app_kwargs"]["middleware"][0].kwargs["max_upload"] == 6_000_000
 
 
+@pytest.mark.slow
 def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service, image):
     shown = service.run("mover", image, DIALS)
     page = service.page
@@ -96,6 +97,7 @@ def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service,
     assert service.light("packed", "mover", image).json()["data"][0]["value"]["path"].endswith(".zip")
 
 
+@pytest.mark.slow
 def test_results_that_nobody_fetches_do_not_pile_up(service, monkeypatch):
     queue, events = service.page._queue, []
     for _ in range(3 * server.UNREAD):
@@ -145,6 +147,7 @@ def test_whole_pictures_are_handled_one_at_a_time(monkeypatch):
     handler()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compared", "zoomed", "packed", "numbered", "regroup"])
 def test_those_that_hold_whole_pictures_wait_for_each_other(service, image, monkeypatch, name):
     service.run("closer", image, DIALS)

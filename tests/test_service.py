@@ -18,7 +18,8 @@ from service import QUICK, Service, file_data, serving
 from patchscaler.ui.server import MAX_FILES, MAX_JSON
 from patchscaler.ui.state import MAX_SEED, dials_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of broken tags
+# A real server. Pillow warns of bombs and of broken tags.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 API = "/gradio_api"
 DIALS = (*dials_of(QUICK), 0)
 
@@ -57,7 +58,6 @@ def pixels(service: Service, file: dict) -> bytes:
     return picture(service, file).tobytes()
 
 
-@pytest.mark.slow
 def test_every_file_of_the_corpus_by_page_and_api(service, capfd, caplog):
     for case in cases():
         file = service.upload(case.name, case.data)

@@ -174,6 +174,7 @@ def test_an_error_on_one_device_is_raised(picture):
         list(pipeline.refine(analysis, PLAN, batch_size=1))
 
 
+@pytest.mark.slow
 def test_patch_dit_is_one_graph_for_batches_of_any_size(tiny_pipeline):
     """What `torch.compile` needs; here without its C++ compiler."""
     network, patches = copy.deepcopy(tiny_pipeline.transformer), random_patches(7)
