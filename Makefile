@@ -1,6 +1,6 @@
 # make demo          set up, then open the page on http://127.0.0.1:7860
 # make test          ruff and the whole test suite
-# make quick         the tests that take no more than seconds each
+# make quick         the tests that start no server, browser, Ray or full training, in a minute and a half
 # make lint          ruff alone
 # make train-smoke   every stage of training for two steps
 # make weights MINUTES=40 DATA=DIR OUT=DIR [FROM=DIR] [DEVICE=cuda]

@@ -16,8 +16,8 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from patchscaler.patches import PatchGrid, merge, split
-from patchscaler.plan import GROUPS, SamplingPlan, assign
-from patchscaler.sampling import Scheduler, denoise
+from patchscaler.plan import GROUPS, MAX_TIMESTEP, SamplingPlan, assign
+from patchscaler.sampling import Scheduler, denoise, make_batches
 
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t NxCxVxV, t in 1..1000, the patches' indices N) -> x0 NxCxVxV
 
@@ -43,8 +43,8 @@ def x0_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
     ValueError if it has no `alphas_cumprod` of 1000 timesteps (those of flow matching have none).
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None or len(alphas) != 1000:
-        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod of 1000 timesteps")
+    if alphas is None or len(alphas) != MAX_TIMESTEP:
+        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod of {MAX_TIMESTEP} timesteps")
     shared = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     betas = {name: scheduler.config[name] for name in shared if name in scheduler.config}
     ours = DDIMScheduler(**betas, prediction_type="sample", clip_sample=False)
@@ -109,12 +109,10 @@ def group_sample(
     patches = split(y0.float().cpu(), grid)  # NxCxVxV
     x0 = torch.empty_like(patches)
     for group in range(len(GROUPS)):
-        for batch in (assignment == group).nonzero()[:, 0].split(batch_size):
-            if not len(batch):  # what splitting an empty group gives
-                continue
-            start = patches[batch].to(device), noise[batch].to(device)
-            predict = lambda x_t, t, batch=batch: denoiser(x_t, t, batch)  # noqa: E731
-            *_, (last, _) = denoise(predict, *start, plan.start[group], plan.steps[group], scheduler)
-            x0[batch] = last.cpu()
+        for batch in make_batches(group, (assignment == group).nonzero()[:, 0], plan, batch_size):
+            start = patches[batch.indices].to(device), noise[batch.indices].to(device)
+            predict = lambda x_t, t, indices=batch.indices: denoiser(x_t, t, indices)  # noqa: E731
+            *_, (last, _) = denoise(predict, *start, batch.start, batch.steps, scheduler)
+            x0[batch.indices] = last.cpu()
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     return GroupSampled(merge(x0, grid), assignment, plan.evaluations(counts))

@@ -5,33 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from patchscaler import files
 from patchscaler.device import pick_device, pick_dtype
 from patchscaler.figures import qmap_overlay
-from patchscaler.images import (
-    FORMATS,
-    OUTPUT_PER_INPUT,
-    ImageError,
-    Limits,
-    Picture,
-    picture_from_pil,
-    read_picture,
-    write_png,
-)
-from patchscaler.large import Bands, write_tiff
+from patchscaler.images import ImageError, Picture, picture_from_pil, read_picture, write_png, written_whole
+from patchscaler.large import Bands, is_large, write_tiff
 from patchscaler.loading import CheckpointError, load_pipeline, sha256
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.pipeline import PatchScalerPipeline
@@ -84,15 +71,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--address", help="ray: of a cluster, as for ray.init (default: Ray on this machine)")
 
 
-@dataclass(frozen=True)
-class Task:
-    """An image and the files that are made of it."""
-
-    source: Path
-    output: Path
-    stages: dict[str, Path]  # empty unless they are wanted
-
-
 def run(args: argparse.Namespace) -> int:
     """Upscale what the arguments name. Returns 0, or 1 if any input failed; raises UsageError."""
     if args.engine == "ray":
@@ -106,8 +84,18 @@ def run(args: argparse.Namespace) -> int:
         if args.large and find_spec("tifffile") is None:
             raise UsageError("--large needs the extra large: pip install tifffile")
         plan = _plan(args)
-        tasks, skipped = _tasks(args)
-        finished = [task for task in tasks if args.skip_existing and _is_finished(task, plan, args)]
+        tasks, skipped = files.plan_tasks(
+            args.inputs,
+            args.out,
+            STAGES if args.save_stages else (),
+            args.report,
+            recursive=args.recursive,
+            suffix=args.suffix,
+            large=args.large,
+            overwrite=args.overwrite,
+        )
+        made_by = plan, args.seed, args.color_fix
+        finished = [task for task in tasks if args.skip_existing and task.is_finished(*made_by)]
         devices = [pick_device(name) for name in args.devices or [args.device]]
         dtype = pick_dtype(devices[0], args.dtype)
         if args.devices and args.device:
@@ -145,14 +133,15 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failed |= _complain(str(task.source), error)
             reports.append({"input": str(task.source), "error": str(error) or type(error).__name__})
-            if isinstance(error, ImageError) and not args.large and _is_large(task.source):
+            if isinstance(error, ImageError) and not args.large and is_large(task.source):
                 print("--large takes larger pictures", file=sys.stderr)
         else:
             reports.append(report)
     if args.report:
         one = len(args.inputs) == 1 and not args.inputs[0].is_dir()
         try:
-            _write_text(args.report, json.dumps(reports[0] if one else reports, indent=2) + "\n")
+            with written_whole(args.report) as file:
+                file.write_text(json.dumps(reports[0] if one else reports, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             failed |= _complain(str(args.report), error)
     return failed
@@ -218,116 +207,8 @@ def _plan(args: argparse.Namespace) -> SamplingPlan:
     return dataclasses.replace(args.plan, **{name: value for name, value in given.items() if value is not None})
 
 
-def _sources(args: argparse.Namespace) -> tuple[dict[Path, str], list[Path]]:
-    """The images meant, each with its name relative to the folder named, and the other image files in such folders.
-
-    What PatchScaler wrote into the output folder is not an input again, where that is the folder named or lies in it.
-    """
-    sources, skipped, out = {}, [], args.out.resolve()
-    for path in args.inputs:
-        if not path.is_dir():
-            found = [(path, path.name)]
-        else:
-            images, others = files.sort_out(files.listed(path, args.recursive))
-            found = [(path / name, name) for name in images]
-            found = [(file, name) for file, name in found if not (_is_in(file, out) and files.record_of(file))]
-            if not found:
-                raise UsageError(files.no_image(path, [path / name for name in others]))
-            skipped += [path / name for name in others]
-        for file, name in found:
-            if file in sources:
-                raise UsageError(f"{file} is named twice")
-            sources[file] = name
-    return sources, skipped
-
-
-def _is_in(file: Path, folder: Path) -> bool:
-    return file.resolve().is_relative_to(folder)
-
-
-def _tasks(args: argparse.Namespace) -> tuple[list[Task], list[Path]]:
-    """What is to be made, and the image files that are skipped. UsageError if a file would be lost by it."""
-    out, report = args.out, args.report
-    if report and not report.parent.is_dir() and report.parent.resolve() != out.resolve():
-        raise UsageError(f"the report's folder {report.parent} does not exist")
-    sources, skipped = _sources(args)
-    taken = {_key(source): f"the input {source}" for source in sources}
-    if report:
-        _claim(taken, report, "the report")
-        if report.exists() and not args.overwrite and not _is_report(report):
-            raise UsageError(f"{report} exists and is not a report; --overwrite replaces it")
-    tasks = []
-    for source, stem in zip(sources, files.output_stems([*sources.values()], args.suffix), strict=True):
-        large = args.large and _is_large(source)
-        output = out / f"{stem}{'.tif' if large else '.png'}"
-        wanted = STAGES if args.save_stages and not large else ()
-        task = Task(source, output, {stage: out / f"{stem}.{stage}.png" for stage in wanted})
-        _claim(taken, output, f"the output of {source}")
-        for stage, path in task.stages.items():
-            _claim(taken, path, f"the {stage} stage of {source}")
-        if not args.overwrite:
-            _refuse_to_replace(task)
-        tasks.append(task)
-    return tasks, skipped
-
-
-def _refuse_to_replace(task: Task) -> None:
-    """UsageError if a file of the task is there already and is not an earlier output of the same input."""
-    there = [path for path in (task.output, *task.stages.values()) if os.path.lexists(path)]
-    if there and task.source.is_file():  # a missing one will be said when it is to be read
-        made_of = sha256(task.source)
-        for path in there:
-            if (record := files.record_of(path)) is None or record.input_sha256 != made_of:
-                raise UsageError(
-                    f"{path} exists and is not PatchScaler's output of {task.source}; "
-                    "--suffix _x4 writes beside it, --overwrite replaces it"
-                )
-
-
-def _is_finished(task: Task, plan: SamplingPlan, args: argparse.Namespace) -> bool:
-    """Whether every file of the task is there, of this input, plan, seed and colour fix."""
-    records = [files.record_of(path) for path in (task.output, *task.stages.values())]
-    if None in records or not task.source.is_file():
-        return False
-    made_of = files.Record.of(task.source, plan, args.seed, args.color_fix)
-    return all(record == made_of for record in records)
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes())
-        return all("input" in entry for entry in (content if isinstance(content, list) else [content]))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
-
-
-def _is_large(source: Path) -> bool:
-    """Whether a picture is too large to be held upscaled, as its header has it."""
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            pixels = image.width * image.height
-    except Exception:  # whatever it is, reading it will say so
-        return False
-    limits = Limits.from_environment()
-    return pixels > limits.input_pixels or OUTPUT_PER_INPUT * pixels > limits.output_pixels
-
-
-def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
-    files.check_name(str(path))
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder")
-    if _key(path) in taken:
-        raise UsageError(f"{path} would be both {taken[_key(path)]} and {owner}")
-    taken[_key(path)] = owner
-
-
-def _key(path: Path) -> str:
-    """One name for one file, on file systems that ignore case too."""
-    return files.folded(str(path.resolve()))
-
-
 def _upscale(
-    pipeline: PatchScalerPipeline, task: Task, plan: SamplingPlan, args: argparse.Namespace, title: str
+    pipeline: PatchScalerPipeline, task: files.Task, plan: SamplingPlan, args: argparse.Namespace, title: str
 ) -> dict:
     """Upscale one file, write its pictures, and return its report. `title` is that of the progress bar."""
     began = time.perf_counter()
@@ -354,7 +235,7 @@ def _upscale(
 
 
 def _upscale_large(
-    pipeline: PatchScalerPipeline, task: Task, plan: SamplingPlan, args: argparse.Namespace, title: str
+    pipeline: PatchScalerPipeline, task: files.Task, plan: SamplingPlan, args: argparse.Namespace, title: str
 ) -> dict:
     """`_upscale` in bands, which are written as they come. Stages are not kept."""
     began = time.perf_counter()
@@ -385,20 +266,10 @@ def _bar(args: argparse.Namespace, title: str, unit: str, total: int | None = No
     return tqdm(total=total, desc=title, unit=unit, leave=False, disable=args.quiet or None)
 
 
-def _done(task: Task, width: int, height: int, began: float, args: argparse.Namespace, report: dict) -> dict:
+def _done(task: files.Task, width: int, height: int, began: float, args: argparse.Namespace, report: dict) -> dict:
     if not args.quiet:
         print(f"{task.source} -> {task.output}  {width}x{height}  {time.perf_counter() - began:.1f} s", flush=True)
     return {"input": str(task.source), "output": str(task.output), **report}
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write through a temporary file beside it, so that the file is whole or absent."""
-    part = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _complain(what: str, error: Exception) -> int:

@@ -28,11 +28,11 @@ import ray
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from ray.actor import ActorHandle
+from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from patchscaler import files
-from patchscaler.images import ImageError, Limits, Picture, read_picture, write_png
+from patchscaler.images import ImageError, Limits, read_picture, write_png, written_whole
 from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError
 from patchscaler.plan import SamplingPlan
@@ -75,7 +75,8 @@ class Worker:
                     return {"status": "done"}
                 picture = read_picture(copy)
             result = self.pipeline(picture, job.plan, job.seed, job.batch_size, job.color_fix)
-            store(result.picture, output, {**result.png_text(), "input_sha256": made_of.input_sha256})
+            with stored(output) as file:
+                write_png(result.picture, file, {**result.png_text(), "input_sha256": made_of.input_sha256})
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # this image's fault, or its size's
             return {"status": "failed", "error": str(error) or type(error).__name__}
         return {
@@ -91,16 +92,17 @@ class Worker:
 class Manifest:
     """OUT/manifest.json: the job, and for each image where it went and how that ended."""
 
-    def __init__(self, folder: str, job: Job, anew: bool = False):
-        """Read what an earlier run left, unless `anew`. UsageError if that was another job, whose images are not
+    def __init__(self, folder: str, job: Job, overwrite: bool = False):
+        """Read what an earlier run left, unless `overwrite`. UsageError if that was another job, whose images are not
         to be taken for ours."""
         self.path = posixpath.join(folder, MANIFEST)
         self.content = {"job": job.describe(), "images": {}}
-        self.resumed = not anew and exists(self.path)
+        fs, path = url_to_fs(self.path)
+        self.resumed = not overwrite and fs.exists(path)
         self.saved = 0.0
         if self.resumed:
             try:
-                with fsspec.open(self.path, "rb") as file:
+                with fs.open(path, "rb") as file:
                     earlier = json.load(file)
                 same = earlier["job"] == self.content["job"]
                 self.content["images"] = dict(earlier["images"])
@@ -116,14 +118,8 @@ class Manifest:
             self.save()
 
     def save(self) -> None:
-        fs, path = url_to_fs(self.path)
-        data = json.dumps(self.content, indent=1).encode()
-        if isinstance(fs, LocalFileSystem):
-            part = Path(f"{path}.{os.getpid()}.part")
-            part.write_bytes(data)
-            part.replace(path)
-        else:
-            fs.pipe_file(path, data)
+        with stored(self.path) as file:
+            file.write_text(json.dumps(self.content, indent=1))
         self.saved = time.monotonic()
 
 
@@ -156,9 +152,6 @@ def run(
             files.make_writable(Path(folder))
         else:
             fs.makedirs(url_to_fs(folder)[1], exist_ok=True)
-    for source in found:
-        if manifest.content["images"].get(source, {}).get("status") != "done":  # the driver died before saying so
-            manifest.content["images"][source] = {"output": outputs[source], "status": "done"}
     for source in skipped:
         manifest.content["images"][source] = {"status": "skipped", "error": files.why_skipped(source)}
         say(f"{source}: {files.why_skipped(source)}")
@@ -169,7 +162,7 @@ def run(
         return counts
     _start_ray(address)
     try:
-        _work(waiting, job, *_worker_pool(kind, workers, device, job), manifest, counts, say)
+        _work(waiting, job, *_worker_pool(kind, workers, device), manifest, counts, say)
     finally:
         manifest.save()
         ray.shutdown()
@@ -177,37 +170,31 @@ def run(
 
 
 def _found(outputs: dict[str, str], manifest: Manifest, job: Job) -> list[str]:
-    """The sources whose outputs are there. UsageError for one that is there and is not an output of its source."""
+    """The sources whose outputs are there, all of them "done" in the manifest then.
+
+    UsageError for an output that is there and is not one of its source.
+    """
+    there: set[str] = set()
+    for folder in {posixpath.dirname(output) for output in outputs.values()}:
+        fs, path = url_to_fs(folder)  # listed, as to ask for each file would take long on an object store
+        there.update(fs.ls(path, detail=False) if fs.isdir(path) else ())
     found = []
-    for source in _present(outputs):
-        output = outputs[source]
-        done = manifest.content["images"].get(source, {}).get("status") == "done"
-        if not done:  # it may be of a driver that died before saying so, of another job, or somebody's photograph
-            record = record_of(output)
+    for source, output in outputs.items():
+        if url_to_fs(output)[1] not in there:
+            continue
+        if manifest.content["images"].get(source, {}).get("status") != "done":
+            # It may be of a driver that died before saying so, of another job, or somebody's photograph.
             try:
                 with fetched(source) as copy:
                     made_of = files.Record.of(copy, job.plan, job.seed, job.color_fix)
             except (OSError, ImageError):  # a worker will say so, and write nothing
                 continue
-            if record is None or record.input_sha256 != made_of.input_sha256:
-                raise UsageError(
-                    f"{output} exists and is not PatchScaler's output of {source}; "
-                    "--suffix _x4 writes beside it, --overwrite replaces it"
-                )
-            done = manifest.resumed and record == made_of
-        if done:
-            found.append(source)
+            record = files.own_record(output, record_of(output), source, made_of.input_sha256)
+            if not manifest.resumed or record != made_of:
+                continue
+            manifest.content["images"][source] = {"output": output, "status": "done"}
+        found.append(source)
     return found
-
-
-def _present(outputs: dict[str, str]) -> list[str]:
-    """The sources whose outputs exist. Folders are listed: to ask for each file would take long on an object store."""
-    paths = {source: url_to_fs(output)[1] for source, output in outputs.items()}
-    there: set[str] = set()
-    for folder in {posixpath.dirname(output) for output in outputs.values()}:
-        fs, path = url_to_fs(folder)
-        there.update(fs.ls(path, detail=False) if fs.isdir(path) else ())
-    return [source for source, path in paths.items() if path in there]
 
 
 def plan_outputs(
@@ -264,11 +251,6 @@ def _full(fs: AbstractFileSystem, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
 
 
-def exists(place: str) -> bool:
-    fs, path = url_to_fs(place)
-    return fs.exists(path)
-
-
 def record_of(output: str) -> files.Record | None:
     """`files.record_of` of a file wherever it lies."""
     try:
@@ -296,42 +278,44 @@ def fetched(source: str) -> Iterator[Path]:
         yield copy
 
 
-def store(picture: Picture, output: str, text: dict[str, str]) -> None:
-    """Write a PNG that appears whole or not at all: renamed on disk; one upload on an object store."""
-    fs, path = url_to_fs(output)
+@contextmanager
+def stored(place: str) -> Iterator[Path]:
+    """A file on disk to write to, which then appears at a place whole: renamed on disk; one upload elsewhere."""
+    fs, path = url_to_fs(place)
     if isinstance(fs, LocalFileSystem):
-        write_png(picture, path, text)
+        with written_whole(Path(path)) as file:
+            yield file
         return
     with tempfile.TemporaryDirectory() as folder:
-        fs.put_file(str(write_png(picture, Path(folder) / "output.png", text)), path)
+        file = Path(folder) / "output"
+        yield file
+        fs.put_file(str(file), path)
 
 
 def _identity(place: str) -> str:
     fs, path = url_to_fs(place)
-    path = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
-    return path.casefold()
+    return files.folded(os.path.realpath(path) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path))
 
 
 def _start_ray(address: str | None) -> None:
     """Join the cluster, or start Ray here. The limits on images go along; on a cluster, so must the package."""
     settings = {name: value for name, value in os.environ.items() if name.startswith("PATCHSCALER_MAX_")}
-    options = {}
+    options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         root = str(Path(__file__).parent.parent)
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        options = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+        options |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
     try:
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address or "local", runtime_env={"env_vars": settings}, **quiet, **options)
+        ray.init(address or "local", runtime_env={"env_vars": settings}, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
 
 
 def _worker_pool(
-    kind: type[Worker], count: int | None, device: str | None, job: Job
-) -> tuple[int, Callable[[], tuple[ActorHandle, ray.ObjectRef]]]:
-    """How many workers to have, and what starts one and has it load the pipeline.
+    kind: type[Worker], count: int | None, device: str | None
+) -> tuple[int, ActorClass, str | None]:
+    """How many workers to have, what makes one, and the device that each is to load the pipeline on.
 
     They get a GPU each if there are any and no other device is asked for, else the cores in equal shares.
     """
@@ -344,20 +328,15 @@ def _worker_pool(
         raise UsageError(f"{count} workers need {count} {'GPUs' if on_gpu else 'cores'}; Ray has {most}")
     largest = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
     share = max(1, min(cpus // count, largest))  # Ray gives a worker that many threads, by OMP_NUM_THREADS
-    actor = ray.remote(kind).options(num_cpus=share, num_gpus=int(on_gpu))
-
-    def start_worker() -> tuple[ActorHandle, ray.ObjectRef]:
-        worker = actor.remote()
-        return worker, worker.load.remote(job, "cuda" if on_gpu else device)
-
-    return count, start_worker
+    return count, ray.remote(kind).options(num_cpus=share, num_gpus=int(on_gpu)), "cuda" if on_gpu else device
 
 
 def _work(
     outputs: dict[str, str],
     job: Job,
     count: int,
-    start_worker: Callable[[], tuple[ActorHandle, ray.ObjectRef]],
+    actor: ActorClass,
+    device: str | None,
     manifest: Manifest,
     counts: dict[str, int],
     say: Callable[[str], None],
@@ -371,8 +350,8 @@ def _work(
     begin, pixels, ended = time.monotonic(), 0, 0
 
     def start() -> None:
-        worker, loading = start_worker()
-        running[loading] = worker, None
+        worker = actor.remote()
+        running[worker.load.remote(job, device)] = worker, None
 
     for _ in range(count):
         start()
@@ -405,13 +384,11 @@ def _work(
             seconds = time.monotonic() - begin
             pace = f"{ended / seconds:.2f} images/s, {pixels / 1e6 / seconds:.2f} MP/s"
             left = f"{seconds / ended * (len(outputs) - ended):.0f} s left"
-            say(f"[{ended}/{len(outputs)}] {source}{_ending(outputs[source], entry)}  ({pace}, {left})")
+            failed = entry["status"] == "failed"
+            how = f": {entry['error']}" if failed else f" -> {outputs[source]}  {entry.get('seconds', 0):.1f} s"
+            say(f"[{ended}/{len(outputs)}] {source}{how}  ({pace}, {left})")
         while idle and waiting:
             worker, source = idle.pop(), waiting.popleft()
             attempts[source] += 1
             call = worker.upscale.remote(source, outputs[source], job, attempts[source] > 1)
             running[call] = worker, source
-
-
-def _ending(output: str, entry: dict) -> str:
-    return f": {entry['error']}" if entry["status"] == "failed" else f" -> {output}  {entry.get('seconds', 0):.1f} s"

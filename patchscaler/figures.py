@@ -18,21 +18,21 @@ from patchscaler.patches import LATENT_PIXELS, PatchGrid
 # colour-blind, which green, amber and red do not.
 GROUP_COLORS = ("#0a9396", "#e9a800", "#c2185b")
 
+PREVIEW_SIDE = 1024  # pixels
+
 _TINT = 0.5  # share of the group's colour in a cell
-_TILE = 128  # side of one picture on the sheet
-_GAP = 8
-_LABEL = 20  # height of a label under a picture
+# Of a contact sheet, in pixels: room for a label's width, its height, and the space between pictures.
+_LEAST, _LABEL, _GAP = 64, 20, 8
 
 
 def qmap_overlay(
     coarse: Tensor,
     grid: PatchGrid,
     assignment: Tensor,
-    max_side: int = 1024,
     by_hand: Collection[int] = (),
     grey: Image.Image | None = None,
 ) -> Image.Image:
-    """Qmap (Eq. 2) drawn over the coarse image in grey.
+    """Qmap (Eq. 2) drawn over the coarse image in grey, at most PREVIEW_SIDE pixels wide and high.
 
     Patches overlap, so each one colours the cell that lies nearer to its centre than to any other
     patch's; the cells tile the image.
@@ -40,8 +40,7 @@ def qmap_overlay(
     Args:
         coarse: 3xHxW in [-1, 1], its top left corner at the grid's; H and W may be less than the grid's.
         assignment: N group numbers 0, 1, 2 in the grid's order.
-        max_side: the drawing is scaled down to at most this many pixels on its longer side.
-        grey: what `grey_preview(coarse, max_side)` gives, where it is kept for many drawings.
+        grey: what `grey_preview(coarse)` gives, where it is kept for many drawings.
         by_hand: indices of patches whose group a person chose; their cells get a border.
 
     Raises:
@@ -49,8 +48,8 @@ def qmap_overlay(
     """
     if len(assignment) != len(grid):
         raise ValueError(f"{len(assignment)} assigned groups for {len(grid)} patches")
-    grey = grey or grey_preview(coarse, max_side)
-    size, scale = grey.size, min(1.0, max_side / max(coarse.shape[-2:]))
+    grey = grey or grey_preview(coarse)
+    size, scale = grey.size, min(1.0, PREVIEW_SIDE / max(coarse.shape[-2:]))
     rows = _cell_edges([patch.top for patch in grid.patches], grid.size, size[1], scale)
     columns = _cell_edges([patch.left for patch in grid.patches], grid.size, size[0], scale)
     groups = assignment.cpu().numpy().reshape(len(rows) - 1, len(columns) - 1)
@@ -72,46 +71,44 @@ def qmap_overlay(
     return overlay
 
 
-def grey_preview(coarse: Tensor, max_side: int = 1024) -> Image.Image:
-    """The coarse image 3xHxW in grey, so that every colour drawn on it is a group's, scaled down to `max_side`."""
+def grey_preview(coarse: Tensor) -> Image.Image:
+    """The coarse image 3xHxW in grey, so that every colour drawn on it is a group's, of `preview_size`."""
     image = to_pil(Picture(coarse.float().cpu()))
-    return image.convert("L").resize(preview_size(*image.size, max_side), Image.Resampling.LANCZOS).convert("RGB")
+    return image.convert("L").resize(preview_size(*image.size), Image.Resampling.LANCZOS).convert("RGB")
 
 
-def preview_size(width: int, height: int, max_side: int = 1024) -> tuple[int, int]:
-    """Width and height of a picture scaled down to `max_side`."""
-    scale = min(1.0, max_side / max(width, height))
+def preview_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of a picture scaled down to at most PREVIEW_SIDE on its longer side."""
+    scale = min(1.0, PREVIEW_SIDE / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def priors_sheet(
-    priors: Tensor | Sequence[Tensor],
-    similarities: Tensor | Sequence[Sequence[float]],
-    queries: Sequence[Tensor] | None = None,
-) -> Image.Image:
+def priors_sheet(priors: Sequence[Tensor], similarities: Tensor, queries: Sequence[Tensor]) -> Image.Image:
     """A contact sheet of retrieved priors (Algorithm 1): a row per patch, the similarity under each prior.
 
     Args:
-        priors: NxKx3xhxw, or N tensors of Kx3xhxw, in [-1, 1].
+        priors: N tensors of Kx3xhxw in [-1, 1].
         similarities: NxK.
         queries: N pictures 3xhxw of the patches themselves, drawn at the start of their rows.
     """
-    rows = [
-        [(picture, f"{float(value):.3f}") for picture, value in zip(row, values)]
-        for row, values in zip(priors, similarities)
-    ]
-    if queries is not None:
-        rows = [[(query, "patch"), *row] for query, row in zip(queries, rows)]
-    step_x, step_y = _TILE + _GAP, _TILE + _LABEL + _GAP
+    rows = []
+    for query, images, values in zip(queries, priors, similarities.tolist()):
+        labels = ["patch", *(f"{value:.3f}" for value in values)]
+        rows.append([(to_pil(Picture(image)), label) for image, label in zip((query, *images), labels)])
+    return contact_sheet(rows)
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], size: tuple[int, int] = (128, 128)) -> Image.Image:
+    """Rows of pictures, each resized to `size`, with its label under it."""
+    width, height = size
+    step_x, step_y = max(width, _LEAST) + _GAP, height + _LABEL + _GAP
     sheet = Image.new("RGB", (step_x * max(map(len, rows)) + _GAP, step_y * len(rows) + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for y, row in enumerate(rows):
         for x, (picture, label) in enumerate(row):
             corner = (_GAP + x * step_x, _GAP + y * step_y)
-            tile = to_pil(Picture(picture.float().cpu()))
-            sheet.paste(tile.resize((_TILE, _TILE), Image.Resampling.LANCZOS), corner)
-            draw.text((corner[0] + _TILE // 2, corner[1] + _TILE + 3), label, "black", font, anchor="ma")
+            sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), corner)
+            draw.text((corner[0] + width // 2, corner[1] + height + 3), label, "black", font, anchor="ma")
     return sheet
 
 

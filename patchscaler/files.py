@@ -14,6 +14,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGEDESCRIPTION, TiffImageFile
 
 from patchscaler.images import FORMATS
+from patchscaler.large import is_large
 from patchscaler.loading import sha256
 from patchscaler.options import UsageError
 from patchscaler.plan import SamplingPlan
@@ -46,6 +48,120 @@ class Record(NamedTuple):
     def of(cls, source: Path, plan: SamplingPlan, seed: int, color_fix: bool) -> Record:
         """That of an output yet to be made. Raises OSError."""
         return cls(sha256(source), json.loads(plan.to_json()), seed, color_fix)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image and the files that are made of it."""
+
+    source: Path
+    output: Path
+    stages: dict[str, Path]  # empty unless they are wanted
+
+    def paths(self) -> list[Path]:
+        return [self.output, *self.stages.values()]
+
+    def is_finished(self, plan: SamplingPlan, seed: int, color_fix: bool) -> bool:
+        """Whether every file is there, of this input, plan, seed and colour fix."""
+        records = [record_of(path) for path in self.paths()]
+        if None in records or not self.source.is_file():
+            return False
+        made_of = Record.of(self.source, plan, seed, color_fix)
+        return all(record == made_of for record in records)
+
+
+def plan_tasks(
+    inputs: Sequence[Path],
+    out: Path,
+    stages: Sequence[str],
+    report: Path | None,
+    recursive: bool,
+    suffix: str,
+    large: bool,
+    overwrite: bool,
+) -> tuple[list[Task], list[Path]]:
+    """What is to be made of the inputs, and the image files that are skipped.
+
+    `stages` are made too, but for a picture that `large` allows to be too large. UsageError if a file would be lost.
+    """
+    if report and not report.parent.is_dir() and report.parent.resolve() != out.resolve():
+        raise UsageError(f"the report's folder {report.parent} does not exist")
+    sources, skipped = _sources(inputs, out.resolve(), recursive)
+    taken = {_key(source): f"the input {source}" for source in sources}
+    if report:
+        _claim(taken, report, "the report")
+        if report.exists() and not overwrite and not _is_report(report):
+            raise UsageError(f"{report} exists and is not a report; --overwrite replaces it")
+    tasks = []
+    for source, stem in zip(sources, output_stems([*sources.values()], suffix), strict=True):
+        in_bands = large and is_large(source)
+        output = out / f"{stem}{'.tif' if in_bands else '.png'}"
+        task = Task(source, output, {} if in_bands else {stage: out / f"{stem}.{stage}.png" for stage in stages})
+        _claim(taken, output, f"the output of {source}")
+        for stage, path in task.stages.items():
+            _claim(taken, path, f"the {stage} stage of {source}")
+        if not overwrite:
+            _refuse_to_replace(task)
+        tasks.append(task)
+    return tasks, skipped
+
+
+def _sources(inputs: Sequence[Path], out: Path, recursive: bool) -> tuple[dict[Path, str], list[Path]]:
+    """The images meant, each with its name relative to the folder named, and the other image files in such folders.
+
+    What PatchScaler wrote into the output folder is not an input again, where that is the folder named or lies in it.
+    """
+    sources, skipped = {}, []
+    for path in inputs:
+        if not path.is_dir():
+            found = [(path, path.name)]
+        else:
+            images, others = sort_out(listed(path, recursive))
+            found = [(path / name, name) for name in images if not _is_own(path / name, out)]
+            if not found:
+                raise UsageError(no_image(path, [path / name for name in others]))
+            skipped += [path / name for name in others]
+        for file, name in found:
+            if file in sources:
+                raise UsageError(f"{file} is named twice")
+            sources[file] = name
+    return sources, skipped
+
+
+def _is_own(file: Path, out: Path) -> bool:
+    """Whether PatchScaler wrote a file into the output folder."""
+    return file.resolve().is_relative_to(out) and record_of(file) is not None
+
+
+def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
+    check_name(str(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
+    if _key(path) in taken:
+        raise UsageError(f"{path} would be both {taken[_key(path)]} and {owner}")
+    taken[_key(path)] = owner
+
+
+def _key(path: Path) -> str:
+    """One name for one file, on file systems that ignore case too."""
+    return folded(str(path.resolve()))
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+        return all("input" in entry for entry in (content if isinstance(content, list) else [content]))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _refuse_to_replace(task: Task) -> None:
+    """UsageError if a file of the task is there already and is not an earlier output of the same input."""
+    there = [path for path in task.paths() if os.path.lexists(path)]
+    if there and task.source.is_file():  # a missing one will be said when it is to be read
+        made_of = sha256(task.source)
+        for path in there:
+            own_record(path, record_of(path), task.source, made_of)
 
 
 def listed(folder: Path, recursive: bool = False) -> list[str]:
@@ -130,6 +246,16 @@ def record_of(path: Path) -> Record | None:
             return read_record(file)
     except OSError:
         return None
+
+
+def own_record(output: str | Path, record: Record | None, source: str | Path, input_sha256: str) -> Record:
+    """The record of an output that is there. UsageError if it was not made of that input."""
+    if record is None or record.input_sha256 != input_sha256:
+        raise UsageError(
+            f"{output} exists and is not PatchScaler's output of {source}; "
+            "--suffix _x4 writes beside it, --overwrite replaces it"
+        )
+    return record
 
 
 def check_name(name: str) -> None:

@@ -146,21 +146,28 @@ def to_pil(picture: Picture) -> Image.Image:
 def write_png(picture: Picture, path: str | Path, text: dict[str, str] | None = None) -> Path:
     """Write a lossless PNG with `text` as its text chunks, and return its path.
 
-    The file appears whole or not at all: it is written beside its place and then renamed. The folder must
-    exist. Raises OSError if it cannot be written and ImageError for values that are not finite.
+    The file appears whole or not at all: see `written_whole`. The folder must exist. Raises OSError if it cannot be
+    written and ImageError for values that are not finite.
     """
     path = Path(path)
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
     image = to_pil(picture)
+    with written_whole(path) as file:
+        image.save(file, format="PNG", pnginfo=chunks)
+    return path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place at the end of the block, or is removed if that raises."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        image.save(temporary, format="PNG", pnginfo=chunks)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def read_png_text(source: str | Path) -> dict[str, str]:

@@ -8,8 +8,6 @@ C channels, H W pixels of the upscaled picture, h w latents, N patches, R rows, 
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,11 +16,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from patchscaler.color import REACH, wavelet_color_fix
 from patchscaler.device import Stopwatch, out_of_memory_errors
-from patchscaler.images import Picture, bicubic, to_pil
+from patchscaler.images import FORMATS, Picture, bicubic, to_pil, written_whole
+from patchscaler.limits import OUTPUT_PER_INPUT, Limits
 from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
@@ -225,36 +225,42 @@ def _bicubic_rows(image: Tensor, first: int, last: int) -> Tensor:
     return rows[:, first - SCALE * top : last - SCALE * top]
 
 
+def is_large(source: Path) -> bool:
+    """Whether a picture is too large to be held upscaled, as its header has it."""
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            pixels = image.width * image.height
+    except Exception:  # whatever it is, reading it will say so
+        return False
+    limits = Limits.from_environment()
+    return pixels > limits.input_pixels or OUTPUT_PER_INPUT * pixels > limits.output_pixels
+
+
 def write_tiff(
     bands: Iterable[np.ndarray], path: str | Path, shape: tuple[int, int, int], description: str = ""
 ) -> Path:
     """Write bands of rows RxWxS of 8 bits, from top to bottom, as one TIFF of HxWxS, and return its path.
 
     S is 3 for RGB or 4 for RGBA. Tiles are compressed without loss; above 2 GB the file is a BigTIFF. It appears whole
-    or not at all: it is written beside its place and then renamed. Whatever `bands` raise ends the writing.
+    or not at all. Whatever `bands` raise ends the writing.
     """
     import tifffile  # here, because it is an extra
 
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with tifffile.TiffWriter(temporary, bigtiff=np.prod(shape, dtype=np.int64) > 2**31) as file:
-            file.write(
-                _tiles(bands, shape[1]),
-                shape=shape,
-                dtype=np.uint8,
-                tile=(TIFF_TILE, TIFF_TILE),
-                photometric="rgb",
-                extrasamples=["unassalpha"] if shape[2] == 4 else None,
-                compression="zlib",
-                predictor=True,
-                description=description,
-                metadata=None,
-                software="PatchScaler",
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path, big = Path(path), np.prod(shape, dtype=np.int64) > 2**31
+    with written_whole(path) as place, tifffile.TiffWriter(place, bigtiff=big) as file:
+        file.write(
+            _tiles(bands, shape[1]),
+            shape=shape,
+            dtype=np.uint8,
+            tile=(TIFF_TILE, TIFF_TILE),
+            photometric="rgb",
+            extrasamples=["unassalpha"] if shape[2] == 4 else None,
+            compression="zlib",
+            predictor=True,
+            description=description,
+            metadata=None,
+            software="PatchScaler",
+        )
     return path
 
 

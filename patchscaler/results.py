@@ -149,9 +149,7 @@ class Result:
 
     def report(self) -> dict:
         """Everything but the pixels, as values that JSON can hold."""
-        return describe_run(
-            self.plan, self.seed, self.color_fix, self.device, self.dtype, self.groups, self.seconds
-        )
+        return describe_run(self.plan, self.seed, self.color_fix, self.device, self.dtype, self.groups, self.seconds)
 
 
 def describe_run(

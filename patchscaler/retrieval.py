@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Memory(Protocol):
-    """What retrieval needs of a texture memory of M entries."""
-
-    features: Tensor  # MxD, rows of length 1 (RTM-key)
-
-    def patches(self, indices: Tensor) -> Tensor:
-        """The stored latents (RTM-value) of a LongTensor of any shape: ...xCxVxV float32."""
+from patchscaler.models import TextureMemory
 
 
 @dataclass(frozen=True)
@@ -36,15 +28,15 @@ class Priors:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-def retrieve(queries: Tensor, memory: Memory, k: int) -> Priors:
+def retrieve(queries: Tensor, memory: TextureMemory, k: int) -> Priors:
     """Algorithm 1: the `k` entries whose keys have the largest normalised inner product with each query.
 
-    `queries` NxD, of any length and float dtype. ValueError unless 1 <= k <= M.
+    `queries` NxD, of any length and float dtype; the memory has M entries. ValueError unless 1 <= k <= M.
     """
     size = memory.features.shape[0]
     if not 1 <= k <= size:
         raise ValueError(f"k={k} is outside 1..{size}, the size of the texture memory")
     normalised = F.normalize(queries.float(), dim=-1)  # NxD
-    scores = normalised @ memory.features.float().T  # NxM
+    scores = normalised @ memory.features.T  # NxM
     similarities, indices = scores.topk(k, dim=-1)  # NxK, sorted
     return Priors(indices, similarities, memory.patches(indices))

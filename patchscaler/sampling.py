@@ -174,7 +174,6 @@ class Step:
     step: int  # 1..steps; 0 where memory ran out and the batch is made again, in halves
     seconds: float
     evaluations: int  # in patches; negative where those of a batch did not count
-    device: int = 0  # which of several did it
 
 
 def make_batches(group: int, indices: Tensor, plan: SamplingPlan, size: int) -> list[Batch]:

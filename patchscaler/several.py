@@ -6,7 +6,6 @@ import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from threading import Event, Thread
 
 import torch
@@ -34,11 +33,11 @@ def sample_on_several(
     stopped = Event()
 
     @torch.inference_mode()
-    def work(device: int, network: PatchDiT) -> None:
+    def work(network: PatchDiT) -> None:
         try:
             with closing(sample_batches(network, scheduler, patches, todo)) as running:
                 for step in running:
-                    steps.put(replace(step, device=device))
+                    steps.put(step)
                     if stopped.is_set():
                         break
         except BaseException as error:  # it is raised where the steps are read
@@ -46,7 +45,7 @@ def sample_on_several(
         else:
             steps.put(None)
 
-    threads = [Thread(target=work, args=each, daemon=True) for each in enumerate(networks)]
+    threads = [Thread(target=work, args=(network,), daemon=True) for network in networks]
     try:
         for thread in threads:
             thread.start()

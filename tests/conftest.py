@@ -63,7 +63,7 @@ def weights(tiny_pipeline, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def picture() -> Picture:
-    """64x80 of smooth colour on the left and noise on the right: nine patches unlike each other."""
+    """64x80 of smooth colour on the left and noise on the right: nine different patches."""
     generator = torch.Generator().manual_seed(3)
     smooth = torch.linspace(-0.8, 0.8, 64)[None, :, None].expand(3, 64, 80)
     noise = torch.rand(3, 64, 80, generator=generator) - 0.5
@@ -104,7 +104,7 @@ def memory_for(monkeypatch):
 
 @pytest.fixture
 def no_collector():
-    """Cycles of objects stay, as they do on a server until the collector happens to come by."""
+    """Reference cycles stay alive, as on a server between two collections."""
     gc.collect()
     gc.disable()
     yield
@@ -118,7 +118,7 @@ def upload_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def plan(tiny_pipeline, picture):
-    """A quick plan under which no group is empty, though random weights judge all patches nearly alike."""
+    """A quick plan under which no group is empty, though random weights give nearly equal confidences."""
     confidence = tiny_pipeline.analyze(picture).patch_confidence.sort().values.tolist()
     return SamplingPlan(confidence[5], confidence[1], (100, 200, 300), (1, 2, 3))
 

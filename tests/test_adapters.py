@@ -136,6 +136,7 @@ def test_what_cannot_be_sampled_is_refused(unet):
         group_sample(None, latents(16, 80), torch.ones(1, 16, 80), UNIFORM, x0_scheduler(theirs))
 
 
+@pytest.mark.slow
 def test_the_example_on_a_folder_of_a_tiny_model(unet, tiny_pipeline, tmp_path, capsys):
     """examples/pgs_diffusers.py from a Stable Diffusion folder to a picture, V = 64, with the time ratio."""
     vae = AutoencoderKL(

@@ -25,6 +25,8 @@ from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import restored
 
+pytestmark = pytest.mark.slow  # a real server
+
 README = Path(__file__).parent.parent / "README.md"
 
 

@@ -131,6 +131,7 @@ def test_folder_with_a_bad_file(upscale, tmp_path, capsys):
     assert "b.jpg: " in errors and "missing.png: " in errors and "notes.txt" not in errors
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of broken tags
 def test_the_whole_corpus_in_one_run(weights, tmp_path, capfd):
     (tmp_path / "in").mkdir()
@@ -181,7 +182,6 @@ def test_failure_while_sampling_leaves_nothing(upscale, tmp_path, monkeypatch, c
 
 
 def test_memory_that_runs_out_costs_time_or_ends_with_advice(upscale, tmp_path, memory_for, capsys):
-    """Row 25 of the table that tests/service.py names."""
     save_image(tmp_path / "a.png")
     assert upscale("a.png") == 0
     expected = (tmp_path / "out" / "a.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Comparison, zoom, patch inspector and patch borders; what a visitor takes home."""
+"""Comparison, zoom, patch inspector, patch borders and export."""
 
 from __future__ import annotations
 

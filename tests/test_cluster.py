@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ class MortalWorker(cluster.Worker):
     """A worker that keeps a list of what it writes, and is killed by images whose names say so."""
 
     def upscale(self, source, output, job, repeated):
-        def store(picture, place, text):
-            write(picture, place, text)
+        @contextmanager
+        def stored(place):
+            with write(place) as file:
+                yield file
             with open(os.path.join(os.path.dirname(source), "written"), "a") as file:
                 file.write(place + "\n")
             if "dies-after" in source:
@@ -32,16 +35,16 @@ class MortalWorker(cluster.Worker):
 
         if "dies-before" in source and not repeated or "dies-always" in source:
             os.kill(os.getpid(), signal.SIGKILL)
-        write, cluster.store = cluster.store, store
+        write, cluster.stored = cluster.stored, stored
         try:
             return super().upscale(source, output, job, repeated)
         finally:
-            cluster.store = write
+            cluster.stored = write
 
 
 @pytest.fixture(scope="module")
 def address():
-    """Of a Ray cluster of one node with two cores. Its processes are stopped at the end."""
+    """Address of a Ray cluster of one node with two cores, which is stopped at the end."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -126,7 +129,7 @@ def test_urls_are_read_and_written(tiny_pipeline, tmp_path):
     worker.pipeline = tiny_pipeline
     job = cluster.Job(PLAN, 3, "weights")
     entry = worker.upscale("memory:///in/a.png", "memory://out/a.png", job, repeated=False)
-    assert entry["status"] == "done" and cluster.exists("memory://out/a.png")
+    assert entry["status"] == "done" and store.exists("/out/a.png")
     local = worker.upscale(str(tmp_path / "in" / "a.png"), str(tmp_path / "a.png"), job, repeated=False)
     assert local["pixels"] == entry["pixels"] == 80 * 64
     assert store.cat_file("/out/a.png") == (tmp_path / "a.png").read_bytes()
@@ -143,6 +146,7 @@ def test_urls_are_read_and_written(tiny_pipeline, tmp_path):
     assert again.content == manifest.content and cluster._found(first, again, job) == list(first)
     again.content["images"].clear()  # the driver died before it said so
     assert cluster._found(first, again, job) == list(first)
+    again.content["images"].clear()
     store.pipe_file("/out/a.png", (tmp_path / "in" / "a.png").read_bytes())
     with pytest.raises(UsageError, match="out/a.png exists and is not PatchScaler's output of memory:///in/a.png"):
         cluster._found(first, again, job)
@@ -164,7 +168,7 @@ def test_what_would_lose_something_is_refused(tmp_path):
     manifest.record("somewhere/b.png", {"status": "done"})
     with pytest.raises(UsageError, match="another plan, seed, weights, colour fix or precision"):
         cluster.run([str(tmp_path / "in" / "a.jpg")], str(tmp_path / "out"), cluster.Job(PLAN, 1, "w"))
-    assert not cluster.Manifest(str(tmp_path / "out"), cluster.Job(PLAN, 1, "w"), anew=True).content["images"]
+    assert not cluster.Manifest(str(tmp_path / "out"), cluster.Job(PLAN, 1, "w"), overwrite=True).content["images"]
     with pytest.raises(UsageError, match="the folder /proc cannot be written to"):
         cluster.run([str(tmp_path / "in" / "a.jpg")], "/proc", job)
     with pytest.raises(UsageError, match="would have 260 bytes"):

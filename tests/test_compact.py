@@ -14,6 +14,8 @@ from patchscaler.evaluation.scores import find_scorer
 from patchscaler.images import bicubic
 from patchscaler.plan import GROUPS
 
+pytestmark = pytest.mark.slow  # whole pictures with the repository's weights
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE_STEP = SamplingPlan(0.95, 0.75, start=(400, 700, 1000), steps=(1, 1, 1))
 

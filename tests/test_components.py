@@ -1,4 +1,4 @@
-"""What the parts of a pipeline are worth alone."""
+"""The autoencoder and the confidence, each measured alone."""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     Image.open(lr / "dot.png").save(lr / "dot.bmp")
     (lr / "dot.png").unlink()
     (lr / "notes.txt").write_text("not an image")
+    (lr / "._rock.png").write_bytes(b"a sidecar of macOS")
     return lr, hr
 
 
@@ -146,7 +147,7 @@ def test_groups_and_ratios_are_in_the_summary(measured):
 
 
 def test_without_scipy_the_correlation_is_skipped(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # as good as not installed
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # as if it were not installed
     assert bench._correlation(torch.arange(3), torch.arange(3)).startswith("- skipped: Spearman (import of scipy.stats")
 
 
@@ -180,8 +181,8 @@ def test_sheets_show_the_pictures_in_order(measured, tiny_pipeline, folders):
     assert sorted(path.name for path in sheets.iterdir()) == ["dot.png", "rock.png"]
     sheet = read_picture(sheets / "rock.png").rgb
     height, width = (4 * side for side in SIZES["rock"])
-    step = sheet.shape[2] // 6
-    panels = [sheet[:, -height:, i * step : i * step + width] for i in range(6)]
+    step = (sheet.shape[2] - 8) // 6  # 8 pixels lie between two pictures
+    panels = [sheet[:, 8 : 8 + height, 8 + i * step : 8 + i * step + width] for i in range(6)]
     low = read_picture(lr / "rock.png")
     assert torch.equal(panels[0], low.rgb.repeat_interleave(4, 1).repeat_interleave(4, 2))
     torch.testing.assert_close(panels[1], components.to_8bit(bicubic(low.rgb[None])[0]))
@@ -245,7 +246,7 @@ def test_without_its_network_the_feature_distance_is_skipped(monkeypatch):
     ):
         features.load_features.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, package, None)  # as good as not installed
+            patch.setitem(sys.modules, package, None)  # as if it were not installed
             scorer = scores.find_scorer(torch.device("cpu"), ("feature_distance", "psnr_y"))
         (skipped,) = scorer.skipped_lines()
         assert skipped.startswith(f"skipped: feature distance ({line}")
@@ -256,7 +257,7 @@ def test_without_its_network_the_feature_distance_is_skipped(monkeypatch):
 def test_without_piq_the_rest_is_measured(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("piq.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "piq", None)  # as good as not installed
+    monkeypatch.setitem(sys.modules, "piq", None)  # as if it were not installed
     scorer = scores.find_scorer(torch.device("cpu"), ("psnr_y", "haarpsi", "mdsi"))
     assert [metric.label for metric in scorer.skipped] == ["HaarPSI", "MDSI"]
     assert all(line.startswith(("skipped: HaarPSI (", "skipped: MDSI (")) for line in scorer.skipped_lines())
@@ -323,6 +324,7 @@ def arguments(command: str, folders: tuple[Path, Path], out: Path, weights: Path
     return [str(part) for part in given]
 
 
+@pytest.mark.slow
 def test_evaluate_runs_from_the_command_line(weights, examples, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "plan.json").write_text(PLAN.to_json())
@@ -333,6 +335,7 @@ def test_evaluate_runs_from_the_command_line(weights, examples, tmp_path, capsys
     assert written == ["reliability.csv", "reliability.png", "results.csv", "sheets", "summary.md"]
 
 
+@pytest.mark.slow
 def test_sweep_runs_from_the_command_line(weights, examples, tmp_path, capsys, monkeypatch):
     plans = tuple(replace(PLAN, steps=steps) for steps in ((1, 1, 1), (1, 2, 3)))
     monkeypatch.setattr(sweeps, "PLANS", (*plans, sweeps.PAPER))

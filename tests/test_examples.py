@@ -9,6 +9,8 @@ from patchscaler.loading import load_pipeline
 from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui.page import example_files
 
+pytestmark = pytest.mark.slow  # whole pictures with the repository's weights
+
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, list[int]]:

@@ -1,7 +1,4 @@
-"""Many visitors at once, visitors who leave, and faults in the midst of a run: one pipeline, and it goes on.
-
-The rows are those of the table of bad inputs and faults that tests/service.py names.
-"""
+"""Many visitors at once, visitors who leave, and faults during a run: one pipeline, which goes on."""
 
 from __future__ import annotations
 
@@ -24,6 +21,8 @@ from patchscaler.plan import SamplingPlan
 from patchscaler.ui import jobs as jobs_module
 from patchscaler.ui.events import WAITING
 from patchscaler.ui.state import dials_of
+
+pytestmark = pytest.mark.slow  # a real server and crowds of visitors
 
 QUICK_DIALS, SLOW_DIALS = (*dials_of(QUICK), 7), (*dials_of(SLOW), 7)
 SLOW_CALL = {**asdict(SLOW), "seed": 7}
@@ -78,7 +77,7 @@ def file_of(service: Service, file: dict) -> bytes:
 
 
 def test_eight_users_at_once_get_what_each_would_get_alone(service, image):
-    """Row 21: by page and API, bit by bit."""
+    """By page and API, identical bits."""
     plan = SamplingPlan(0.9, 0.1, (100, 200, 300), (2, 3, 4))
 
     def user(number: int, seed: int = 7) -> bytes:
@@ -94,7 +93,6 @@ def test_eight_users_at_once_get_what_each_would_get_alone(service, image):
 
 
 def test_a_hundred_runs_are_joined_and_cancelled(service, image):
-    """Row 22."""
     service.watch.fault = slowly(0.05)
     run = service.functions["run"]._id
     for number in range(100):
@@ -118,7 +116,7 @@ def test_a_hundred_runs_are_joined_and_cancelled(service, image):
 
 @pytest.mark.parametrize("by", ["page", "api"])
 def test_a_visitor_who_leaves_stops_the_run(service, image, by):
-    """Row 23: within a step."""
+    """The run stops within a step."""
     service.watch.fault = slowly(0.25)
     began = service.watch.steps
     if by == "page":
@@ -138,7 +136,6 @@ def test_a_visitor_who_leaves_stops_the_run(service, image, by):
 
 
 def test_a_visitor_who_leaves_while_waiting_never_gets_a_turn(service, image):
-    """Row 23."""
     with held(service):
         service.join("first", image, QUICK_DIALS)
         event = service.begin(image=image, **SLOW_CALL).json()["event_id"]
@@ -152,7 +149,7 @@ def test_a_visitor_who_leaves_while_waiting_never_gets_a_turn(service, image):
 
 
 def test_a_large_picture_is_given_up_between_its_tiles(service, image, monkeypatch):
-    """Rows 23 and 27: there are no steps yet while a picture is analysed."""
+    """There are no steps yet while a picture is analysed."""
     asked = []
 
     def slowly_asked() -> None:
@@ -170,7 +167,6 @@ def test_a_large_picture_is_given_up_between_its_tiles(service, image, monkeypat
 
 
 def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
-    """Row 24."""
     service.run("mover", image, QUICK_DIALS)
     with held(service):
         accepted = 0
@@ -192,7 +188,7 @@ def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
 
 
 def test_small_jobs_cannot_pile_up_without_end(service, image, monkeypatch):
-    """Row 24: those that do not pass through the queue."""
+    """Jobs that do not pass through the queue."""
     monkeypatch.setattr(jobs_module, "WAITING", 2)
     with held(service):
         for number in range(3):
@@ -204,7 +200,7 @@ def test_small_jobs_cannot_pile_up_without_end(service, image, monkeypatch):
 
 
 def test_memory_that_runs_out_costs_time_or_ends_with_advice(service, image, memory_for):
-    """Row 25, by page and API. Tiles and the real lack of memory: test_tiles.py. The command line: test_cli.py."""
+    """By page and API. Tiles and a real lack of memory: test_tiles.py. The command line: test_cli.py."""
     expected = file_of(service, service.call(image, QUICK, seed=7)[0])
     sizes = memory_for(2)
     called = file_of(service, service.call(image, QUICK, seed=7)[0])
@@ -220,7 +216,6 @@ def test_memory_that_runs_out_costs_time_or_ends_with_advice(service, image, mem
 
 @pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, OSError])
 def test_no_fault_in_the_worker_ends_the_server(service, image, fault):
-    """Row 26."""
 
     def fail():
         raise fault
@@ -233,7 +228,6 @@ def test_no_fault_in_the_worker_ends_the_server(service, image, fault):
 
 
 def test_a_run_past_its_deadline_is_an_error_and_no_zombie(service, image, monkeypatch):
-    """Row 27."""
     monkeypatch.setattr(service.jobs, "seconds", 0.5)
     service.watch.fault = slowly(0.1)
     for text in (service.run("late", image, SLOW_DIALS)["error"], service.call(image, SLOW)):
@@ -244,7 +238,6 @@ def test_a_run_past_its_deadline_is_an_error_and_no_zombie(service, image, monke
 
 
 def test_the_deadline_does_not_wait_for_a_step_and_health_tells_a_stuck_worker(service, image, monkeypatch):
-    """Row 27."""
     monkeypatch.setattr(jobs_module, "STUCK_SECONDS", 0.3)
     before = service.watch.steps
     with held(service), ThreadPoolExecutor(1) as visitor:
@@ -259,7 +252,6 @@ def test_the_deadline_does_not_wait_for_a_step_and_health_tells_a_stuck_worker(s
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "soon"])
 def test_a_bad_deadline_is_named(monkeypatch, text):
-    """Row 27."""
     monkeypatch.setenv("PATCHSCALER_MAX_RUN_SECONDS", text)
     with pytest.raises(ValueError, match="PATCHSCALER_MAX_RUN_SECONDS"):
         jobs_module.Jobs()
@@ -269,7 +261,6 @@ def test_a_bad_deadline_is_named(monkeypatch, text):
 
 @pytest.mark.parametrize(("part", "value"), [("grm", torch.nan), ("transformer", torch.inf), ("vae", torch.nan)])
 def test_values_that_are_not_finite_are_an_error_and_never_a_picture(part, value, image, tmp_path, monkeypatch):
-    """Row 28."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     pipeline = make_tiny_pipeline()
     with torch.no_grad():

@@ -21,12 +21,12 @@ def test_each_cell_has_its_patch_s_colour():
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "side", "size"),
-    [(4, 4, 1024, (4, 4)), (28, 1200, 300, (300, 7)), (1600, 800, 1024, (512, 1024))],
+    ("height", "width", "size"),
+    [(4, 4, (4, 4)), (28, 4096, (1024, 7)), (1600, 800, (512, 1024))],
 )
-def test_cropped_and_scaled_overlays(height, width, side, size):
+def test_cropped_and_scaled_overlays(height, width, size):
     grid = PatchGrid(max(16, -(-height // 8)), max(16, -(-width // 8)))
-    overlay = qmap_overlay(torch.zeros(3, height, width), grid, torch.zeros(len(grid), dtype=torch.long), side)
+    overlay = qmap_overlay(torch.zeros(3, height, width), grid, torch.zeros(len(grid), dtype=torch.long))
     assert overlay.size == size
 
 
@@ -37,11 +37,11 @@ def test_overlay_wants_a_group_for_every_patch():
 
 def test_priors_sheet_has_a_row_for_each_patch():
     priors, similarities = torch.full((2, 3, 3, 128, 128), -1.0), torch.rand(2, 3)
-    bare = priors_sheet(priors, similarities)
-    queried = priors_sheet(list(priors), similarities.tolist(), queries=[torch.ones(3, 9, 9), torch.zeros(3, 128, 5)])
-    assert queried.height == bare.height and queried.width > bare.width
-    assert bare.getpixel((70, 70)) == (0, 0, 0)  # inside the first prior
-    assert queried.getpixel((70, 70)) == (255, 255, 255)  # inside the first patch
+    sheet = priors_sheet(list(priors), similarities, [torch.ones(3, 9, 9), torch.zeros(3, 128, 5)])
+    assert sheet.getpixel((70, 70)) == (255, 255, 255)  # inside the first patch
+    assert sheet.getpixel((206, 70)) == (0, 0, 0)  # inside its first prior
+    assert sheet.getpixel((70, 226)) == pytest.approx((128,) * 3, abs=1)  # inside the second patch
+    assert sheet.size == (8 + 4 * 136, 8 + 2 * 156)
 
 
 def test_patches_set_by_hand_have_a_border():

@@ -1,4 +1,4 @@
-"""What a server keeps of events that are over, and what many visitors at once may take. Row 30 of tests/service.py."""
+"""What a server keeps of events that are over, and what many visitors at once may take."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def posted(service: Service, path: str, body: dict):
 
 
 def called(service: Service, endpoint: str, **arguments) -> str:
-    """What comes of a call of the API, as it is sent."""
+    """The raw response to a call of the API."""
     event = service.begin(endpoint, **arguments).json()["event_id"]
     return service.web.get(f"/gradio_api/call/v2/{endpoint}/{event}").text
 
@@ -79,6 +79,7 @@ def test_the_pages_upload_limit_follows_the_environment(monkeypatch):
     assert settings["app_kwargs"]["middleware"][0].kwargs["max_upload"] == 6_000_000
 
 
+@pytest.mark.slow
 def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service, image):
     shown = service.run("mover", image, DIALS)
     page = service.page
@@ -96,6 +97,7 @@ def test_moved_dials_leave_no_components_behind_and_the_session_goes_on(service,
     assert service.light("packed", "mover", image).json()["data"][0]["value"]["path"].endswith(".zip")
 
 
+@pytest.mark.slow
 def test_results_that_nobody_fetches_do_not_pile_up(service, monkeypatch):
     queue, events = service.page._queue, []
     for _ in range(3 * server.UNREAD):
@@ -145,6 +147,7 @@ def test_whole_pictures_are_handled_one_at_a_time(monkeypatch):
     handler()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compared", "zoomed", "packed", "numbered", "regroup"])
 def test_those_that_hold_whole_pictures_wait_for_each_other(service, image, monkeypatch, name):
     service.run("closer", image, DIALS)
@@ -161,6 +164,7 @@ def test_those_that_hold_whole_pictures_wait_for_each_other(service, image, monk
     assert "Try again in a moment" not in ask()
 
 
+@pytest.mark.slow
 def test_a_short_soak(weights, capsys):
     """The long form: python tests/load/soak.py."""
     arguments = ["--weights", str(weights), "--clients", "4", "--light", "200", "--heavy", "8"]

@@ -229,7 +229,7 @@ def mutated(seed: bytes, other: bytes, draw: random.Random) -> bytes:
 
 
 def with_right_checksums(data: bytes) -> bytes:
-    """A PNG as it is, but for checksums that hold, so that the fuzz comes past them."""
+    """A PNG as it is, but for checksums that hold, so that the fuzzer gets past them."""
     place, parts = 8, [data[:8]]
     while place + 12 <= len(data):
         length = min(int.from_bytes(data[place : place + 4], "big"), len(data) - place - 12)
@@ -238,6 +238,7 @@ def with_right_checksums(data: bytes) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.slow
 def test_no_mutated_file_raises_anything_but_an_image_error(tmp_path):
     seeds = [case.data for case in cases() if 0 < len(case.data) < 3000]
     draw, path, read, refused = random.Random(5), tmp_path / "input", 0, 0

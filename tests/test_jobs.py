@@ -1,4 +1,4 @@
-"""The one thread that works, what is kept of its work, and errors as visitors see them."""
+"""The worker thread, its cache of results, and errors as visitors see them."""
 
 from __future__ import annotations
 

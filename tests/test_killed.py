@@ -1,4 +1,4 @@
-"""Processes that are ended in the midst of their work: nothing half-written, and the next one is healthy. Row 29."""
+"""Processes that are killed while they work: nothing is half-written, and the next one is healthy."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def wait_for(true, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_command_that_is_ended_while_it_writes_leaves_whole_files_only(weights, tmp_path):
     for name, side in (("a", 8), ("c", 400)):
         Image.fromarray(noise(side, side)).save(tmp_path / f"{name}.png")
@@ -102,6 +103,7 @@ class Server:
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_ended_in_a_run_starts_again_healthy(weights, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -128,7 +130,6 @@ def test_a_server_that_is_ended_in_a_run_starts_again_healthy(weights, tmp_path)
 
 
 def test_altered_weights_are_refused_with_the_files_name_by_command_and_page(weights, tmp_path, monkeypatch, capsys):
-    """Row 30."""
     file = weights / "grm" / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

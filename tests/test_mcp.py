@@ -18,6 +18,8 @@ from service import Service, serving
 from patchscaler.images import write_png
 from patchscaler.ui.server import mcp_wanted
 
+pytestmark = pytest.mark.slow  # a real server
+
 QUICK = {"start": [100, 200, 300], "steps": [1, 1, 1]}
 
 

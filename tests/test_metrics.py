@@ -47,16 +47,6 @@ def test_equal_images_are_perfect():
     assert spectrum_distance(a, a) == 0
 
 
-def test_crop_hides_errors_at_the_edges():
-    a = noise()
-    b = a.clone()
-    b[:, :4] = b[:, -4:] = 0
-    b[:, :, :4] = b[:, :, -4:] = 0
-    assert psnr_y(a, b, crop=3) < 60
-    assert psnr_y(a, b, crop=4) == psnr_rgb(a, b, crop=4) == math.inf
-    assert ssim_y(a, b, crop=4) == pytest.approx(1)
-
-
 @pytest.mark.parametrize("other", [smooth(noise()), noise(seed=1), -noise(), noise() * 0.5])
 def test_ssim_agrees_with_scikit_image(other):
     a = noise()
@@ -117,7 +107,7 @@ def test_seam_score_of_flat_images():
     "call",
     [
         lambda a: psnr_y(a, a[:, 1:]),
-        lambda a: psnr_rgb(a, a, crop=24),
+        lambda a: psnr_rgb(a[:, :0], a[:, :0]),
         lambda a: psnr_y(a[None], a[None]),
         lambda a: psnr_rgb(a[:1], a[:1]),
         lambda a: ssim_y(a[:, :10], a[:, :10]),

@@ -22,6 +22,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 from patchscaler.images import read_picture, write_png
 from patchscaler.plan import SamplingPlan
 
+pytestmark = pytest.mark.slow  # a server and a browser
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
 # A browser of the system comes before Playwright's own, which CI need not download.

@@ -375,7 +375,7 @@ def test_patches_put_into_a_group_by_hand(tiny_pipeline, analysis, plan):
 
 
 def test_stages_add_up_to_the_time_of_the_call(tiny_pipeline, analysis, plan):
-    """Also with the prompts looked up again, pictures after each group, and a reader who takes his time."""
+    """Also with the prompts looked up again, pictures after each group, and a slow consumer of the events."""
     rgb = torch.rand(3, 150, 200, generator=torch.Generator().manual_seed(0)) - 0.5
     picture = Picture(rgb, torch.ones(1, 150, 200))
     longer = replace(plan, steps=(4, 6, 8))
@@ -474,7 +474,7 @@ def test_a_schedule_that_patch_dit_was_not_trained_with_is_refused(tiny_pipeline
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_from_refine_to_patch_dit_there_are_four_calls(picture, scheduler):
-    """refine -> sample_batches -> the solver -> predict -> forward, which whoever reads the method has to follow."""
+    """refine -> sample_batches -> the solver -> predict -> forward, the calls that a reader of the method follows."""
     pipeline = make_tiny_pipeline()
     pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
     analysis, stacks = pipeline.analyze(picture), []

@@ -1,7 +1,4 @@
-"""Whatever is sent to the page and its API: refused in a few words or done right, and the server answers after it.
-
-The rows are those of the table of bad inputs and faults in tests/service.py.
-"""
+"""Anything sent to the page and its API is refused with a short message or done right, and the server still answers."""
 
 from __future__ import annotations
 
@@ -21,7 +18,8 @@ from service import QUICK, Service, file_data, serving
 from patchscaler.ui.server import MAX_FILES, MAX_JSON
 from patchscaler.ui.state import MAX_SEED, dials_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of broken tags
+# A real server. Pillow warns of bombs and of broken tags.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 API = "/gradio_api"
 DIALS = (*dials_of(QUICK), 0)
 
@@ -61,7 +59,6 @@ def pixels(service: Service, file: dict) -> bytes:
 
 
 def test_every_file_of_the_corpus_by_page_and_api(service, capfd, caplog):
-    """Rows 1 to 11, and 12 for names that lie."""
     for case in cases():
         file = service.upload(case.name, case.data)
         shown = service.run(f"corpus {case.name}", file, DIALS)
@@ -84,7 +81,6 @@ def test_every_file_of_the_corpus_by_page_and_api(service, capfd, caplog):
 
 
 def test_a_strip_of_one_row_is_upscaled(service):
-    """Row 7."""
     strip = service.upload("strip.png", encoded(Image.new("L", (5000, 1), 90), "PNG"))
     assert picture(service, service.call(strip)[0]).size == (20_000, 4)
 
@@ -93,7 +89,6 @@ def test_a_strip_of_one_row_is_upscaled(service):
     "name", ["x.gif", "x.pdf", "", "a/../../../etc/passwd", "x" * 5000 + ".png", "nul\0.png", "<b>.png", None]
 )
 def test_a_spoofed_name_changes_nothing(service, image, name):
-    """Row 12."""
     spoofed = {**image, "orig_name": name, "mime_type": "application/pdf", "size": -1}
     shown, called = service.run(f"spoofed {name}", spoofed, DIALS), service.call(spoofed)
     assert pixels(service, shown["final"]) == pixels(service, service.run("plain", image, DIALS)["final"])
@@ -102,7 +97,6 @@ def test_a_spoofed_name_changes_nothing(service, image, name):
 
 
 def test_an_uploads_name_stays_within_its_folder(service, folder):
-    """Rows 12 and 20."""
     data = encoded(Image.new("RGB", (2, 2)), "PNG")
     for name in ("../../../evil.png", "nul\0.png", "/etc/evil.png", "a\\b.png", ".", "画" * 200 + ".png"):
         path = service.upload(name, data)["path"]
@@ -118,7 +112,7 @@ def test_an_uploads_name_stays_within_its_folder(service, folder):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, 10.5, None, "8", [8], {}, -1, 0, 10**30])
 @pytest.mark.parametrize(("place", "name"), [(0, "gamma1"), (2, "start"), (7, "steps")])
 def test_a_sliders_value_is_checked_inside(service, image, value, place, name):
-    """Row 13. A dial that is moved there changes nothing; a run says what is wrong."""
+    """A dial that is moved there changes nothing; a run says what is wrong."""
     service.run("sliders", image, DIALS)  # from now on a moved dial has something to group
     dials = [0.9, 0.1, 1000, 1000, 1000, 1, 1, 1, 0]
     dials[place] = value
@@ -129,7 +123,7 @@ def test_a_sliders_value_is_checked_inside(service, image, value, place, name):
 
 
 def test_a_plan_out_of_order_is_named(service, image):
-    """Row 14. In the page the dials push each other: test_tuning.py."""
+    """In the page the dials push each other: test_tuning.py."""
     for arguments, text in [
         ({"gamma1": 0.1, "gamma2": 0.9}, "gamma1=0.1 must be above gamma2=0.9"),
         ({"gamma1": 0.5, "gamma2": 0.5}, "gamma1=0.5 must be above gamma2=0.5"),
@@ -145,7 +139,6 @@ def test_a_plan_out_of_order_is_named(service, image):
 
 @pytest.mark.parametrize("seed", [None, 0.5, -1, 2**53, 2**64, 10**40, "7", True, [1], float("nan")])
 def test_a_seed_is_a_whole_number_up_to_the_limit_and_is_echoed(service, image, seed):
-    """Row 15."""
     refusal = f"is not a whole number from 0 to {MAX_SEED}"
     shown, called = service.run(f"{seed}", image, (*DIALS[:8], seed)), service.call(image, seed=seed)
     for text in (shown["error"], called):
@@ -157,7 +150,6 @@ def test_a_seed_is_a_whole_number_up_to_the_limit_and_is_echoed(service, image, 
 
 @pytest.mark.parametrize("value", [None, [], ["Final"], "", "final", 1, True, {"a": 1}, "x" * 10_000])
 def test_a_choice_or_checkbox_that_the_page_does_not_offer_is_an_error(service, image, value, capfd):
-    """Row 16."""
     service.run("choices", image, DIALS)
     for name, element in (
         ("preset_chosen", "preset"), ("numbered", "mode"), ("brushed", "mode"), ("compared", "left"),
@@ -181,7 +173,7 @@ def test_a_link_that_cannot_be_sets_nothing(service, query):
 
 
 def test_what_is_uploaded_is_no_page(service):
-    """Row 20: nothing of a visitor's runs in another's browser."""
+    """Nothing of a visitor's runs in another's browser."""
     for name in ("a.html", "a.svg", "a.js", "a.xml"):
         path = service.upload(name, b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")["path"]
         headers = service.web.get(f"{API}/file={path}").headers
@@ -190,7 +182,6 @@ def test_what_is_uploaded_is_no_page(service):
 
 @pytest.mark.parametrize("place", range(9))
 def test_a_message_is_short_however_long_the_value(service, image, place):
-    """Rows 13 and 15."""
     dials = [*DIALS]
     dials[place] = "y" * 100_000
     assert len(service.run(f"long {place}", image, tuple(dials))["error"]) < 1000
@@ -198,7 +189,6 @@ def test_a_message_is_short_however_long_the_value(service, image, place):
 
 
 def test_wrong_requests_are_errors(service, image, capfd):
-    """Row 17."""
     for data in ([], [image], [image] * 5, [0.9, 0.1]):
         event = service.web.post(f"{API}/call/upscale", json={"data": data}).json()["event_id"]
         assert "event: error" in service.web.get(f"{API}/call/upscale/{event}").text
@@ -232,7 +222,7 @@ def test_wrong_requests_are_errors(service, image, capfd):
 
 
 def test_bodies_over_the_limit_are_refused(service):
-    """Row 18: before they are read whole, and whether they say how long they are or not."""
+    """They are refused before they are read whole, and whether they say how long they are or not."""
     json_header = {"content-type": "application/json"}
 
     def pieces(count: int, first: bytes = b""):
@@ -261,7 +251,7 @@ def test_bodies_over_the_limit_are_refused(service):
 
 
 def test_a_full_disk_takes_no_uploads(service, image, monkeypatch):
-    """Row 18, in sum: uploads and pictures of moved dials stay for an hour, however many there are."""
+    """Uploads and pictures of moved dials stay for an hour, however many there are."""
     usage = type("Usage", (), {"free": 10**6})
     monkeypatch.setattr("patchscaler.ui.server.shutil.disk_usage", lambda folder: usage)
     answer = service.web.post(f"{API}/upload", files={"files": ("a.png", b"abc")})
@@ -271,7 +261,6 @@ def test_a_full_disk_takes_no_uploads(service, image, monkeypatch):
 
 @pytest.mark.parametrize("path", ["upload", "queue/join"])
 def test_a_body_that_does_not_go_on_is_given_up(service, monkeypatch, path):
-    """Row 18."""
     monkeypatch.setattr("patchscaler.ui.server.BODY_SECONDS", 0.2)
     url = httpx.URL(service.address)
     with socket.create_connection((url.host, url.port), timeout=10) as slow:
@@ -281,7 +270,6 @@ def test_a_body_that_does_not_go_on_is_given_up(service, monkeypatch, path):
 
 
 def test_heavy_events_cannot_be_run_past_the_queue(service, image):
-    """Row 19."""
     run = {"data": service.inputs("run", image), "fn_index": service.functions["run"]._id}
     before = service.watch.steps
     for path, body in [
@@ -300,7 +288,6 @@ SECRET = "nobody may read this"
 
 
 def test_no_file_but_uploads_and_results_is_served(service, tmp_path):
-    """Row 20."""
     (tmp_path / "secret.txt").write_text(SECRET)
     secret, up = tmp_path / "secret.txt", "../" * 12
     for path in [
@@ -330,7 +317,7 @@ def test_no_file_but_uploads_and_results_is_served(service, tmp_path):
 
 
 def test_no_event_reads_a_file_that_nobody_uploaded(service, image, tmp_path):
-    """Row 20: the same by page and API, and no address is fetched."""
+    """The same by page and API, and no address is fetched."""
     hidden = tmp_path / "hidden.png"
     hidden.write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
     for path in (

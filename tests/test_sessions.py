@@ -1,4 +1,4 @@
-"""What is kept for whom: analyses for everybody, refined patches and their seconds for the visitor who ran them."""
+"""Session cache: analyses are shared; refined patches and their seconds belong to the session that ran them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python app.py` in surroundings that are not made for it."""
+"""`python app.py` behind proxies that cannot be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles equal the whole, memory that runs out ends in smaller pieces, and a run after that is as any other."""
+"""Tiles equal the whole, lack of memory leads to smaller tiles, and the next run is unaffected."""
 
 from __future__ import annotations
 
@@ -149,6 +149,7 @@ print("the next run works")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and /proc are Linux's")
 def test_memory_that_really_runs_out_is_said_and_the_next_run_works():
     """A picture whose output alone is too large: no smaller piece can help, and the advice is given."""

@@ -423,6 +423,7 @@ def dry_run(images, out, *more):
     all_stages.run(parser(all_stages.__doc__).parse_args(arguments))
 
 
+@pytest.mark.slow
 def test_all_stages_leave_a_pipeline_that_upscales(images, trained):
     out, _ = trained
     result = load_pipeline(out, device="cpu")(Image.new("RGB", (20, 12), "teal"))
@@ -436,12 +437,14 @@ def test_all_stages_leave_a_pipeline_that_upscales(images, trained):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_network_is_trained_on_the_images_behind_the_texture_memory(trained):
     _, drawn = trained
     assert drawn.pop("build_memory") == {"memory"}
     assert len(drawn) == 4 and all(parts == {"training", "held-out"} for parts in drawn.values())
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_weights_of_a_folder(images, trained, tmp_path):
     start, _ = trained
     dry_run(images, tmp_path, "--from", str(start), "--seed", "1")
@@ -449,12 +452,13 @@ def test_training_starts_from_the_weights_of_a_folder(images, trained, tmp_path)
     for name in ("vae", "grm", "texture_classifier", "texture_encoder", "transformer"):
         weights = dict(getattr(old, name).named_parameters())
         for key, value in getattr(new, name).named_parameters():
-            if not key.startswith("judge.2"):  # calibrated anew
+            if not key.startswith("judge.2"):  # calibrated again
                 assert torch.allclose(value, weights[key], atol=2e-3), (name, key)
     assert torch.equal(new.transformer.gain, old.transformer.gain)
     assert f"Trained from the weights in `{start}`" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_paper_configuration_builds_steps_and_saves_on_a_diffusers_autoencoder(images, tmp_path):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(**blocks, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4)

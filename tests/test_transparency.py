@@ -1,4 +1,4 @@
-"""What hides under alpha 0 shows nowhere, and grey stays grey: through the whole pipeline, with the real weights."""
+"""Colours under alpha 0 do not leak, and grey stays grey: through the whole pipeline, with the real weights."""
 
 from __future__ import annotations
 

@@ -233,11 +233,12 @@ stopped.close()
 """
 
 
+@pytest.mark.slow
 def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
     requests = []
 
     class Scheduler(BaseHTTPRequestHandler):
-        """Gives everyone the device at once."""
+        """Grants every request for the device at once."""
 
         def do_POST(self):
             requests.append(urlparse(self.path))

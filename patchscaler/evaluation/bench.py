@@ -16,13 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchscaler.device import pick_device, pick_dtype
+from patchscaler.device import Stopwatch, pick_device, pick_dtype
 from patchscaler.evaluation import standins
 from patchscaler.evaluation.components import read_image
 from patchscaler.evaluation.tables import table
@@ -34,9 +33,8 @@ from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
 
 DEFAULT_IMAGE = Path(__file__).parents[2] / "examples" / "1-astronaut.png"
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it
-SIZES = {512: 1, 2048: 4}  # output pixels along a side -> copies of the tile in each direction; every preset
-SCALING = {512: 1, 1024: 2, 2048: 4, 4096: 8}  # the same, the paper's plan alone
-REPEATS = {512: 5, 1024: 5, 2048: 2, 4096: 1}
+REPEATS = {512: 5, 1024: 5, 2048: 2, 4096: 1}  # output pixels along a side -> runs of each plan
+SIZES = (512, 2048)  # sides at which every preset is measured, not only the paper's plan
 BUDGET = 8.0  # seconds for the repeats of one call of a stand-in
 STAGES = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
 NOTES = f"""\
@@ -85,18 +83,18 @@ def machine() -> dict:
 def _device(common: dict, quick: bool) -> dict:
     """All that is measured on one device."""
     found: dict = {"ours": {}, "scaling": {}, "stand-ins": {}}
-    for side, tiles in SCALING.items():
+    for side, repeats in REPEATS.items():
         if quick and side > 1024:
             continue
-        for name, plan in PRESETS.items() if side in SIZES else [("paper", PRESETS["paper"])]:
-            task = {"kind": "ours", "plan": asdict(plan), "tiles": tiles, "repeats": REPEATS[side], **common}
+        for name in PRESETS if side in SIZES else ("paper",):
+            task = {"kind": "ours", "plan": name, "tiles": side // (SCALE * TILE), "repeats": repeats, **common}
             row = in_new_process(task)
             if side in SIZES:
                 found["ours"].setdefault(str(side), {})[name] = row
             if name == "paper":
                 found["scaling"][str(side)] = row
     several = _several(common["device"])
-    task = {"kind": "several", "tiles": 1 if quick else 2, "repeats": 2, **common}
+    task = {"kind": "several", "plan": "paper", "tiles": 1 if quick else 2, "repeats": 2, **common}
     found["several"] = in_new_process({**task, **several}) if several else None
     for name in () if quick else standins.STANDINS:
         found["stand-ins"][name] = in_new_process({"kind": "stand-in", "name": name, "budget": BUDGET, **common})
@@ -191,8 +189,7 @@ def stand_in(task: dict) -> dict:
 
 
 def _prepare(task: dict, device: torch.device | str) -> tuple[PatchScalerPipeline, Picture, SamplingPlan]:
-    plan = SamplingPlan.from_json(json.dumps(task["plan"])) if "plan" in task else PRESETS["paper"]
-    return load_pipeline(task["weights"], device), tiled(task["image"], task["tiles"]), plan
+    return load_pipeline(task["weights"], device), tiled(task["image"], task["tiles"]), PRESETS[task["plan"]]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -210,13 +207,10 @@ def peak_memory(device: torch.device) -> int:
 
 def _shortest_seconds(call: Callable, device: torch.device, budget: float) -> float:
     """The shortest of as many calls as fit into `budget` seconds; what else runs here only ever makes one longer."""
-    times: list[float] = []
+    clock, times = Stopwatch(device), []
     while not times or sum(times) < budget:
-        began = time.perf_counter()
         call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(clock.lap())
     return min(times)
 
 

@@ -10,22 +10,25 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from patchscaler.device import pick_device
 from patchscaler.evaluation.components import MAX_TRUTH_PIXELS, find_images, patch_errors, read_image, spearman, to_8bit
 from patchscaler.evaluation.metrics import seam_score
 from patchscaler.evaluation.reliability import write_reliability
 from patchscaler.evaluation.scores import METRICS, SHORT, Scorer, find_scorer
-from patchscaler.evaluation.sheets import contact_sheet
 from patchscaler.evaluation.tables import HEADINGS, differences_table, groups_table, mean_of, means_table
-from patchscaler.images import ImageError
+from patchscaler.figures import contact_sheet, qmap_overlay
+from patchscaler.images import ImageError, Picture, to_pil
 from patchscaler.loading import load_pipeline
 from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
 from patchscaler.patches import PatchGrid, split
@@ -65,7 +68,7 @@ def benchmark(
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for low, high in with_progress(pairs):
+        for low, high in tqdm(pairs, unit="image", disable=None):  # a bar on a terminal only
             analysis = pipeline.analyze(read_image(low), batch_size)
             truth = None if high is None else read_truth(high, analysis.bicubic)
             runs = _run_all(pipeline, analysis, plan, seed, batch_size)
@@ -78,7 +81,7 @@ def benchmark(
                 errors.append(patch_errors(analysis.coarse, truth, analysis.grid))
                 images = {"coarse": analysis.coarse, "final": runs["final"].picture.rgb}
                 score_groups(patches, short, low.stem, images, truth, analysis.grid, runs["final"].assignment)
-            contact_sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{low.stem}.png")
+            _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{low.stem}.png")
     lines = ["# Benchmark", "", describe_run(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
     lines += [*_summary(rows, patches if errors else {}, plan), ""]
     if errors:
@@ -142,15 +145,6 @@ def score_groups(
             rows[f"{GROUPS[group]}: {method}"].append(values)
 
 
-def with_progress(pairs: Sequence[Pair]) -> Iterator[Pair]:
-    """The pairs, each announced on stderr if that is a terminal."""
-    for number, (low, high) in enumerate(pairs, 1):
-        if sys.stderr.isatty():
-            end = "\n" if number == len(pairs) else ""
-            print(f"\r\033[K{number}/{len(pairs)} {low.name}", end=end, file=sys.stderr, flush=True)
-        yield low, high
-
-
 def describe_run(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int) -> str:
     about = f"Images: {len(pairs)} of `{pairs[0][0].parent}`, seed {seed}, {pipeline.device}"
     return f"{about}, {pipeline.transformer.dtype}. All measures on 8-bit images, no border cut."
@@ -212,6 +206,21 @@ def _rows(
     return rows
 
 
+def _sheet(analysis: Analysis, final: Result, truth: Tensor | None) -> Image.Image:
+    """Input (its pixels as squares), bicubic, coarse, Qmap, final and truth, shrunk if they are large."""
+    qmap = qmap_overlay(analysis.coarse, analysis.grid, final.assignment)
+    panels = [
+        (to_pil(Picture(analysis.picture.rgb)).resize(qmap.size, Image.Resampling.NEAREST), "input"),
+        (to_pil(Picture(analysis.bicubic)), "bicubic"),
+        (to_pil(Picture(analysis.coarse)), "coarse"),
+        (qmap, "Qmap"),
+        (to_pil(Picture(final.picture.rgb)), "final"),
+    ]
+    if truth is not None:
+        panels.append((to_pil(Picture(truth)), "truth"))
+    return contact_sheet([panels], qmap.size)
+
+
 def _summary(rows: list[dict], patches: Mapping[str, list[dict]], plan: SamplingPlan) -> list[str]:
     """Means per method and per group, differences from the final image, shares of the groups, and costs, as Markdown.
 
@@ -264,12 +273,18 @@ def add_data_options(parser: argparse.ArgumentParser, hr_required: bool, out_hel
     add("--limit", type=positive, help="only the first images, by name")
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Pair], torch.device]:
-    """What to measure, and where. UsageError if the folders or the device are not to be had."""
+def measure_pairs(args: argparse.Namespace, measure: Callable[[PatchScalerPipeline, list[Pair]], str]) -> int:
+    """Print what `measure` says, and return the exit status. UsageError for folders or a device that there are not."""
     try:
-        return find_pairs(args.lr, args.hr)[: args.limit], pick_device(args.device)
+        pairs, device = find_pairs(args.lr, args.hr)[: args.limit], pick_device(args.device)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+    try:
+        print(measure(load_pipeline(args.weights, device, args.dtype), pairs), end="")
+    except (OSError, ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -282,11 +297,5 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    pairs, device = prepare(args)
-    try:
-        pipeline = load_pipeline(args.weights, device, args.dtype)
-        print(benchmark(pipeline, pairs, args.out, args.plan, args.seed, args.batch_size), end="")
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    measure = partial(benchmark, out=args.out, plan=args.plan, seed=args.seed, batch_size=args.batch_size)
+    return measure_pairs(args, measure)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from patchscaler.evaluation.benchmark import (
     Pair,
@@ -28,7 +29,6 @@ from patchscaler.evaluation.benchmark import (
     read_truth,
     score,
     score_groups,
-    with_progress,
 )
 from patchscaler.evaluation.components import read_image, to_8bit
 from patchscaler.evaluation.metrics import MESH_PERIODS, mesh
@@ -52,7 +52,7 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], plan: Sampling
     rows, patches = defaultdict(list), empty_groups(("coarse", *forced))
     near = []  # HaarPSI of the image at T 50 against the coarse one
     truths, made = [], {"coarse": [], "final": []}
-    for low, high in with_progress(pairs):
+    for low, high in tqdm(pairs, unit="image", disable=None):
         analysis = pipeline.analyze(read_image(low))
         truth = read_truth(high, analysis.bicubic)  # 3×H×W
         images = _images(pipeline, analysis, truth, plan, seed)
@@ -102,15 +102,13 @@ def _images(
         *_, result = pipeline.refine(replace(analysis, latents=latents), plan, seed, by_hand=by_hand)
         return result.picture.rgb
 
-    def all_in(group: int) -> dict[int, int]:
-        return dict.fromkeys(range(len(analysis.grid)), group)
-
+    groups = {group: dict.fromkeys(range(len(analysis.grid)), group) for group in range(len(GROUPS))}
     return {
         "bicubic": analysis.bicubic,
         "bicubic, encoded and decoded": _decode(pipeline, y_lr, truth),
         "coarse: GRM": analysis.coarse,
         FINAL: refined(analysis.latents),
-        **{_forced(plan, group): refined(analysis.latents, by_hand=all_in(group)) for group in range(len(GROUPS))},
+        **{_forced(plan, group): refined(analysis.latents, by_hand=every) for group, every in groups.items()},
         NEAR: refined(analysis.latents, replace(plan, start=(50, 50, 50), steps=(1, 1, 1))),
         "Patch-DiT on the true latents": refined(x_hr),
         "truth, encoded and decoded": _decode(pipeline, x_hr, truth),

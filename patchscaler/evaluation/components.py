@@ -11,12 +11,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from patchscaler import files
 from patchscaler.evaluation.metrics import psnr_rgb
 from patchscaler.evaluation.tables import table
-from patchscaler.images import FORMATS, ImageError, Picture, read_picture
+from patchscaler.images import ImageError, Picture, read_picture
 from patchscaler.limits import MAX_INPUT_PIXELS
 from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
@@ -59,14 +59,13 @@ def patch_errors(image: Tensor, truth: Tensor, grid: PatchGrid) -> Tensor:
 
 def find_images(folder: Path) -> dict[str, Path]:
     """Stem -> file of the images directly in a folder, by name. FileNotFoundError if there is none."""
-    kinds, found = Image.registered_extensions(), {}
-    for path in sorted(folder.iterdir()):
-        if kinds.get(path.suffix.lower()) in FORMATS:
-            if path.stem in found:
-                raise ValueError(f"{found[path.stem]} and {path} have one stem")
-            found[path.stem] = path
-    if not found:
-        raise FileNotFoundError(f"no {', '.join(FORMATS)} file in the folder {folder}")
+    images, others = files.sort_out(files.listed(folder))
+    if not images:
+        raise FileNotFoundError(files.no_image(folder, others))
+    found: dict[str, Path] = {}
+    for path in (folder / name for name in images):
+        if found.setdefault(path.stem, path) != path:
+            raise ValueError(f"{found[path.stem]} and {path} have one stem")
     return found
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchscaler.evaluation.metrics import check_pair
+
 BLOCK = 16  # of 0..20: the second block of the stage at stride 32
 
 
@@ -53,7 +55,6 @@ def feature_distance(a: Tensor, b: Tensor, device: torch.device | str = "cpu") -
     Squared difference of the unit vectors of each position, its mean over positions, and the mean of that over the
     stages of `Features`. Images are 3xHxW in [-1, 1], of one size; ValueError otherwise.
     """
-    if a.shape != b.shape or a.ndim != 3 or a.shape[0] != 3:
-        raise ValueError(f"images {tuple(a.shape)} and {tuple(b.shape)}: expected both 3xHxW, of one size")
+    check_pair(a, b)
     stages = load_features(torch.device(device))(torch.stack([a, b]).to(device))
     return sum((x - y).square().sum(0).mean().item() for x, y in stages) / len(stages)

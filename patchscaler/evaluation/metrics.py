@@ -24,25 +24,25 @@ def luma(image: Tensor) -> Tensor:
     return 16 + (weights * (image.double() + 1) / 2).sum(0)
 
 
-def psnr_y(a: Tensor, b: Tensor, crop: int = 0) -> float:
-    """Peak signal-to-noise ratio of the luma in dB, `crop` pixels cut from each edge; inf if equal."""
-    x, y = _pair(a, b, crop)
-    return _psnr(luma(x), luma(y))
+def psnr_y(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of the luma in dB; inf if equal."""
+    check_pair(a, b)
+    return _psnr(luma(a), luma(b))
 
 
-def psnr_rgb(a: Tensor, b: Tensor, crop: int = 0) -> float:
-    """Peak signal-to-noise ratio of all channels in dB, `crop` pixels cut from each edge; inf if equal."""
-    x, y = _pair(a, b, crop)
-    return _psnr(x.double() * 127.5, y.double() * 127.5)
+def psnr_rgb(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of all channels in dB; inf if equal."""
+    check_pair(a, b)
+    return _psnr(a.double() * 127.5, b.double() * 127.5)
 
 
-def ssim_y(a: Tensor, b: Tensor, crop: int = 0) -> float:
+def ssim_y(a: Tensor, b: Tensor) -> float:
     """Structural similarity of the luma (Wang et al. 2004), in -1..1.
 
-    Gaussian window of 11x11 and sigma 1.5 wherever it fits, after `crop` pixels are cut from each edge.
-    ValueError for an image smaller than the window.
+    Gaussian window of 11x11 and sigma 1.5 wherever it fits. ValueError for an image smaller than the window.
     """
-    x, y = (luma(image) for image in _pair(a, b, crop))
+    check_pair(a, b)
+    x, y = luma(a), luma(b)
     if min(x.shape) < 11:
         raise ValueError(f"image {x.shape[0]}x{x.shape[1]}: SSIM needs 11x11 at least")
     line = torch.exp(-((torch.arange(11, dtype=torch.float64, device=x.device) - 5) ** 2) / (2 * 1.5**2))
@@ -64,10 +64,10 @@ def spectrum_distance(a: Tensor, b: Tensor) -> float:
     half the power makes log 2 = 0.69. The power of 8-bit rounding is added to both: no file can show less.
     ValueError for an image smaller than 3x3.
     """
-    x, y = _pair(a, b, crop=0)
-    if min(x.shape[1:]) < 3:
-        raise ValueError(f"image {x.shape[1]}x{x.shape[2]}: the spectrum needs 3x3 at least")
-    return (_log_spectrum(luma(x)) - _log_spectrum(luma(y))).abs().mean().item()
+    check_pair(a, b)
+    if min(a.shape[1:]) < 3:
+        raise ValueError(f"image {a.shape[1]}x{a.shape[2]}: the spectrum needs 3x3 at least")
+    return (_log_spectrum(luma(a)) - _log_spectrum(luma(b))).abs().mean().item()
 
 
 def seam_score(image: Tensor, rows: Sequence[int] = (), columns: Sequence[int] = ()) -> float:
@@ -109,8 +109,9 @@ def mesh(images: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[int, float]
     """
     if len(images) != len(truths):
         raise ValueError(f"{len(images)} images for {len(truths)} truths")
-    pairs = [_pair(image, truth, crop=0) for image, truth in zip(images, truths)]
-    ours, true = (torch.cat([_windows(luma(pair[side])) for pair in pairs]) for side in (0, 1))  # MxSxS each
+    for pair in zip(images, truths):
+        check_pair(*pair)
+    ours, true = (torch.cat([_windows(luma(image)) for image in side]) for side in (images, truths))  # MxSxS each
     if not len(true):
         raise ValueError(f"no image holds a window of {MESH_WINDOW}x{MESH_WINDOW}")
     roughness = true.diff(dim=1).abs().mean((1, 2)) + true.diff(dim=2).abs().mean((1, 2))  # M
@@ -118,15 +119,10 @@ def mesh(images: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[int, float]
     return {period: _peak(ours[smooth], period) / _peak(true[smooth], period) for period in MESH_PERIODS}
 
 
-def _pair(a: Tensor, b: Tensor, crop: int) -> tuple[Tensor, Tensor]:
-    """Both images without `crop` pixels at each edge; ValueError if their sizes differ or nothing is left."""
-    if a.shape != b.shape or a.ndim != 3 or a.shape[0] != 3:
+def check_pair(a: Tensor, b: Tensor) -> None:
+    """ValueError unless both are colour images of one size."""
+    if a.shape != b.shape or a.ndim != 3 or a.shape[0] != 3 or not a.numel():
         raise ValueError(f"images {tuple(a.shape)} and {tuple(b.shape)}: expected both 3xHxW, of one size")
-    height, width = a.shape[1:]
-    if not 0 <= 2 * crop < min(height, width):
-        raise ValueError(f"crop {crop}: nothing is left of {height}x{width}")
-    inside = (slice(None), slice(crop, height - crop), slice(crop, width - crop))
-    return a[inside], b[inside]
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

@@ -7,24 +7,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from patchscaler.evaluation.benchmark import (
-    Pair,
-    add_data_options,
-    describe_run,
-    prepare,
-    read_truth,
-    score,
-    with_progress,
-)
+from tqdm import tqdm
+
+from patchscaler.evaluation.benchmark import Pair, add_data_options, describe_run, measure_pairs, read_truth, score
 from patchscaler.evaluation.components import read_image
 from patchscaler.evaluation.scores import find_scorer
 from patchscaler.evaluation.tables import HEADINGS, mean_of, means_table
-from patchscaler.loading import load_pipeline
 from patchscaler.options import add_pipeline_options
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
@@ -79,7 +72,7 @@ def sweep(
     with open(out / "sweep.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for number, (low, high) in enumerate(with_progress(pairs)):
+        for number, (low, high) in enumerate(tqdm(pairs, unit="image", disable=None)):
             analysis = pipeline.analyze(read_image(low), batch_size)
             truth = read_truth(high, analysis.bicubic)
             if number == 0:  # what a device does only once is not to count against the first plan
@@ -147,11 +140,4 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    pairs, device = prepare(args)
-    try:
-        pipeline = load_pipeline(args.weights, device, args.dtype)
-        print(sweep(pipeline, pairs, args.out, args.seed, args.batch_size), end="")
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return measure_pairs(args, partial(sweep, out=args.out, seed=args.seed, batch_size=args.batch_size))
