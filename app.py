@@ -49,7 +49,7 @@ from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.ui.events import WAITING
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.page import build_page, launch_settings
-from patchscaler.ui.zerogpu import zero_gpu
+from patchscaler.ui.networks import zero_gpu
 
 jobs = Jobs(threads=WAITING if zero_gpu() else 1)  # there runs wait for devices, not for each other
 weights = os.environ.get("PATCHSCALER_WEIGHTS", DEFAULT_WEIGHTS)

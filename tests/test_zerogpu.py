@@ -26,7 +26,7 @@ from patchscaler.patches import PatchGrid
 from patchscaler.plan import SamplingPlan
 from patchscaler.results import Analysis, Partial, Progress, Result
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.zerogpu import (
+from patchscaler.ui.networks import (
     MOST_SECONDS,
     START_SECONDS,
     Baseline,
@@ -207,7 +207,7 @@ from patchscaler.images import write_png
 from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.zerogpu import Order
+from patchscaler.ui.networks import Order
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.page import build_page
 from patchscaler.ui.run import Runner

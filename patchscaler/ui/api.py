@@ -29,10 +29,10 @@ from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import new_folder, save_final, stem
 from patchscaler.ui.html import SettingsError, explain
+from patchscaler.ui.networks import Order
 from patchscaler.ui.run import Runner
 from patchscaler.ui.server import mcp_wanted
 from patchscaler.ui.state import ByHand, Known, flag_of, plan_of, seed_of, whole_pictures
-from patchscaler.ui.zerogpu import Order
 from patchscaler.version import __version__
 
 PAPER = SamplingPlan.paper()

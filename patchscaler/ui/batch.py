@@ -20,10 +20,10 @@ from patchscaler.ui import html
 from patchscaler.ui.export import new_folder, save_final, save_preview, stem
 from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Stops
+from patchscaler.ui.networks import Order
 from patchscaler.ui.run import Runner
 from patchscaler.ui.server import MAX_FILES
 from patchscaler.ui.state import Settings, View
-from patchscaler.ui.zerogpu import Order
 
 PREVIEW_SIDE = 1024  # of the pictures in the gallery, in pixels
 

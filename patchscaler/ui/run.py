@@ -21,9 +21,9 @@ from patchscaler.results import Analysis, Partial, Progress, Restored, Result
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs, Stops
+from patchscaler.ui.networks import Baseline, Calibration, Call, Networks, Order, Rendered, work, zero_gpu
 from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown, View, flag_of
 from patchscaler.ui.tune import grouped
-from patchscaler.ui.zerogpu import Baseline, Calibration, Call, Networks, Order, Rendered, work, zero_gpu
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 

@@ -18,7 +18,7 @@ from patchscaler.figures import grey_preview
 from patchscaler.plan import PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Sampled
 from patchscaler.ui.html import SettingsError, visible_error
-from patchscaler.ui.zerogpu import Order, Rendered
+from patchscaler.ui.networks import Order, Rendered
 
 ByHand = dict[int, int]  # patch -> group
 View = dict[str, Any]  # what the page is to show, by the names of its components

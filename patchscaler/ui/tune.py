@@ -16,6 +16,7 @@ from torch import Tensor
 from patchscaler.figures import qmap_overlay
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
 from patchscaler.ui import closeup, export, html
+from patchscaler.ui.networks import Calibration, Order, work
 from patchscaler.ui.state import (
     CUSTOM,
     DIALS,
@@ -33,7 +34,6 @@ from patchscaler.ui.state import (
     preset_of,
     whole_pictures,
 )
-from patchscaler.ui.zerogpu import Calibration, Order, work
 
 MAX_STROKE = 1000  # points of a stroke that are looked at
 MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it

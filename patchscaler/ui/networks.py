@@ -1,4 +1,4 @@
-"""All that needs the device, as one generator, and how many seconds of it that may take."""
+"""What the page runs on the device, as one generator (on ZeroGPU one that is lent), and the seconds it may take."""
 
 from __future__ import annotations
 
