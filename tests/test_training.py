@@ -367,11 +367,11 @@ def test_inputs_are_noised_from_truth_coarse_patches_and_lie_on_own_trajectories
     own = asked[0][2]
     clean = torch.where(own, torch.tensor(5.0), x_t.flatten().round())
     shares = [(clean == value).float().mean().item() for value in (1, -1, 5)]
-    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.02) and not x_t.requires_grad
+    assert shares == pytest.approx([0.05, 0.25, 0.7], abs=0.02) and not x_t.requires_grad
     for value in (1, -1, 5):  # every time is as likely as any other, whatever x_t is noised from
         times = t[clean == value].float()
-        assert times.min() >= 1 and times.max() <= 1000 and times.mean() == pytest.approx(500, abs=25)
-        assert times.std() == pytest.approx(1000 / 12**0.5, abs=15)
+        assert times.min() >= 1 and times.max() <= 1000 and times.mean() == pytest.approx(500, abs=60)
+        assert times.std() == pytest.approx(1000 / 12**0.5, abs=40)
 
     alphas = torch.linspace(0.99, 0.01, 1000)
     lengths = set()
@@ -388,7 +388,7 @@ def test_inputs_are_noised_from_truth_coarse_patches_and_lie_on_own_trajectories
         noise = (begin - at_start.sqrt() * 5) / (1 - at_start).sqrt()
         expected = torch.where((start > t[own]).view(-1, 1, 1, 1), at_t.sqrt() * 5 + (1 - at_t).sqrt() * noise, begin)
         assert torch.allclose(x_t[own], expected, atol=1e-3)
-    assert lengths == {1, 2, 3, 4}
+    assert lengths == {1, 2, 4, 8, 16}
 
 
 @pytest.fixture(scope="module")

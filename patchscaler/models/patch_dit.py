@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TIMESTEPS = 1000  # of the noise schedule that the filter holds
+PREDICTABLE = 0.1  # ρ, in units of the latents' deviation; what Patch-DiT adds has .09
 PromptKeys = list[tuple[Tensor, Tensor]]
 
 
@@ -20,9 +21,10 @@ class PatchDiT(ModelMixin, ConfigMixin):
     known variance (`set_filter`); the network says by m, in (0, 2), where there is less of it, as in a sky, and where
     more. Without this a small network spends its width on letting x_t through at small t, and leaves grain.
 
-    What is added is scaled by √(1 − ᾱ_t), the deviation of the noise in x_t (c_out of Karras et al. 2022, for data of
-    variance 1). So what was predicted from more noise is kept as the noise falls, and a start at a small T changes
-    little: the result tends to y₀.
+    What is added is scaled by σ_t / √(σ_t² + ρ²), where σ_t = √(1 − ᾱ_t) / √ᾱ_t is the noise of x_t over its signal and
+    ρ the deviation of what can be predicted of x₀ − y₀ (c_out of Karras et al. 2022, for data of deviation ρ). So
+    where the noise is weaker than what was predicted before, that is kept, and a start at a small T changes little: the
+    result tends to y₀.
 
     x_t and y₀ are concatenated along the channels (Figure 4 feeds the pair); t enters by adaLN with one map
     shared by all blocks and a table per block; every block attends to the texture prompt, and the time
@@ -120,7 +122,9 @@ class PatchDiT(ModelMixin, ConfigMixin):
         # In one order of memory, or the sigmoid of a single patch would differ in its last bit from that of many.
         added, trust = x.contiguous().to(y0.dtype).chunk(2, dim=1)  # N×c×V×V each
         gain, signal = self.gain[t - 1][..., None, None], self.signal[t - 1].view(-1, 1, 1, 1)  # N×c×1×1, N×1×1×1
-        return y0 + 2 * trust.sigmoid() * gain * (x_t - signal * y0) + (1 - signal.square()).sqrt() * added
+        noise = 1 - signal.square()
+        scale = (noise / (noise + PREDICTABLE**2 * signal.square())).sqrt()
+        return y0 + 2 * trust.sigmoid() * gain * (x_t - signal * y0) + scale * added
 
 
 class DiTBlock(nn.Module):

@@ -9,6 +9,7 @@ the batch's squared errors; `calibrate` then sets it.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from collections.abc import Callable
 
@@ -39,6 +40,7 @@ CONFIGS = {
     "compact": {"widths": (128, 224), "depths": (4, 6, 8)},
     "paper": {"widths": (320, 512), "depths": (6, 8, 6)},
 }
+KEPT = 0.5  # share of the weights that a training starts from (`--from`) in what it returns
 WEIGHTS = {"pixels": 1.0, "features": 1.0, "latents": 0.05, "confidence": 0.02}
 ETA_QUANTILE = 0.65
 VALIDATION_CROP = 256
@@ -88,7 +90,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         }
         return weighted(terms, WEIGHTS)
 
+    begun = copy.deepcopy(model.state_dict())
     average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 5e-4)
+    if start:
+        # Half the way keeps most of what is gained in features and loses nothing in pixels (Wortsman et al. 2022,
+        # "Robust fine-tuning of zero-shot models").
+        ended = average.state_dict()
+        average.load_state_dict({name: torch.lerp(ended[name], begun[name], KEPT) for name in ended})
     held_out = image_bank(args.data, device, "held-out")
     pairs = draw_pairs(vae, held_out, 4 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())
