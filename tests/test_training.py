@@ -15,6 +15,7 @@ from torch import nn
 from patchscaler.loading import load_pipeline
 from patchscaler.models import GRM, CompactAutoencoder, GRMOutput, PatchDiT, TextureClassifier
 from patchscaler.models.autoencoder import decode_unclamped
+from patchscaler.training import grm
 from patchscaler.training import weights as all_stages
 from patchscaler.training.build_memory import farthest_points
 from patchscaler.training.data import ImageBank, part_of
@@ -456,6 +457,21 @@ def test_training_starts_from_the_weights_of_a_folder(images, trained, tmp_path)
                 assert torch.allclose(value, weights[key], atol=2e-3), (name, key)
     assert torch.equal(new.transformer.gain, old.transformer.gain)
     assert f"Trained from the weights in `{start}`" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_grm_trained_on_is_averaged_with_the_one_it_began_with(images, trained, tmp_path, monkeypatch):
+    def moved(stage, model, *args, **options):  # in place of training: every weight of the restoration by 0.2
+        with torch.no_grad():
+            for parameter in model.before.parameters():
+                parameter.add_(0.2)
+        return model.eval()
+
+    monkeypatch.setattr(grm, "fit", moved)
+    start, _ = trained
+    grm.train(options(tmp_path, data=images, start=start, dry_run=True))
+    begun, ended = (dict(GRM.from_pretrained(folder / "grm").before.named_parameters()) for folder in (start, tmp_path))
+    assert all(torch.allclose(ended[name], begun[name] + 0.1, atol=2e-3) for name in begun) and len(begun) > 2
 
 
 @pytest.mark.slow
