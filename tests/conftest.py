@@ -3,10 +3,14 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from command import QUICK
 from diffusers import DDIMScheduler
+from PIL import Image
 
+from patchscaler.__main__ import main
 from patchscaler.images import Picture, read_picture, write_png
 from patchscaler.models import (
     GRM,
@@ -139,3 +143,29 @@ def runner(tiny_pipeline, upload_folder):
 def image(picture, tmp_path):
     """An uploaded image as the page's events are given it."""
     return {"path": str(write_png(picture, tmp_path / "some picture.png"))}
+
+
+@pytest.fixture
+def upscale(weights, tmp_path):
+    """Run the command on names inside tmp_path, writing to tmp_path/out."""
+
+    def run(*names, options=()):
+        paths = [str(tmp_path / name) for name in names]
+        options = [str(option) for option in (*QUICK, *options)]
+        out = str(tmp_path / "out")
+        return main(["upscale", *paths, "-o", out, "--device", "cpu", "--weights", str(weights), *options])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of sixty textures in two classes to train on, a few of which fall into the held-out split."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "texture").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        name = f"{('bubbly', 'woven')[index % 2]}_{index:04d}.png"
+        pixels = rng.integers(0, 256, (40 + index, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "texture" / name)
+    return folder
