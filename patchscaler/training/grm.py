@@ -90,7 +90,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         }
         return weighted(terms, WEIGHTS)
 
-    begun = copy.deepcopy(model.state_dict())
+    begun = copy.deepcopy(model.state_dict()) if start else {}
     average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 5e-4)
     if start:
         # Half the way keeps most of what is gained in features and loses nothing in pixels (Wortsman et al. 2022,
