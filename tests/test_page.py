@@ -104,17 +104,21 @@ def counts(page: Page) -> list[int]:
     return [int(text) for text in page.locator("#legend b").all_inner_texts()]
 
 
-def seen(page: Page, panel: str) -> bool:
-    """Whether the panel shows an image that the browser could decode."""
-    image = page.locator(f"#{panel} img")
-    return image.count() == 1 and image.evaluate("image => image.complete && image.naturalWidth > 0")
+def wait_for_image(page: Page, panel: str) -> None:
+    """Until the panel shows one image that the browser could decode; a run may still put another in its place."""
+    page.wait_for_function(
+        """panel => {
+            const images = [...document.querySelectorAll(`#${panel} img`)]
+            return images.length == 1 && images[0].complete && images[0].naturalWidth > 0
+        }""",
+        arg=panel,
+    )
 
 
 def test_the_page_opens_with_an_example_and_a_click_runs_another(page):
     # 1. Nothing was clicked yet.
     for panel in ("coarse", "qmap", "priors", "final"):
-        page.wait_for_function(f"document.querySelector('#{panel} img')?.naturalWidth > 0")
-        assert seen(page, panel)
+        wait_for_image(page, panel)
     for pair in ("compare", "zoom"):
         page.wait_for_function(f"document.querySelectorAll('#{pair} img').length == 2")
     rows = page.locator("#timing table.groups tbody tr")
@@ -151,8 +155,7 @@ def test_upload_run_and_drag(page, photo):
 
     # 2. Four pictures, the last of them the lossless file itself.
     for panel in ("coarse", "qmap", "priors", "final"):
-        page.wait_for_function(f"document.querySelector('#{panel} img')?.naturalWidth > 0")
-        assert seen(page, panel)
+        wait_for_image(page, panel)
     with Image.open(photo) as small:
         assert page.locator("#final img").evaluate("image => image.naturalWidth") == 4 * small.width
     response = page.request.get(page.locator("#final img").get_attribute("src"))
