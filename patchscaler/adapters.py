@@ -108,11 +108,10 @@ def group_sample(
     noise = split(torch.randn(y0.shape, generator=generator), grid)  # NxCxVxV
     patches = split(y0.float().cpu(), grid)  # NxCxVxV
     x0 = torch.empty_like(patches)
-    for group in range(len(GROUPS)):
-        for batch in make_batches(group, (assignment == group).nonzero()[:, 0], plan, batch_size):
-            start = patches[batch.indices].to(device), noise[batch.indices].to(device)
-            predict = lambda x_t, t, indices=batch.indices: denoiser(x_t, t, indices)  # noqa: E731
-            *_, (last, _) = denoise(predict, *start, batch.start, batch.steps, scheduler)
-            x0[batch.indices] = last.cpu()
+    for batch in make_batches(assignment, plan, batch_size):
+        start = patches[batch.indices].to(device), noise[batch.indices].to(device)
+        predict = lambda x_t, t, indices=batch.indices: denoiser(x_t, t, indices)  # noqa: E731
+        *_, last = denoise(predict, *start, batch.start, batch.steps, scheduler)
+        x0[batch.indices] = last.cpu()
     counts = assignment.bincount(minlength=len(GROUPS)).tolist()
     return GroupSampled(merge(x0, grid), assignment, plan.evaluations(counts))

@@ -88,7 +88,7 @@ class Bands:
         self.channels = pipeline.transformer.config.channels
         self.height, self.width = SCALE * picture.height, SCALE * picture.width
         self.grid = PatchGrid.covering(self.height, self.width, pipeline.transformer.config.size)
-        self.counts, self.spent = [0] * len(GROUPS), [0.0] * len(GROUPS)
+        self.counts, self.spent = torch.zeros(len(GROUPS), dtype=torch.long), [0.0] * len(GROUPS)
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @torch.inference_mode()
@@ -109,8 +109,9 @@ class Bands:
 
     def report(self) -> dict:
         """As that of a Result."""
-        evaluations = [steps * count for steps, count in zip(self.plan.steps, self.counts, strict=True)]
-        groups = [*map(GroupReport, GROUPS, self.counts, self.plan.start, self.plan.steps, evaluations, self.spent)]
+        counts = self.counts.tolist()
+        evaluations = [steps * count for steps, count in zip(self.plan.steps, counts)]
+        groups = [*map(GroupReport, GROUPS, counts, self.plan.start, self.plan.steps, evaluations, self.spent)]
         dtype = str(self.pipeline.transformer.dtype).removeprefix("torch.")
         return describe_run(self.plan, self.seed, self.color_fix, str(self.device), dtype, groups, self.seconds)
 
@@ -177,11 +178,9 @@ class Bands:
         self.seconds["retrieve"] += clock.lap()
         x0 = torch.empty_like(y0)
         task = Patches(y0, cut(noise).to(y0.device), prompt, x0)
-        for group in range(len(GROUPS)):
-            indices = (assignment == group).nonzero()[:, 0]
-            for step in self.pipeline.sample(task, make_batches(group, indices, self.plan, self.batch_size)):
-                self.spent[group] += step.seconds
-            self.counts[group] += len(indices)
+        for step in self.pipeline.sample(task, make_batches(assignment, self.plan, self.batch_size)):
+            self.spent[step.batch.group] += step.seconds
+        self.counts += assignment.bincount(minlength=len(GROUPS))
         self.seconds["refine"] += clock.lap()
         return x0
 

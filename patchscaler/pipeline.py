@@ -228,7 +228,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         assignment = assign(analysis.patch_confidence, plan, by_hand)  # N
         start, steps = times_and_steps(plan, assignment)  # N, N
         rendered = torch.ones_like(start, dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
-        members = [((assignment == group) & rendered).nonzero()[:, 0] for group in range(len(GROUPS))]
+        batches = make_batches(assignment, plan, batch_size, rendered)
 
         # 2. Start: y0, the prompts, and one noise for the whole latent, which is drawn on the CPU to be the same for
         # every batch and device.
@@ -246,16 +246,17 @@ class PatchScalerPipeline(DiffusionPipeline):
         patches = Patches(y0, noise, prompt, x0)
         done, total, spent = 0, int(steps[rendered].sum()), [0.0] * len(GROUPS)
         seconds = torch.zeros(len(grid)) if earlier is None else earlier.seconds.clone()  # N
-        for group, indices in enumerate(members):
-            for step in self.sample(patches, make_batches(group, indices, plan, batch_size)):
+        for group in range(len(GROUPS)):
+            anew = rendered & (assignment == group)  # N
+            for step in self.sample(patches, [batch for batch in batches if batch.group == group]):
                 done += step.evaluations
                 spent[group] += step.seconds
                 clock.lap("refine")
                 if step.evaluations > 0:
                     yield Progress(group, step.step, plan.steps[group], len(step.batch), done, total)
                     clock.lap()  # what the reader of the events does is not counted
-            seconds[indices] = spent[group] / max(1, len(indices))
-            if partial and len(indices) and done < total:
+            seconds[anew] = spent[group] / max(1, int(anew.sum()))
+            if partial and anew.any() and done < total:
                 ready = ~rendered | (assignment <= group)  # N
                 sampled = Sampled(x0.cpu().clone(), start * ready, steps * ready, seed, seconds.clone())
                 yield Partial(group, self._assembled(analysis, x0, color_fix, clock), sampled)
@@ -263,8 +264,8 @@ class PatchScalerPipeline(DiffusionPipeline):
 
         # 4. to 6. Merge, decode and colour.
         picture = self._assembled(analysis, x0, color_fix, clock)
-        counts = assignment.bincount(minlength=len(GROUPS)).tolist()
-        evaluations = [plan.steps[group] * len(indices) for group, indices in enumerate(members)]
+        counts, anew = (each.bincount(minlength=len(GROUPS)).tolist() for each in (assignment, assignment[rendered]))
+        evaluations = [each * count for each, count in zip(plan.steps, anew)]
         before = {name: analysis.seconds[name] for name in ("encode", "restore", "retrieve", "decode")}
         yield Result(
             picture=picture,
@@ -356,14 +357,15 @@ class PatchScalerPipeline(DiffusionPipeline):
         return halving(partial(self._prompt, patches), batch_size, 1, patches.device)
 
     def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
-        found, prompts = [], []
+        parts = []
         for batch in patches.split(batch_size):
             check_cancelled()
             queries = self.texture_classifier.features(batch)  # NxD
             priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
-            prompts.append(self.texture_encoder(priors.values, priors.similarities, batch).float())  # NxLxD
-            found.append(Priors(priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu()))
-        return Priors.joined(found), prompts[0] if len(prompts) == 1 else torch.cat(prompts)
+            prompt = self.texture_encoder(priors.values, priors.similarities, batch).float()  # NxLxD
+            parts.append((priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu(), prompt))
+        *priors, prompt = map(torch.cat, zip(*parts))
+        return Priors(*priors), prompt
 
     def sample(self, patches: Patches, batches: Sequence[Batch]) -> Iterator[Step]:
         """Sample batches of the patches on all devices: see `sample_batches`."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,13 +17,6 @@ class Priors:
     indices: Tensor  # NxK, rows of the memory
     similarities: Tensor  # NxK float32 in [-1, 1]
     values: Tensor  # NxKxCxVxV float32 latents; None where the page keeps the indices only
-
-    @classmethod
-    def joined(cls, parts: Sequence[Priors]) -> Priors:
-        """Those of several batches of patches as one."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def retrieve(queries: Tensor, memory: TextureMemory, k: int) -> Priors:

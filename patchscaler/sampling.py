@@ -76,16 +76,20 @@ def timesteps(start: int, steps: int) -> list[int]:
 # One patch
 
 
+def noised(clean: Tensor, noise: Tensor, abar: float | Tensor) -> Tensor:
+    """Eq. 4: sqrt(abar) x + sqrt(1 - abar) noise, NxCxVxV. `abar` is a number, or Nx1x1x1 of patches at times each."""
+    return abar**0.5 * clean + (1 - abar) ** 0.5 * noise
+
+
 def shortcut_start(y0: Tensor, noise: Tensor, start: int, alphas: Tensor) -> Tensor:
     """Eq. 6 and 7: y_tau = sqrt(abar) y0 + sqrt(1 - abar) noise at tau = `start`. All NxCxVxV."""
-    abar = alphas[start - 1].item()
-    return abar**0.5 * y0 + (1 - abar) ** 0.5 * noise
+    return noised(y0, noise, alphas[start - 1].item())
 
 
 def denoise(
     predict: Predict, y0: Tensor, noise: Tensor, start: int, steps: int, scheduler: Scheduler
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sample from the shortcut start: (x0 prediction, x_next) after every evaluation; the last x_next is the result.
+) -> Iterator[Tensor]:
+    """Sample from the shortcut start: x_t after every evaluation, of which the last is the result, x0.
 
     The scheduler's class chooses the solver, its betas the schedule. It is read, never stepped, so threads may share
     it. Arithmetic between evaluations is float32 on the device of `y0`, whatever dtype `predict` returns.
@@ -96,23 +100,24 @@ def denoise(
     return solver(predict, shortcut_start(y0.float(), noise.float(), start, alphas), times, alphas)
 
 
-def ddim(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def ddim(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[Tensor]:
     """Deterministic DDIM (Song et al. 2021) from x_t NxCxVxV at times[0] down `times`, and to x0 at the end.
 
     Ours, as diffusers' DDIM only steps by 1000 // N.
     """
     for t, s in zip(times, [*times[1:], 0]):
         x0 = predict(x_t, t).float()  # NxCxVxV
-        if s == 0:
-            x_t = x0
-        else:
-            abar_t, abar_s = alphas[t - 1].item(), alphas[s - 1].item()
-            noise = (x_t - abar_t**0.5 * x0) / (1 - abar_t) ** 0.5
-            x_t = abar_s**0.5 * x0 + (1 - abar_s) ** 0.5 * noise
-        yield x0, x_t
+        x_t = x0 if s == 0 else ddim_step(x_t, x0, alphas[t - 1].item(), alphas[s - 1].item())
+        yield x_t
 
 
-def dpm_solver(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def ddim_step(x_t: Tensor, x0: Tensor, abar_t: float | Tensor, abar_s: float | Tensor) -> Tensor:
+    """x_s NxCxVxV, with the noise that x_t has if x0 is true. abar as for `noised`."""
+    noise = (x_t - abar_t**0.5 * x0) / (1 - abar_t) ** 0.5
+    return noised(x0, noise, abar_s)
+
+
+def dpm_solver(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[Tensor]:
     """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2) from x_t NxCxVxV at times[0] down `times`, and to x0.
 
     With h the step in lambda = log(sqrt(abar) / sqrt(1 - abar)), x0 is extrapolated through the prediction before,
@@ -124,16 +129,13 @@ def dpm_solver(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) 
         if s == 0:
             x_t = x0
         else:
-            (signal_t, noise_t), (signal_s, noise_s) = (_signal_and_noise(alphas[each - 1].item()) for each in (t, s))
+            abar_t, abar_s = alphas[t - 1].item(), alphas[s - 1].item()
+            (signal_t, noise_t), (signal_s, noise_s) = ((abar**0.5, (1 - abar) ** 0.5) for abar in (abar_t, abar_s))
             h = math.log(signal_s / noise_s) - math.log(signal_t / noise_t)
             end = x0 if before is None else x0 + h / (2 * h_before) * (x0 - before)
             x_t = noise_s / noise_t * x_t - signal_s * math.expm1(-h) * end
             before, h_before = x0, h
-        yield x0, x_t
-
-
-def _signal_and_noise(abar: float) -> tuple[float, float]:
-    return abar**0.5, (1 - abar) ** 0.5
+        yield x_t
 
 
 # Many patches
@@ -176,15 +178,20 @@ class Step:
     evaluations: int  # in patches; negative where those of a batch did not count
 
 
-def make_batches(group: int, indices: Tensor, plan: SamplingPlan, size: int) -> list[Batch]:
-    """Batches of up to `size` patches of one group, whose LongTensor `indices` may be empty."""
-    start, steps = plan.start[group], plan.steps[group]
-    return [Batch(group, start, steps, part) for part in indices.split(size) if len(part)]
+def make_batches(assignment: Tensor, plan: SamplingPlan, size: int, chosen: Tensor | None = None) -> list[Batch]:
+    """Batches of up to `size` patches of one group each, from simple to hard.
+
+    `assignment` is the group of each patch, a LongTensor N; `chosen` the patches to be sampled, a BoolTensor N.
+    """
+    batches = []
+    for group, (start, steps) in enumerate(zip(plan.start, plan.steps)):
+        members = assignment == group if chosen is None else (assignment == group) & chosen
+        parts = members.nonzero()[:, 0].split(size)
+        batches += [Batch(group, start, steps, part) for part in parts if len(part)]
+    return batches
 
 
-def sample_batches(
-    network: PatchDiT, scheduler: Scheduler, patches: Patches, todo: deque[Batch]
-) -> Iterator[Step]:
+def sample_batches(network: PatchDiT, scheduler: Scheduler, patches: Patches, todo: deque[Batch]) -> Iterator[Step]:
     """Sample batches on the network's device until none is left in `todo`, and yield a Step after every evaluation.
 
     Other threads may empty `todo` as well. A batch for which memory is short is made again in halves; a single patch
@@ -198,26 +205,25 @@ def sample_batches(
             return
         done, clock = 0, Stopwatch(device)
         try:
-            for x0, _ in _begin(network, scheduler, patches, batch):
-                done += 1
+            for done, x_t in enumerate(denoise_batch(network, scheduler, patches, batch), 1):
                 if done == batch.steps:
-                    patches.x0[batch.indices.to(patches.x0.device)] = x0.to(patches.x0.device)
-                x0 = None  # noqa: PLW2901  the caller may keep us waiting
+                    patches.x0[batch.indices.to(patches.x0.device)] = x_t.to(patches.x0.device)
                 yield Step(batch, done, clock.lap(), len(batch))
                 clock.lap()
             continue
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        if len(batch) == 1:  # here the error, which held what there was no memory for, is gone
+        # Not within `except`: there the error still holds what there was no memory for.
+        if len(batch) == 1:
             raise out_of_memory(device)
         release(device)
         todo.extendleft(reversed(batch.parts(2)))
         yield Step(batch, 0, clock.lap(), -done * len(batch))
 
 
-def _begin(network: PatchDiT, scheduler: Scheduler, patches: Patches, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """`denoise` with f_theta for one batch, on the network's device."""
+def denoise_batch(network: PatchDiT, scheduler: Scheduler, patches: Patches, batch: Batch) -> Iterator[Tensor]:
+    """`denoise` the patches of a batch with f_theta, on the network's device."""
     device = network.device
     y0, noise, prompt = (
         values[batch.indices.to(values.device)].to(device) for values in (patches.y0, patches.noise, patches.prompt)

@@ -23,7 +23,7 @@ HARD = 2
 
 
 def hard(count: int, size: int = 64) -> list[Batch]:
-    return make_batches(HARD, torch.arange(count), PLAN, size)
+    return make_batches(torch.full((count,), HARD), PLAN, size)
 
 
 def makespan(seconds: list[float], devices: int) -> float:
@@ -60,8 +60,11 @@ def test_every_device_has_a_share_of_every_patch_once(count, devices):
 
 
 def test_no_batch_is_made_of_an_empty_group():
-    assert make_batches(0, torch.arange(0), PLAN, 8) == []
-    assert [(b.start, b.steps, len(b)) for b in make_batches(1, torch.arange(9), PLAN, 8)] == [(400, 4, 8), (400, 4, 1)]
+    groups = torch.tensor([1, 2] * 9)
+    batches = make_batches(groups, PLAN, 8, chosen=groups == 1)
+    assert [(b.group, b.start, b.steps, len(b)) for b in batches] == [(1, 400, 4, 8), (1, 400, 4, 1)]
+    assert (groups[torch.cat([batch.indices for batch in batches])] == 1).all()
+    assert make_batches(groups[:0], PLAN, 8) == []
 
 
 def test_memory_for_one_patch_is_enough(tiny_pipeline):

@@ -31,7 +31,7 @@ from patchscaler.models.texture_encoder import TextureEncoder
 from patchscaler.models.texture_memory import TextureMemory
 from patchscaler.patches import LATENT_PIXELS
 from patchscaler.retrieval import retrieve
-from patchscaler.sampling import alphas_cumprod, check_schedule
+from patchscaler.sampling import alphas_cumprod, check_schedule, ddim_step, noised
 from patchscaler.training.data import image_bank
 from patchscaler.training.fit import (
     bf16,
@@ -177,7 +177,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         figures["feature distance of the training (Lite0), coarse patches"] = distance(y0)
         for start_time in (250, 500, 1000):
             times = torch.full((len(y0),), start_time, device=device)
-            predicted = predict(noised(y0, noise, times, alphas), times, everything)
+            predicted = predict(noised(y0, noise, abar_at(times, alphas)), times, everything)
             figures[f"the same, Patch-DiT, one evaluation from T = {start_time}"] = distance(predicted)
     if accelerator.is_main_process:
         save_component(average.transformer, args.out / "transformer")
@@ -216,10 +216,9 @@ def decode_in_place(vae: nn.Module, coarse: Tensor, patches: Tensor, place: Plac
     return place.of(decode_unclamped(vae, latents), LATENT_PIXELS)
 
 
-def noised(clean: Tensor, noise: Tensor, t: Tensor, alphas: Tensor) -> Tensor:
-    """Eq. 4: √ᾱ_t x + √(1 − ᾱ_t) ε of patches N×c×V×V at times t, N integers; from y₀ it is the start of Eq. 7."""
-    signal = alphas[t - 1].view(-1, 1, 1, 1)
-    return signal.sqrt() * clean + (1 - signal).sqrt() * noise
+def abar_at(t: Tensor, alphas: Tensor) -> Tensor:
+    """ᾱ at times t, N integers, for patches N×c×V×V: N×1×1×1."""
+    return alphas[t - 1].view(-1, 1, 1, 1)
 
 
 def sampling_inputs(
@@ -239,23 +238,18 @@ def sampling_inputs(
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     own = kind >= FROM_TRUTH + FROM_COARSE
     clean = torch.where((kind < FROM_TRUTH).view(-1, 1, 1, 1), x0, y0)
-    x_t = noised(clean, noise, t, alphas)
+    x_t = noised(clean, noise, abar_at(t, alphas))
     if own.any():
         steps = EVALUATIONS[torch.randint(len(EVALUATIONS), (), generator=generator, device=generator.device).item()]
         times = [start + ((t - start) * k / steps).round().long() for k in range(steps + 1)]
-        x = noised(y0, noise, start, alphas)[own]
+        x = noised(y0, noise, abar_at(start, alphas))[own]
         with torch.no_grad():
             for now, then in zip(times, times[1:]):
-                x = ddim_step(x, predict(x, now[own], own), now[own], then[own], alphas)
+                now, then = now[own], then[own]
+                stepped = ddim_step(x, predict(x, now, own), abar_at(now, alphas), abar_at(then, alphas))
+                x = torch.where((then < now).view(-1, 1, 1, 1), stepped, x)
         x_t[own] = x
     return x_t, t
-
-
-def ddim_step(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, alphas: Tensor) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021) of patches N×c×V×V from times t to s ≤ t, N integers each."""
-    signal = alphas[t - 1].view(-1, 1, 1, 1)
-    noise = (x_t - signal.sqrt() * x0) / (1 - signal).sqrt()
-    return torch.where((s < t).view(-1, 1, 1, 1), noised(x0, noise, s, alphas), x_t)
 
 
 if __name__ == "__main__":
