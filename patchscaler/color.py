@@ -12,6 +12,13 @@ REACH = sum(LEVELS)  # rows and columns
 BAND = 256  # rows at a time: what is made of them stays in a CPU's cache, and memory is bounded
 
 
+def colored(output: Tensor, upscaled: Tensor, color_fix: bool, grey: bool) -> Tensor:
+    """The decoded picture 3xHxW with the colours of the bicubic upscale, or as it is; grey where the input is."""
+    if color_fix:
+        output = wavelet_color_fix(output[None], upscaled[None].to(output.device))[0].clamp_(-1, 1)
+    return output.mean(0, keepdim=True).expand_as(output) if grey else output
+
+
 def wavelet_color_fix(output: Tensor, reference: Tensor) -> Tensor:
     """Give `output` the low frequencies, and so the colours, of `reference` and keep its own detail.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -62,9 +63,9 @@ def _cpu_has_bf16() -> bool:
 class Stopwatch:
     """Seconds by stage, counting what the device was asked to do and has not yet finished."""
 
-    def __init__(self, device: torch.device, *stages: str):
+    def __init__(self, device: torch.device):
         self.device = device
-        self.seconds = dict.fromkeys(stages, 0.0)
+        self.seconds: Counter[str] = Counter()  # 0 for a stage without a lap
         self.last = 0.0
         self.lap()
 
@@ -74,7 +75,7 @@ class Stopwatch:
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        if stage is not None:
+        if stage:
             self.seconds[stage] += seconds
         return seconds
 
@@ -117,7 +118,7 @@ def halving(run: Callable[[int], Value], size: int, least: int, device: torch.de
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        release(device)  # here the error, which held what `run` had made, is gone
+        release(device)  # not within `except`: there the error still holds what `run` had made
         size = max(least, size // 2)
     with out_of_memory_errors(device):
         return run(size)

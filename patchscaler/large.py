@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.color import REACH, wavelet_color_fix
+from patchscaler.color import REACH, colored
 from patchscaler.device import Stopwatch, out_of_memory_errors
 from patchscaler.images import FORMATS, Picture, bicubic, to_pil, written_whole
 from patchscaler.limits import OUTPUT_PER_INPUT, Limits
@@ -30,7 +30,7 @@ from patchscaler.results import STAGES, GroupReport, describe_run, require_finit
 from patchscaler.sampling import Patches, make_batches
 from patchscaler.tiles import Local
 
-BAND = 64  # cells, of 8 pixels, that a stage makes at once
+BAND = 64  # cells, of 8 pixels, that a stage makes at once; whole tiles of a file
 PATCHES = 256  # at least as many are sampled at once, to fill batches
 NOISE = 2**20  # values drawn at once
 TIFF_TILE = 256  # pixels along the side of a tile of a file
@@ -89,7 +89,7 @@ class Bands:
         self.height, self.width = SCALE * picture.height, SCALE * picture.width
         self.grid = PatchGrid.covering(self.height, self.width, pipeline.transformer.config.size)
         self.counts, self.spent = torch.zeros(len(GROUPS), dtype=torch.long), [0.0] * len(GROUPS)
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.clock = Stopwatch(self.device)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -113,7 +113,8 @@ class Bands:
         evaluations = [steps * count for steps, count in zip(self.plan.steps, counts)]
         groups = [*map(GroupReport, GROUPS, counts, self.plan.start, self.plan.steps, evaluations, self.spent)]
         dtype = str(self.pipeline.transformer.dtype).removeprefix("torch.")
-        return describe_run(self.plan, self.seed, self.color_fix, str(self.device), dtype, groups, self.seconds)
+        seconds = {name: self.clock.seconds[name] for name in STAGES}
+        return describe_run(self.plan, self.seed, self.color_fix, str(self.device), dtype, groups, seconds)
 
     def _upscaled(self, first: int) -> Tensor:
         """Rows of the bicubic picture, filled up to the size of the grid: 3xRx8w."""
@@ -136,10 +137,10 @@ class Bands:
             last = min(first + BAND, self.grid.height)
             above, below = max(0, first - reach), min(self.grid.height, last + reach)
             values = source.get(above * local.before, below * local.before)
-            clock = Stopwatch(self.device)
+            self.clock.lap()  # the stages before have counted theirs
             rows = self.pipeline.by_tiles(local, values[None])[0]
             require_finite(f"the result of the stage {name}", rows)
-            self.seconds[name] += clock.lap()
+            self.clock.lap(name)
             return rows[:, (first - above) * local.after : (last - above) * local.after]
 
         return Rows(self.grid.height * local.after, make)
@@ -148,21 +149,17 @@ class Bands:
         """Refine some rows of patches at a time, and give those rows CxRxw of the latent that no later patch covers."""
         columns = len({patch.left for patch in self.grid.patches})
         most = columns * -(-PATCHES // columns)
-        total = weights = None  # of rows that the last patches covered and the next ones will
+        sums = torch.zeros(self.channels + 1, 0, self.grid.width, device=self.device)  # the last is that of the weights
         for begin in range(0, len(self.grid), most):
             patches = self.grid.patches[begin : begin + most]
             top, bottom = patches[0].top, patches[-1].top + self.grid.size
             end = self.grid.patches[begin + most].top if begin + most < len(self.grid) else bottom
             window = restored.get(top, bottom)
             x0 = self._sample(patches, window, self._noise(noise, top, bottom))
-            unfinished = 0 if total is None else total.shape[1]
-            sums = x0.new_zeros(self.channels + 1, bottom - top, self.grid.width)  # the last is that of the weights
-            if unfinished:
-                sums[:-1, :unfinished], sums[-1, :unfinished] = total, weights
-            total, weights = sums[:-1], sums[-1]
-            blend(patches, x0, total, weights, top)
-            yield total[:, : end - top] / weights[: end - top]
-            total, weights = total[:, end - top :], weights[end - top :]
+            sums = F.pad(sums, (0, 0, 0, bottom - top - sums.shape[1]))  # after the rows that earlier patches cover
+            blend(patches, x0, sums[:-1], sums[-1], top)
+            yield sums[:-1, : end - top] / sums[-1, : end - top]
+            sums = sums[:, end - top :]
 
     def _sample(self, patches: tuple[Patch, ...], restored: Tensor, noise: Tensor) -> Tensor:
         """x0 NxCxVxV of patches in a window of the restored latent and confidence, (C+1)xRxw, and its noise CxRxw."""
@@ -171,32 +168,28 @@ class Bands:
         def cut(values: Tensor) -> Tensor:
             return torch.stack([patch.cells(values, top) for patch in patches])
 
-        clock = Stopwatch(self.device)
+        self.clock.lap()
         y0, confidence = cut(restored).split([self.channels, 1], dim=1)  # NxCxVxV, Nx1xVxV
         assignment = assign(confidence.mean((1, 2, 3)).cpu(), self.plan)  # N
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
-        self.seconds["retrieve"] += clock.lap()
+        self.clock.lap("retrieve")
         x0 = torch.empty_like(y0)
         task = Patches(y0, cut(noise).to(y0.device), prompt, x0)
         for step in self.pipeline.sample(task, make_batches(assignment, self.plan, self.batch_size)):
             self.spent[step.batch.group] += step.seconds
         self.counts += assignment.bincount(minlength=len(GROUPS))
-        self.seconds["refine"] += clock.lap()
+        self.clock.lap("refine")
         return x0
 
     def _finished(self, top: int, bottom: int, pictures: Rows, reference: Rows) -> np.ndarray:
         above, below = max(0, top - REACH), min(self.height, bottom + REACH)
-        decoded, wanted = (rows.get(above, below)[None, ..., : self.width] for rows in (pictures, reference))
-        clock = Stopwatch(self.device)
-        if self.color_fix:
-            decoded = wavelet_color_fix(decoded, wanted).clamp_(-1, 1)
-        rgb = decoded[0, :, top - above : bottom - above]
-        if self.grey:
-            rgb = rgb.mean(0, keepdim=True).expand_as(rgb)
+        decoded, upscaled = (rows.get(above, below)[..., : self.width] for rows in (pictures, reference))
+        self.clock.lap()
+        rgb = colored(decoded, upscaled, self.color_fix, self.grey)[:, top - above : bottom - above]
         alpha = self.picture.alpha
         if alpha is not None:
             alpha = _bicubic_rows(alpha, top, bottom).clamp(0, 1)
-        self.seconds["color"] += clock.lap()
+        self.clock.lap("color")
         return np.asarray(to_pil(Picture(rgb, alpha)))
 
     def _draw(self, file: BinaryIO) -> None:
@@ -240,8 +233,8 @@ def write_tiff(
 ) -> Path:
     """Write bands of rows RxWxS of 8 bits, from top to bottom, as one TIFF of HxWxS, and return its path.
 
-    S is 3 for RGB or 4 for RGBA. Tiles are compressed without loss; above 2 GB the file is a BigTIFF. It appears whole
-    or not at all. Whatever `bands` raise ends the writing.
+    S is 3 for RGB or 4 for RGBA. R is a multiple of TIFF_TILE, but for the last band. Tiles are compressed without
+    loss; above 2 GB the file is a BigTIFF. It appears whole or not at all. Whatever `bands` raise ends the writing.
     """
     import tifffile  # here, because it is an extra
 
@@ -265,19 +258,8 @@ def write_tiff(
 
 def _tiles(bands: Iterable[np.ndarray], width: int) -> Iterator[np.ndarray]:
     """Tiles from left to right and from top to bottom. Those at the right and the bottom are filled up with zeros."""
-    waiting: list[np.ndarray] = []
-
-    def cut(rows: np.ndarray) -> Iterator[np.ndarray]:
-        for left in range(0, width, TIFF_TILE):
-            tile = rows[:, left : left + TIFF_TILE]
-            yield np.pad(tile, [(0, TIFF_TILE - tile.shape[0]), (0, TIFF_TILE - tile.shape[1]), (0, 0)])
-
     for band in bands:
-        waiting.append(band)
-        while sum(map(len, waiting)) >= TIFF_TILE:
-            rows = np.concatenate(waiting)
-            waiting = [rows[TIFF_TILE:].copy()]
-            yield from cut(rows[:TIFF_TILE])
-    rows = np.concatenate(waiting)
-    if len(rows):
-        yield from cut(rows)
+        for top in range(0, len(band), TIFF_TILE):
+            for left in range(0, width, TIFF_TILE):
+                tile = band[top : top + TIFF_TILE, left : left + TIFF_TILE]
+                yield np.pad(tile, [(0, TIFF_TILE - tile.shape[0]), (0, TIFF_TILE - tile.shape[1]), (0, 0)])

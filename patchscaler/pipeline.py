@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchscaler.cancellation import check_cancelled
-from patchscaler.color import wavelet_color_fix
+from patchscaler.color import colored
 from patchscaler.device import Stopwatch, fitting_batch, halving, raises_out_of_memory
 from patchscaler.figures import priors_sheet
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
@@ -152,7 +151,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     def analyze(self, picture: Picture, batch_size: int | None = None) -> Analysis:
         """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
-        clock = Stopwatch(device, "encode", "restore", "retrieve", "decode")
+        clock = Stopwatch(device)
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
         upscaled = bicubic(picture.visible_rgb()[None].to(device), SCALE)  # 1x3xHxW
@@ -189,7 +188,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             prompt=prompt,
             bicubic=enlarged,
             coarse=coarse,
-            seconds=clock.seconds,
+            seconds=dict(clock.seconds),
         )
 
     @torch.inference_mode()
@@ -220,7 +219,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             partial: also yield a Partial after every group that changed a patch, but for the last such group.
         """
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
-        clock = Stopwatch(device, "retrieve", "refine", "decode", "color")
+        clock = Stopwatch(device)
         grid = analysis.grid
         check_schedule(self.transformer, self.scheduler)
 
@@ -266,14 +265,13 @@ class PatchScalerPipeline(DiffusionPipeline):
         picture = self._assembled(analysis, x0, color_fix, clock)
         counts, anew = (each.bincount(minlength=len(GROUPS)).tolist() for each in (assignment, assignment[rendered]))
         evaluations = [each * count for each, count in zip(plan.steps, anew)]
-        before = {name: analysis.seconds[name] for name in ("encode", "restore", "retrieve", "decode")}
         yield Result(
             picture=picture,
             plan=plan,
             seed=seed,
             assignment=assignment,
             groups=[*map(GroupReport, GROUPS, counts, plan.start, plan.steps, evaluations, spent)],
-            seconds={name: before.get(name, 0) + clock.seconds.get(name, 0) for name in STAGES},
+            seconds={name: analysis.seconds.get(name, 0.0) + clock.seconds[name] for name in STAGES},
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
             sampled=Sampled(x0.cpu(), start, steps, seed, seconds),
@@ -310,10 +308,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         output = self._decoded(x_hr, *analysis.bicubic.shape[-2:])  # 3xHxW
         clock.lap("decode")
         # 6. Colour: take the colours and the transparency of the input.
-        if color_fix:
-            output = wavelet_color_fix(output[None], analysis.bicubic[None].to(output.device))[0].clamp_(-1, 1)
-        if analysis.picture.is_grey():
-            output = output.mean(0, keepdim=True).expand_as(output)
+        output = colored(output, analysis.bicubic, color_fix, analysis.picture.is_grey())
         require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:
@@ -329,7 +324,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     @property
     def encoding(self) -> Local:
         """Images 1x3x8hx8w to latents 1xCxhxw."""
-        return Local(self.vae, "encode", partial(encode_latents, self.vae), before=LATENT_PIXELS, after=1)
+        return Local(self.vae, "encode", lambda x: encode_latents(self.vae, x), before=LATENT_PIXELS, after=1)
 
     @property
     def restoring(self) -> Local:
@@ -339,7 +334,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     @property
     def decoding(self) -> Local:
         """Latents 1xCxhxw to images 1x3x8hx8w."""
-        return Local(self.vae, "decode", partial(decode_latents, self.vae), before=1, after=LATENT_PIXELS)
+        return Local(self.vae, "decode", lambda x: decode_latents(self.vae, x), before=1, after=LATENT_PIXELS)
 
     def _restore(self, y_lr: Tensor) -> Tensor:
         restored = self.grm(y_lr)
@@ -354,7 +349,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         """Algorithm 1 and the texture encoder, in batches: the Priors of patches NxCxVxV, on the CPU, and the prompt
         NxLxD on the device of the patches.
         """
-        return halving(partial(self._prompt, patches), batch_size, 1, patches.device)
+        return halving(lambda size: self._prompt(patches, size), batch_size, 1, patches.device)
 
     def _prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         parts = []
@@ -382,6 +377,7 @@ def as_picture(image: Picture | Image.Image | str | Path | np.ndarray | Tensor) 
         return read_picture(image)
     if isinstance(image, Image.Image):
         return picture_from_pil(image)
+    said = type(image).__name__
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
             return picture_from_pil(Image.fromarray(image))
@@ -393,8 +389,6 @@ def as_picture(image: Picture | Image.Image | str | Path | np.ndarray | Tensor) 
             if rgb.abs().max() <= 1:  # nor is NaN
                 return Picture(rgb)
             said += f" from {rgb.min().item():g} to {rgb.max().item():g}"
-    else:
-        said = type(image).__name__
     raise TypeError(
         f"the image is {said}; it must be a path, a PIL image, a Picture, an array HxWx3 of uint8, or a tensor 3xHxW "
         "in [-1, 1]"

@@ -214,7 +214,7 @@ def sample_batches(network: PatchDiT, scheduler: Scheduler, patches: Patches, to
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # Not within `except`: there the error still holds what there was no memory for.
+        # Not within `except`: there the error still holds what the batch had made.
         if len(batch) == 1:
             raise out_of_memory(device)
         release(device)
