@@ -25,7 +25,7 @@ from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
 from patchscaler.results import Progress
 
-STAGES = ("coarse", "qmap", "priors")
+STAGE_PICTURES = ("coarse", "qmap", "priors")
 LARGE_PIXELS = 64_000_000  # of the input: what --large takes, as this is held in memory
 PRIOR_ROWS = 8  # patches on the priors sheet, from the least to the most confident
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         tasks, skipped = files.plan_tasks(
             args.inputs,
             args.out,
-            STAGES if args.save_stages else (),
+            STAGE_PICTURES if args.save_stages else (),
             args.report,
             recursive=args.recursive,
             suffix=args.suffix,
@@ -172,8 +172,6 @@ def _run_on_ray(args: argparse.Namespace) -> int:
             suffix=args.suffix,
             overwrite=args.overwrite,
         )
-    except UsageError:
-        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
     except (OSError, RuntimeError) as error:

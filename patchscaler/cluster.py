@@ -211,15 +211,10 @@ def plan_outputs(
         sources |= images
         skipped += others
     outputs: dict[str, str] = {}
-    owners: dict[str, str] = {}
+    taken = {_identity(source): f"the input {source}" for source in sources}
     for source, stem in zip(sources, files.output_stems([*sources.values()], suffix), strict=True):
         outputs[source] = output = posixpath.join(out, f"{stem}.png")
-        files.check_name(output)
-        if owners.setdefault(files.folded(output), source) != source:
-            raise UsageError(f"{output} would be the output of both {owners[files.folded(output)]} and {source}")
-    clash = {_identity(source) for source in outputs} & {_identity(output) for output in outputs.values()}
-    if clash:
-        raise UsageError(f"{clash.pop()} would be both an input and an output")
+        files.claim(taken, output, _identity(output), f"the output of {source}")
     return outputs, skipped
 
 

@@ -52,10 +52,9 @@ def _blur(image: Tensor, step: int, axis: int) -> Tensor:
     blurred = image * 2
     length = image.shape[axis]
     edge = min(step, length)
-    for first, last in ((0, 1), (length - 1, length)):  # the replicated edge, then what lies inside
-        start = 0 if first == 0 else length - edge
-        blurred.narrow(axis, start, edge).add_(image.narrow(axis, first, last - first))
-    if length > step:
+    blurred.narrow(axis, 0, edge).add_(image.narrow(axis, 0, 1))  # the replicated edges
+    blurred.narrow(axis, length - edge, edge).add_(image.narrow(axis, length - 1, 1))
+    if length > step:  # what lies inside
         blurred.narrow(axis, step, length - step).add_(image.narrow(axis, 0, length - step))
         blurred.narrow(axis, 0, length - step).add_(image.narrow(axis, step, length - step))
     return blurred

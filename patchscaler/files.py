@@ -89,7 +89,7 @@ def plan_tasks(
     sources, skipped = _sources(inputs, out.resolve(), recursive)
     taken = {_key(source): f"the input {source}" for source in sources}
     if report:
-        _claim(taken, report, "the report")
+        claim(taken, report, _key(report), "the report")
         if report.exists() and not overwrite and not _is_report(report):
             raise UsageError(f"{report} exists and is not a report; --overwrite replaces it")
     tasks = []
@@ -97,9 +97,9 @@ def plan_tasks(
         in_bands = large and is_large(source)
         output = out / f"{stem}{'.tif' if in_bands else '.png'}"
         task = Task(source, output, {} if in_bands else {stage: out / f"{stem}.{stage}.png" for stage in stages})
-        _claim(taken, output, f"the output of {source}")
+        claim(taken, output, _key(output), f"the output of {source}")
         for stage, path in task.stages.items():
-            _claim(taken, path, f"the {stage} stage of {source}")
+            claim(taken, path, _key(path), f"the {stage} stage of {source}")
         if not overwrite:
             _refuse_to_replace(task)
         tasks.append(task)
@@ -133,13 +133,19 @@ def _is_own(file: Path, out: Path) -> bool:
     return file.resolve().is_relative_to(out) and record_of(file) is not None
 
 
-def _claim(taken: dict[str, str], path: Path, owner: str) -> None:
-    check_name(str(path))
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder")
-    if _key(path) in taken:
-        raise UsageError(f"{path} would be both {taken[_key(path)]} and {owner}")
-    taken[_key(path)] = owner
+def claim(taken: dict[str, str], place: Path | str, key: str, owner: str) -> None:
+    """Note in `taken` whose file a path or URL is; `key` is the same for all names of one file.
+
+    UsageError if it is another's already, a folder, or of a name that is longer than file systems take.
+    """
+    length = len(os.fsencode(posixpath.basename(str(place))))
+    if length > MAX_NAME:
+        raise UsageError(f"{place}: the output's name would have {length} bytes; the limit is {MAX_NAME}")
+    if os.path.isdir(place):
+        raise UsageError(f"{place} is a folder")
+    if key in taken:
+        raise UsageError(f"{place} would be both {taken[key]} and {owner}")
+    taken[key] = owner
 
 
 def _key(path: Path) -> str:
@@ -256,13 +262,6 @@ def own_record(output: str | Path, record: Record | None, source: str | Path, in
             "--suffix _x4 writes beside it, --overwrite replaces it"
         )
     return record
-
-
-def check_name(name: str) -> None:
-    """UsageError for the name of a file that is longer than file systems take."""
-    length = len(os.fsencode(posixpath.basename(name)))
-    if length > MAX_NAME:
-        raise UsageError(f"{name}: the output's name would have {length} bytes; the limit is {MAX_NAME}")
 
 
 def make_writable(folder: Path) -> None:

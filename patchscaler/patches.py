@@ -79,11 +79,11 @@ class PatchGrid:
 
     def borders(self) -> tuple[list[int], list[int]]:
         """Rows and columns of pixels at which a patch begins or ends, the grid's own edges too."""
-        edges = [
-            {LATENT_PIXELS * (getattr(patch, side) + more) for patch in self.patches for more in (0, patch.size)}
-            for side in ("top", "left")
-        ]
-        return sorted(edges[0]), sorted(edges[1])
+        rows, columns = (
+            {LATENT_PIXELS * edge for start in self._starts(length) for edge in (start, start + self.size)}
+            for length in (self.height, self.width)
+        )
+        return sorted(rows), sorted(columns)
 
     def _starts(self, length: int) -> list[int]:
         spare = length - self.size

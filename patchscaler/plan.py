@@ -26,7 +26,7 @@ def _check_group_values(name: str, values: tuple[int, ...], limits: tuple[int, .
 class SamplingPlan:
     """Confidence thresholds and, per group from simple to hard, where sampling starts and in how many steps.
 
-    1 >= gamma1 > gamma2 >= 0; ``start`` (the T_i of the paper) lies in 1..1000 and ``steps`` (N_i) in
+    1 >= gamma1 > gamma2 >= 0; `start` (the T_i of the paper) lies in 1..1000 and `steps` (N_i) in
     1..T_i; neither may fall from simple to hard. Anything else raises ValueError.
     """
 
@@ -66,7 +66,7 @@ class SamplingPlan:
         return cls(0.95, 0.75, start=(1000, 1000, 1000), steps=(20, 20, 20))
 
     def evaluations(self, counts: Sequence[int]) -> int:
-        """Network evaluations, in patches, for ``counts`` patches in the simple, medium and hard group."""
+        """Network evaluations, in patches, for `counts` patches in the simple, medium and hard group."""
         if len(counts) != len(GROUPS):
             raise ValueError(f"got {len(counts)} counts for {len(GROUPS)} groups")
         return sum(steps * int(count) for steps, count in zip(self.steps, counts, strict=True))
@@ -76,7 +76,7 @@ class SamplingPlan:
 
     @classmethod
     def from_json(cls, text: str) -> SamplingPlan:
-        """The inverse of :meth:`to_json`. Unknown or missing keys raise ValueError."""
+        """The inverse of `to_json`. Unknown or missing keys raise ValueError."""
         data = json.loads(text)
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
@@ -88,7 +88,7 @@ class SamplingPlan:
 
 
 def times_and_steps(plan: SamplingPlan, assignment: Tensor) -> tuple[Tensor, Tensor]:
-    """T and N of every patch, two LongTensors N, for its group in ``assignment``, a LongTensor N."""
+    """T and N of every patch, two LongTensors N, for its group in `assignment`, a LongTensor N."""
     return tuple(assignment.new_tensor(values)[assignment] for values in (plan.start, plan.steps))
 
 
@@ -103,8 +103,8 @@ PRESETS = {
 def assign(confidence: Tensor, plan: SamplingPlan, by_hand: Mapping[int, int] | None = None) -> Tensor:
     """Eq. 2: the group of each patch from its mean confidence.
 
-    simple (0) in (gamma1, 1], medium (1) in (gamma2, gamma1], hard (2) in [0, gamma2]. ``confidence`` N in
-    [0, 1]; anything else, NaN too, raises ValueError. ``by_hand`` sets the group of single patches in place of
+    simple (0) in (gamma1, 1], medium (1) in (gamma2, gamma1], hard (2) in [0, gamma2]. `confidence` N in
+    [0, 1]; anything else, NaN too, raises ValueError. `by_hand` sets the group of single patches in place of
     that. Returns a LongTensor N.
     """
     if not ((confidence >= 0) & (confidence <= 1)).all():
