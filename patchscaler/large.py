@@ -124,10 +124,7 @@ class Bands:
         return F.pad(rows, beyond, mode="replicate")
 
     def _stage(self, name: str, local: Local, source: Rows, channels: int) -> Rows:
-        """What a network makes of the rows of another stage, with those around them that it sees.
-
-        It takes `channels`.
-        """
+        """What a network makes of the rows of another stage, of `channels`, with those around them that it sees."""
         reach = local.reach(channels, self.device)
         if reach is None:
             raise ValueError(f"{type(local.network).__name__} sees the whole picture; it cannot {name} it in bands")

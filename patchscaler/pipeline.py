@@ -263,8 +263,8 @@ class PatchScalerPipeline(DiffusionPipeline):
 
         # 4. to 6. Merge, decode and colour.
         picture = self._assembled(analysis, x0, color_fix, clock)
-        counts, anew = (each.bincount(minlength=len(GROUPS)).tolist() for each in (assignment, assignment[rendered]))
-        evaluations = [each * count for each, count in zip(plan.steps, anew)]
+        counts = assignment.bincount(minlength=len(GROUPS)).tolist()
+        evaluations = [int(steps[rendered & (assignment == group)].sum()) for group in range(len(GROUPS))]
         yield Result(
             picture=picture,
             plan=plan,
