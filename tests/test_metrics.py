@@ -11,7 +11,7 @@ from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
 
 from patchscaler.evaluation.features import feature_distance
-from patchscaler.evaluation.metrics import luma, mesh, psnr_rgb, psnr_y, seam_score, spectrum_distance, ssim_y
+from patchscaler.evaluation.metrics import luma, mesh, psnr_rgb, psnr_y, seam_score, ssim_y
 from patchscaler.evaluation.scores import METRICS, find_scorer
 from patchscaler.images import read_picture
 
@@ -22,8 +22,8 @@ def noise(height: int = 48, width: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def smooth(image: torch.Tensor, factor: int = 4) -> torch.Tensor:
-    return F.interpolate(F.avg_pool2d(image[None], factor), image.shape[-2:], mode="bilinear")[0]
+def smooth(image: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(F.avg_pool2d(image[None], 4), image.shape[-2:], mode="bilinear")[0]
 
 
 def test_luma_runs_from_16_to_235_with_green_heaviest():
@@ -44,7 +44,6 @@ def test_equal_images_are_perfect():
     a = noise()
     assert psnr_y(a, a) == psnr_rgb(a, a) == math.inf
     assert ssim_y(a, a) == pytest.approx(1)
-    assert spectrum_distance(a, a) == 0
 
 
 @pytest.mark.parametrize("other", [smooth(noise()), noise(seed=1), -noise(), noise() * 0.5])
@@ -59,26 +58,6 @@ def test_ssim_agrees_with_scikit_image(other):
         use_sample_covariance=False,
     )
     assert ssim_y(a, other) == pytest.approx(expected, abs=1e-9)
-
-
-def test_spectrum_distance_of_doubled_contrast_is_log_4():
-    a = noise() * 0.4
-    assert spectrum_distance(a, 2 * a) == pytest.approx(math.log(4), abs=0.01)
-
-
-def test_spectrum_distance_sees_lost_detail_and_not_alignment():
-    a = noise(64, 64)
-    shifted = a.roll((5, 9), (1, 2))
-    assert spectrum_distance(a, shifted) < 0.3 < 1 < spectrum_distance(a, smooth(a))
-    assert spectrum_distance(a, smooth(a, 2)) < spectrum_distance(a, smooth(a, 8))
-
-
-def test_spectrum_distance_finds_the_ring_of_a_wave():
-    flat = torch.zeros(3, 64, 96)
-    wave = (0.5 * torch.sin(2 * math.pi * 8 / 64 * torch.arange(96))).expand(3, 64, 96)
-    # 8 cycles in 64 pixels, the shorter side, fill ring 8; the window spreads them to its neighbours.
-    assert spectrum_distance(flat, wave) * 32 > math.log(100)
-    assert spectrum_distance(flat, flat) == 0
 
 
 def test_seam_score_is_one_for_noise_and_grows_with_a_step():
@@ -111,7 +90,6 @@ def test_seam_score_of_flat_images():
         lambda a: psnr_y(a[None], a[None]),
         lambda a: psnr_rgb(a[:1], a[:1]),
         lambda a: ssim_y(a[:, :10], a[:, :10]),
-        lambda a: spectrum_distance(a, a[:, 1:]),
         lambda a: seam_score(a),
         lambda a: seam_score(a, rows=(0,)),
         lambda a: seam_score(a, columns=(64,)),
@@ -140,7 +118,7 @@ def photo():
 
 
 def test_piq_measures_of_equal_images_are_perfect(piq_scorer, photo):
-    assert piq_scorer(photo, photo) == pytest.approx({"haarpsi": 1, "fsim": 1, "vsi": 1, "mdsi": 0})
+    assert piq_scorer(photo, photo) == pytest.approx({"haarpsi": 1, "mdsi": 0})
 
 
 def test_piq_measures_worsen_with_noise_and_with_blur(piq_scorer, photo):
@@ -149,8 +127,7 @@ def test_piq_measures_worsen_with_noise_and_with_blur(piq_scorer, photo):
     noisy = [(photo + strength * disturbance).clamp(-1, 1) for strength in (0.1, 0.3, 0.9)]
     for images in (blurred, noisy):
         values = [piq_scorer(image, photo) for image in images]
-        for key in ("haarpsi", "fsim", "vsi"):
-            assert 1 > values[0][key] > values[1][key] > values[2][key] > 0
+        assert 1 > values[0]["haarpsi"] > values[1]["haarpsi"] > values[2]["haarpsi"] > 0
         assert 0 < values[0]["mdsi"] < values[1]["mdsi"] < values[2]["mdsi"]
 
 
@@ -199,10 +176,8 @@ def test_feature_distance_of_known_images(photo):
     assert feature_distance(blurred(photo, 3), photo) == pytest.approx(feature_distance(photo, blurred(photo, 3)))
 
 
-def test_feature_distance_leads_and_the_spectrum_comes_last():
-    keys = [metric.key for metric in METRICS]
-    assert keys[:5] == ["feature_distance", "haarpsi", "mdsi", "psnr_y", "ssim_y"]
-    assert keys[-1] == "spectrum_distance"
+def test_what_eyes_see_leads_the_tables():
+    assert [metric.key for metric in METRICS[:5]] == ["feature_distance", "haarpsi", "mdsi", "psnr_y", "ssim_y"]
 
 
 def with_mesh(image: torch.Tensor, period: int, levels: float = 2) -> torch.Tensor:

@@ -56,20 +56,6 @@ def ssim_y(a: Tensor, b: Tensor) -> float:
     return (numerator / denominator).mean().item()
 
 
-def spectrum_distance(a: Tensor, b: Tensor) -> float:
-    """How differently detail is spread over frequencies; 0 for equal spectra. Pixels need not be aligned.
-
-    Mean absolute difference of the two luma spectra: the natural logarithm of the power's mean over each ring
-    of integer radius 1..min(H, W)//2 cycles per shorter side (no constant), under a Hann window. Twice or
-    half the power makes log 2 = 0.69. The power of 8-bit rounding is added to both: no file can show less.
-    ValueError for an image smaller than 3x3.
-    """
-    check_pair(a, b)
-    if min(a.shape[1:]) < 3:
-        raise ValueError(f"image {a.shape[1]}x{a.shape[2]}: the spectrum needs 3x3 at least")
-    return (_log_spectrum(luma(a)) - _log_spectrum(luma(b))).abs().mean().item()
-
-
 def seam_score(image: Tensor, rows: Sequence[int] = (), columns: Sequence[int] = ()) -> float:
     """How much patch borders stand out: 1 where they do not, 2 where luma steps twice as far across them.
 
@@ -142,7 +128,7 @@ def _peak(windows: Tensor, period: int) -> float:
     side, k = windows.shape[-1], windows.shape[-1] // period
     line = torch.hann_window(side, dtype=torch.float64, device=windows.device, periodic=False)
     window = torch.outer(line, line)
-    # The power of 8-bit rounding is added, as in the spectra: nothing below it is seen, and a flat image has some.
+    # The power of 8-bit rounding is added: nothing below it is seen, and a flat image has some.
     power = (torch.fft.fft2((windows - windows.mean((1, 2), keepdim=True)) * window).abs() ** 2).mean(0)
     power = power / (window**2).sum() + 1 / 12
     around = torch.ones(7, 7, dtype=torch.float64, device=windows.device)
@@ -152,17 +138,3 @@ def _peak(windows: Tensor, period: int) -> float:
         near = power.roll((3 - row, 3 - column), (0, 1))[:7, :7]  # the frequency itself is in the middle
         ratios.append((near[3, 3] / ((near * around).sum() / around.sum())).item())
     return sum(ratios) / len(ratios)
-
-
-def _log_spectrum(y: Tensor) -> Tensor:
-    """Log power of luma HxW per ring of integer radius 1..min(H, W)//2."""
-    height, width = y.shape
-    window = torch.outer(*(torch.hann_window(n, dtype=torch.float64, device=y.device, periodic=False) for n in y.shape))
-    # Without its mean, no constant leaks into the first rings. White noise of variance v has power v.
-    power = torch.fft.fft2((y - y.mean()) * window).abs() ** 2 / (window**2).sum()
-    side = min(height, width)
-    vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=y.device).view(-1, 1) * side
-    horizontal = torch.fft.fftfreq(width, dtype=torch.float64, device=y.device) * side
-    ring = (vertical**2 + horizontal**2).sqrt().round().long().flatten()  # [H*W]
-    total = torch.bincount(ring, power.flatten()) / torch.bincount(ring)
-    return (total[1 : side // 2 + 1] + 1 / 12).log()

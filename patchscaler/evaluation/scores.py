@@ -1,7 +1,7 @@
 """Which measures of an image there are, and which of them can be taken here.
 
 Those of `metrics.py` always can. The feature distance needs the packages of EfficientNet-Lite2: see `features.py`.
-HaarPSI, FSIM, VSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA and MUSIQ those of pyiqa, whose
+HaarPSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA and MUSIQ those of pyiqa, whose
 networks load their weights when they are made. The extra `eval` has them all.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchscaler.evaluation.features import feature_distance, load_features
-from patchscaler.evaluation.metrics import psnr_y, spectrum_distance, ssim_y
+from patchscaler.evaluation.metrics import psnr_y, ssim_y
 
 Score = Callable[[Tensor, Tensor], float]
 
@@ -46,17 +46,14 @@ METRICS = (
     Metric("mdsi", "MDSI", 4, False, package="piq", name="mdsi"),
     Metric("psnr_y", "PSNR-Y", 2, True),
     Metric("ssim_y", "SSIM-Y", 4, True),
-    Metric("fsim", "FSIM", 4, True, package="piq", name="fsim"),
-    Metric("vsi", "VSI", 4, True, package="piq", name="vsi"),
     Metric("lpips", "LPIPS", 4, False, package="pyiqa", name="lpips"),
     Metric("maniqa_koniq", "MANIQA-KonIQ", 4, True, needs_truth=False, package="pyiqa", name="maniqa"),
     Metric("clipiqa", "CLIPIQA", 4, True, needs_truth=False, package="pyiqa", name="clipiqa"),
     Metric("musiq", "MUSIQ", 2, True, needs_truth=False, package="pyiqa", name="musiq"),
-    Metric("spectrum_distance", "spectrum distance", 3, False),
 )
 # What single patches and many plans are measured by.
 SHORT = ("feature_distance", "haarpsi", "mdsi", "psnr_y", "ssim_y")
-_OURS: dict[str, Score] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "spectrum_distance": spectrum_distance}
+_OURS: dict[str, Score] = {"psnr_y": psnr_y, "ssim_y": ssim_y}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
 
 PAPER, UNIFORM = SamplingPlan.paper(), SamplingPlan.uniform()
-KEYS = ("feature_distance", "haarpsi", "mdsi", "psnr_y", "spectrum_distance")
+KEYS = ("feature_distance", "haarpsi", "mdsi", "psnr_y")
 COLUMNS = ("image", "start", "steps", *KEYS, "evaluations", "seconds")
 
 # The paper first lets simple and medium patches start later, at 20 steps each, then takes steps from them at the
@@ -105,29 +105,28 @@ def _three(values: tuple[int, int, int]) -> str:
 
 
 def _plot(rows: dict[SamplingPlan | None, list[dict]], keys: list[str], path: Path) -> None:
-    """Means of each measure: over the starts, which cost all the same, and over what the steps cost."""
+    """Means of each measure: over the starts, which cost all the same, and over the seconds that the steps cost."""
     from matplotlib.figure import Figure  # here, because `upscale` starts without it
 
-    figure = Figure(figsize=(4.8 * len(keys), 11), layout="constrained")
-    panels = figure.subplots(3, len(keys), squeeze=False, sharey="col")
-    for column, key in enumerate(keys):
-        over_starts, *over_costs = panels[:, column]
+    figure = Figure(figsize=(4.8 * len(keys), 7.4), layout="constrained")
+    for key, (over_starts, over_seconds) in zip(keys, figure.subplots(2, len(keys), squeeze=False, sharey="col").T):
         values = [mean_of(rows[plan], key) for plan in STARTS]
         over_starts.plot([_three(plan.start) for plan in STARTS], values, "o-", color="#0a9396")
         over_starts.tick_params("x", rotation=30, labelsize=7)
         over_starts.set_xlabel("start times, at 20 steps each")
-        for axes, cost in zip(over_costs, ("seconds", "evaluations")):
-            costs, values = ([mean_of(rows[plan], name) for plan in STEPS] for name in (cost, key))
-            axes.plot(costs, values, "s-", color="#c2185b")
-            for plan, *point in zip(STEPS, costs, values):
-                axes.annotate(_three(plan.steps), point, (0, 6), textcoords="offset points", fontsize=7, rotation=60)
-            axes.plot(mean_of(rows[PAPER], cost), mean_of(rows[PAPER], key), "*", color="black", ms=13, label="paper")
-            axes.set_xlabel(f"{cost} per image, starts 400 700 1000, steps as written")
-            axes.margins(0.1, 0.2)
-        for axes in panels[:, column]:
+        points = [(mean_of(rows[plan], "seconds"), mean_of(rows[plan], key)) for plan in STEPS]
+        over_seconds.plot(*zip(*points), "s-", color="#c2185b")
+        for plan, point in zip(STEPS, points):
+            over_seconds.annotate(
+                _three(plan.steps), point, (0, 6), textcoords="offset points", fontsize=7, rotation=60
+            )
+        over_seconds.plot(*points[STEPS.index(PAPER)], "*", color="black", ms=13, label="paper")
+        over_seconds.set_xlabel("seconds per image, starts 400 700 1000, steps as written")
+        over_seconds.margins(0.1, 0.2)
+        for axes in (over_starts, over_seconds):
             axes.axhline(mean_of(rows[None], key), color="#64748b", linestyle=":", label="coarse")
             axes.set_ylabel(HEADINGS[key][0])
-    panels[1][0].legend(fontsize=8)
+    figure.axes[len(keys)].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
