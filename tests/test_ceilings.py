@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchscaler.evaluation import ceilings
-from patchscaler.evaluation.components import to_8bit
+from patchscaler.evaluation.metrics import to_8bit
 from patchscaler.evaluation.scores import find_scorer
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
 from patchscaler.loading import load_pipeline
@@ -33,7 +33,7 @@ def test_each_part_is_measured_with_perfect_parts_before_it(weights, folders, ca
     # A Patch-DiT that leaves y0 as it is: then only what comes before it can differ.
     arguments = ["--lr", str(folders[0]), "--hr", str(folders[1]), "--weights", str(weights)]
     monkeypatch.setattr(PatchDiT, "forward", lambda self, x_t, y0, t, prompt=None: y0)
-    ceilings.main(arguments)
+    assert ceilings.main(arguments) == 0
     table = capsys.readouterr().out
     same = cells(table, "final: GRM and Patch-DiT")
     for group in ("simple", "medium", "hard"):
@@ -59,4 +59,4 @@ def test_a_truth_of_another_size_is_named(tiny_pipeline, folders, tmp_path):
     write_png(Picture(torch.zeros(3, 8, 8)), folders[1] / "rock.png")
     pair = (folders[0] / "rock.png", folders[1] / "rock.png")
     with pytest.raises(ImageError, match="is 8x8; 4 times its input is 160x144"):
-        ceilings.measure(tiny_pipeline, [pair], ceilings.SamplingPlan.paper())
+        ceilings.measure(tiny_pipeline, [pair])

@@ -9,7 +9,7 @@ import torch
 
 from patchscaler import Picture, SamplingPlan, load_pipeline, read_picture, write_png
 from patchscaler.color import wavelet_color_fix
-from patchscaler.evaluation.components import to_8bit
+from patchscaler.evaluation.metrics import to_8bit
 from patchscaler.evaluation.scores import find_scorer
 from patchscaler.images import bicubic
 from patchscaler.plan import GROUPS

@@ -8,25 +8,25 @@ import pytest
 import torch
 from textures import texture
 
-from patchscaler.evaluation import components
-from patchscaler.evaluation.metrics import psnr_rgb
+from patchscaler.evaluation import components, reliability
+from patchscaler.evaluation.metrics import psnr_rgb, to_8bit
 from patchscaler.images import ImageError, Picture, read_picture, write_png
 from patchscaler.patches import PatchGrid
 
 
 def test_a_perfect_ranking_correlates_fully():
     values = torch.tensor([0.1, 0.5, 0.2, 0.9])
-    assert components.spearman(values, values.exp()) == pytest.approx(1)
-    assert components.spearman(values, -(values**3)) == pytest.approx(-1)
+    assert reliability.spearman(values, values.exp()) == pytest.approx(1)
+    assert reliability.spearman(values, -(values**3)) == pytest.approx(-1)
 
 
 def test_equal_values_share_their_mean_rank():
     # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5.
     a, b = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0, 40.0])
-    assert components.spearman(a, b) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert components.spearman(a, b.flip(0)) == pytest.approx(-4.5 / math.sqrt(4.5 * 5))
+    assert reliability.spearman(a, b) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert reliability.spearman(a, b.flip(0)) == pytest.approx(-4.5 / math.sqrt(4.5 * 5))
     with pytest.warns(match="constant"):
-        assert math.isnan(components.spearman(torch.ones(4), b))
+        assert math.isnan(reliability.spearman(torch.ones(4), b))
 
 
 def test_patch_errors_find_the_patch_that_is_wrong():
@@ -34,7 +34,7 @@ def test_patch_errors_find_the_patch_that_is_wrong():
     truth = torch.zeros(3, 220, 125)  # an output is smaller than the grid that was filled up for it
     image = truth.clone()
     image[:, 128:] = 0.5
-    upper, lower = components.patch_errors(image, truth, grid).tolist()
+    upper, lower = reliability.patch_errors(image, truth, grid).tolist()
     assert upper == 0
     assert lower == pytest.approx(0.25 * (220 - 128) / (220 - 96))
 
@@ -42,11 +42,11 @@ def test_patch_errors_find_the_patch_that_is_wrong():
 def test_eight_bits_are_what_a_file_gives_back(tmp_path):
     image = texture(20, 30, seed=5) * 1.2
     back = read_picture(write_png(Picture(image), tmp_path / "image.png")).rgb
-    torch.testing.assert_close(components.to_8bit(image), back)
+    torch.testing.assert_close(to_8bit(image), back)
 
 
 def test_autoencoder_psnr_is_of_the_cut_image_in_eight_bits(tiny_pipeline, tmp_path):
-    image = components.to_8bit(texture(45, 50, seed=7))
+    image = to_8bit(texture(45, 50, seed=7))
     write_png(Picture(image), tmp_path / "cut.png")
     write_png(Picture(image[:, :40, :48]), tmp_path / "whole.png")
     psnr = components.autoencoder_psnr(tiny_pipeline, tmp_path)

@@ -15,9 +15,9 @@ from textures import texture
 
 from patchscaler.__main__ import main
 from patchscaler.evaluation import benchmark as bench
-from patchscaler.evaluation import components, features, reliability, scores, tables
+from patchscaler.evaluation import features, pairs, reliability, scores, tables
 from patchscaler.evaluation import sweep as sweeps
-from patchscaler.evaluation.metrics import psnr_y, seam_score
+from patchscaler.evaluation.metrics import psnr_y, seam_score, to_8bit
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
 from patchscaler.loading import load_pipeline
 from patchscaler.patches import PatchGrid
@@ -57,7 +57,7 @@ def read_rows(out: Path) -> list[dict[str, str]]:
 def measured(tiny_pipeline, folders, tmp_path_factory) -> tuple[str, Path]:
     """The summary of one run with truths, and its folder."""
     out = tmp_path_factory.mktemp("measured")
-    return bench.benchmark(tiny_pipeline, bench.find_pairs(*folders), out, PLAN, seed=3), out
+    return bench.benchmark(tiny_pipeline, pairs.find_pairs(*folders), out, PLAN, seed=3), out
 
 
 def test_every_method_of_every_image_has_its_row(measured):
@@ -84,7 +84,7 @@ def test_every_method_of_every_image_has_its_row(measured):
 
 def test_rows_score_what_the_pipeline_gives(measured, tiny_pipeline, folders, tmp_path):
     rows = {(row["image"], row["method"]): row for row in read_rows(measured[1])}
-    for low, high in bench.find_pairs(*folders):
+    for low, high in pairs.find_pairs(*folders):
         truth, picture = read_picture(high).rgb, read_picture(low)
         enlarged = read_picture(write_png(Picture(bicubic(picture.rgb[None])[0]), tmp_path / "up.png")).rgb
         assert float(rows[low.stem, "bicubic"]["psnr_y"]) == pytest.approx(psnr_y(enlarged, truth), abs=1e-4)
@@ -107,8 +107,8 @@ def test_no_prompt_is_the_null_prompt(measured, tiny_pipeline, folders, monkeypa
     rows = {(row["image"], row["method"]): row for row in read_rows(measured[1])}
     prompt_keys = tiny_pipeline.transformer.prompt_keys
     monkeypatch.setattr(tiny_pipeline.transformer, "prompt_keys", lambda prompt: prompt_keys(None))
-    low, high = bench.find_pairs(*folders)[1]
-    output = components.to_8bit(tiny_pipeline(low, PLAN, 3).picture.rgb)
+    low, high = pairs.find_pairs(*folders)[1]
+    output = to_8bit(tiny_pipeline(low, PLAN, 3).picture.rgb)
     expected = psnr_y(output, read_picture(high).rgb)
     assert float(rows["rock", "no prompt"]["psnr_y"]) == pytest.approx(expected, abs=1e-4)
     assert abs(float(rows["rock", "final"]["psnr_y"]) - expected) > 1e-3
@@ -122,17 +122,16 @@ def test_random_priors_are_others_than_the_retrieved(measured):
 
 def test_patches_of_a_group_are_scored_alone():
     grid = PatchGrid(28, 16)  # two patches, one above the other, rows 0 to 128 and 96 to 224
-    truth = components.to_8bit(texture(224, 128, seed=0))
+    truth = to_8bit(texture(224, 128, seed=0))
     final = truth.clone()
     final[:, 128:] += 0.5  # beyond the first patch
-    rows = bench.empty_groups(("coarse", "final"))
     scorer = scores.find_scorer(torch.device("cpu"), ("psnr_y",))
     images = {"coarse": truth, "final": final}
-    bench.score_groups(rows, scorer, "name", images, truth, grid, torch.tensor([2, 0]))
+    rows = dict(pairs.score_patches(scorer, "name", images, truth, grid, torch.tensor([2, 0])))
+    assert rows.keys() == {"hard: coarse", "hard: final", "simple: coarse", "simple: final"}
     assert rows["hard: coarse"] == rows["hard: final"] == rows["simple: coarse"]
-    expected = psnr_y(components.to_8bit(final[:, 96:]), truth[:, 96:])
-    assert rows["simple: final"] == [{"psnr_y": expected}] and expected < 30
-    assert rows["medium: coarse"] == rows["medium: final"] == []
+    expected = psnr_y(to_8bit(final[:, 96:]), truth[:, 96:])
+    assert rows["simple: final"] == {"psnr_y": expected} and expected < 30
 
 
 def test_groups_and_ratios_are_in_the_summary(measured):
@@ -161,7 +160,7 @@ def test_what_cannot_be_measured_is_named(measured):
 
 
 def test_without_truth_only_the_costs_and_seams_are_known(tiny_pipeline, folders, tmp_path):
-    summary = bench.benchmark(tiny_pipeline, bench.find_pairs(folders[0], None), tmp_path, PLAN)
+    summary = bench.benchmark(tiny_pipeline, pairs.find_pairs(folders[0], None), tmp_path, PLAN)
     rows = read_rows(tmp_path)
     assert [row["method"] for row in rows] == METHODS * 2
     assert {row[metric.key] for row in rows for metric in scores.METRICS if metric.needs_truth} == {""}
@@ -184,8 +183,8 @@ def test_sheets_show_the_pictures_in_order(measured, tiny_pipeline, folders):
     panels = [sheet[:, 8 : 8 + height, 8 + i * step : 8 + i * step + width] for i in range(6)]
     low = read_picture(lr / "rock.png")
     assert torch.equal(panels[0], low.rgb.repeat_interleave(4, 1).repeat_interleave(4, 2))
-    torch.testing.assert_close(panels[1], components.to_8bit(bicubic(low.rgb[None])[0]))
-    torch.testing.assert_close(panels[2], components.to_8bit(tiny_pipeline.analyze(low).coarse), atol=0.01, rtol=0)
+    torch.testing.assert_close(panels[1], to_8bit(bicubic(low.rgb[None])[0]))
+    torch.testing.assert_close(panels[2], to_8bit(tiny_pipeline.analyze(low).coarse), atol=0.01, rtol=0)
     assert torch.equal(panels[5], read_picture(hr / "rock.png").rgb)
 
 
@@ -196,7 +195,7 @@ def test_reliability_is_of_all_patches(measured):
     assert [row["patches"] for row in bins] == ["1"] * 5  # fewer patches than bins
     assert all(row["lowest"] == row["confidence"] == row["highest"] for row in bins)
     confidence, errors = (torch.tensor([float(row[key]) for row in bins]) for key in ("confidence", "squared_error"))
-    assert f"squared error of coarse: {components.spearman(confidence, -errors):.3f}" in summary
+    assert f"squared error of coarse: {reliability.spearman(confidence, -errors):.3f}" in summary
     with Image.open(out / "reliability.png") as image:
         assert image.format == "PNG" and len(image.getcolors(1 << 20)) > 10
 
@@ -204,10 +203,10 @@ def test_reliability_is_of_all_patches(measured):
 def test_bins_hold_equally_many_patches_of_like_confidence():
     confidence = torch.linspace(0, 1, 21).flip(0)
     bins = reliability.reliability_bins(confidence, 2 - confidence)
-    assert [each.patches for each in bins] == [3] + [2] * 9
-    assert [bins[0].lowest, bins[0].confidence, bins[0].highest] == pytest.approx([0, 0.05, 0.1])
-    assert [bins[-1].lowest, bins[-1].confidence, bins[-1].highest] == pytest.approx([0.95, 0.975, 1])
-    assert all(each.squared_error == pytest.approx(2 - each.confidence) for each in bins)
+    assert [each["patches"] for each in bins] == [3] + [2] * 9
+    first, last = ([each[key] for key in ("lowest", "confidence", "highest")] for each in (bins[0], bins[-1]))
+    assert first == pytest.approx([0, 0.05, 0.1]) and last == pytest.approx([0.95, 0.975, 1])
+    assert all(each["squared_error"] == pytest.approx(2 - each["confidence"]) for each in bins)
 
 
 def test_borders_are_where_patches_begin_and_end():
@@ -291,20 +290,20 @@ def test_a_missing_or_ambiguous_file_is_named(own_folders):
     lr, hr = own_folders
     (hr / "dot.png").rename(hr / "other.png")
     with pytest.raises(FileNotFoundError, match="dot"):
-        bench.find_pairs(lr, hr)
+        pairs.find_pairs(lr, hr)
     Image.new("RGB", (4, 4)).save(lr / "rock.jpg")
     with pytest.raises(ValueError, match=r"rock\.jpg.*rock\.png"):
-        bench.find_pairs(lr, None)
+        pairs.find_pairs(lr, None)
     (hr / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty"):
-        components.find_images(hr / "empty")
+        pairs.find_images(hr / "empty")
 
 
 def test_a_truth_of_another_size_is_named(tiny_pipeline, own_folders, tmp_path):
     lr, hr = own_folders
     Image.new("RGB", (43, 32)).save(hr / "dot.png")
     with pytest.raises(ImageError, match=r"dot\.png is 43x32; 4 times its input is 44x32"):
-        bench.benchmark(tiny_pipeline, bench.find_pairs(lr, hr), tmp_path, PLAN)
+        bench.benchmark(tiny_pipeline, pairs.find_pairs(lr, hr), tmp_path, PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +352,7 @@ def test_sweep_runs_from_the_command_line(weights, examples, tmp_path, capsys, m
     pipeline = load_pipeline(weights, torch.device("cpu"))
     output = pipeline(examples[0] / "6-gravel.png", plans[1], 5).picture.rgb
     truth = read_picture(examples[1] / "6-gravel.png").rgb
-    assert float(rows[6]["psnr_y"]) == pytest.approx(psnr_y(components.to_8bit(output), truth), abs=1e-4)
+    assert float(rows[6]["psnr_y"]) == pytest.approx(psnr_y(to_8bit(output), truth), abs=1e-4)
     assert 0 < float(rows[6]["haarpsi"]) < 1
     with Image.open(out / "sweep.png") as image:
         assert image.format == "PNG" and len(image.getcolors(1 << 20)) > 10

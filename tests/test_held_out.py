@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from textures import texture
 
-from patchscaler.evaluation.benchmark import find_pairs, read_truth
-from patchscaler.evaluation.components import to_8bit
+from patchscaler.evaluation.metrics import to_8bit
+from patchscaler.evaluation.pairs import find_pairs, read_truth
 from patchscaler.images import Picture, bicubic, read_picture, write_png
 from patchscaler.training import held_out
 from patchscaler.training.data import ImageBank, part_of

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchscaler.device import Stopwatch, pick_device, pick_dtype
 from patchscaler.evaluation import standins
-from patchscaler.evaluation.components import read_image
+from patchscaler.evaluation.pairs import read_image
 from patchscaler.evaluation.tables import table
 from patchscaler.images import Picture
 from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline

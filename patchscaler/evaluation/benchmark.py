@@ -9,38 +9,41 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from patchscaler.device import pick_device
-from patchscaler.evaluation.components import MAX_TRUTH_PIXELS, find_images, patch_errors, read_image, spearman, to_8bit
-from patchscaler.evaluation.metrics import seam_score
-from patchscaler.evaluation.reliability import write_reliability
-from patchscaler.evaluation.scores import METRICS, SHORT, Scorer, find_scorer
-from patchscaler.evaluation.tables import HEADINGS, differences_table, groups_table, mean_of, means_table
+from patchscaler.evaluation.metrics import seam_score, to_8bit
+from patchscaler.evaluation.pairs import (
+    Pair,
+    add_options,
+    analyses,
+    coarse_costs,
+    costs,
+    describe_run,
+    measure_pairs,
+    score,
+    score_patches,
+)
+from patchscaler.evaluation.reliability import patch_errors, spearman, write_reliability
+from patchscaler.evaluation.scores import METRICS, SHORT, find_scorer
+from patchscaler.evaluation.tables import HEADINGS, differences_table, mean_of, means_table, table
 from patchscaler.figures import contact_sheet, qmap_overlay
-from patchscaler.images import ImageError, Picture, to_pil
-from patchscaler.loading import load_pipeline
-from patchscaler.options import UsageError, add_pipeline_options, add_plan_option, positive
+from patchscaler.images import Picture, to_pil
+from patchscaler.options import add_plan_option
 from patchscaler.patches import PatchGrid, split
-from patchscaler.pipeline import SCALE, PatchScalerPipeline
+from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Result
 
 UNIFORM = PRESETS["uniform"]
 BATCH = 64  # patches that are given random priors at once
 COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")
-
-Pair = tuple[Path, Path | None]  # an input, and its truth
 
 
 def benchmark(
@@ -63,27 +66,35 @@ def benchmark(
     """
     (out / "sheets").mkdir(parents=True, exist_ok=True)
     scorer, short = find_scorer(pipeline.device), find_scorer(pipeline.device, SHORT)
-    rows, confidences, errors = [], [], []
-    patches = empty_groups(("coarse", "final"))
-    with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
+    methods: dict[str, list[dict]] = {}
+    patches: dict[str, list[dict]] = {f"{group}: {method}": [] for group in GROUPS for method in ("coarse", "final")}
+    confidences, errors = [], []
+    with open(out / "results.csv", "w", buffering=1, newline="", encoding="utf-8") as file:  # by lines, to follow it
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for low, high in tqdm(pairs, unit="image", disable=None):  # a bar on a terminal only
-            analysis = pipeline.analyze(read_image(low), batch_size)
-            truth = None if high is None else read_truth(high, analysis.bicubic)
+        for name, analysis, truth in analyses(pipeline, pairs, batch_size):
             runs = _run_all(pipeline, analysis, plan, seed, batch_size)
-            new = _rows(low.stem, analysis, runs, truth, scorer)
-            writer.writerows(new)
-            file.flush()  # a long run can be followed, and stopped, at any time
-            rows += new
+            images = {"bicubic": analysis.bicubic, "coarse": analysis.coarse}
+            costs_of = {"bicubic": {"evaluations": 0}, "coarse": coarse_costs(analysis)}
+            for method, run in runs.items():
+                images[method] = run.picture.rgb
+                costs_of[method] = {group.name: group.patches for group in run.groups} | costs(run)
+            borders = seam_borders(analysis.grid, *analysis.bicubic.shape[-2:])
+            for method, image in images.items():
+                row = {"image": name, "method": method, **score(scorer, name, image, truth), **costs_of[method]}
+                if any(borders):
+                    row["seam_score"] = seam_score(to_8bit(image), *borders)
+                writer.writerow(row)
+                methods.setdefault(method, []).append(row)
             if truth is not None:
                 confidences.append(analysis.patch_confidence)
                 errors.append(patch_errors(analysis.coarse, truth, analysis.grid))
-                images = {"coarse": analysis.coarse, "final": runs["final"].picture.rgb}
-                score_groups(patches, short, low.stem, images, truth, analysis.grid, runs["final"].assignment)
-            _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{low.stem}.png")
+                shown = {method: images[method] for method in ("coarse", "final")}
+                for key, values in score_patches(short, name, shown, truth, analysis.grid, runs["final"].assignment):
+                    patches[key].append(values)
+            _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{name}.png")
     lines = ["# Benchmark", "", describe_run(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
-    lines += [*_summary(rows, patches if errors else {}, plan), ""]
+    lines += [*_summary(methods, patches if errors else {}, plan), ""]
     if errors:
         confidence, error = torch.cat(confidences), torch.cat(errors)
         write_reliability(confidence, error, plan, out)
@@ -92,62 +103,6 @@ def benchmark(
     summary = "\n".join(lines).rstrip() + "\n"
     (out / "summary.md").write_text(summary, encoding="utf-8")
     return summary
-
-
-def find_pairs(lr: Path, hr: Path | None) -> list[Pair]:
-    """The images of `lr` by name, each with the one of its stem in `hr`; FileNotFoundError if there is none."""
-    lows, highs = find_images(lr), find_images(hr) if hr else {}
-    for stem, low in lows.items():
-        if hr and stem not in highs:
-            raise FileNotFoundError(f"no image {stem} in {hr} for {low}")
-    return [(low, highs.get(stem)) for stem, low in lows.items()]
-
-
-def read_truth(path: Path, bicubic: Tensor) -> Tensor:
-    """The true image 3xHxW, which must be as large as the enlarged input; ImageError if it is not."""
-    truth = read_image(path, MAX_TRUTH_PIXELS).rgb
-    if truth.shape != bicubic.shape:
-        sizes = [f"{image.shape[2]}x{image.shape[1]}" for image in (truth, bicubic)]
-        raise ImageError(f"{path} is {sizes[0]}; {SCALE} times its input is {sizes[1]}")
-    return truth
-
-
-def score(scorer: Scorer, name: str, image: Tensor, truth: Tensor | None) -> dict[str, float]:
-    """Values of an image as an 8-bit file holds it. ImageError with its name if it is too small for a measure."""
-    try:
-        return scorer(to_8bit(image), truth)
-    except ValueError as error:
-        raise ImageError(f"{name}: {error}") from error
-
-
-def empty_groups(methods: Sequence[str]) -> dict[str, list[dict]]:
-    """A list for each group and method, for `score_groups` to fill."""
-    return {f"{group}: {method}": [] for group in GROUPS for method in methods}
-
-
-def score_groups(
-    rows: dict[str, list[dict]],
-    scorer: Scorer,
-    name: str,
-    images: Mapping[str, Tensor],
-    truth: Tensor,
-    grid: PatchGrid,
-    assignment: Tensor,
-) -> None:
-    """Add a row for each patch of each of the images, methods -> 3xHxW, to the list of its group and the method.
-
-    A patch is cut out of the finished image and scored like a small image of its own: nothing outside of it counts,
-    and all groups are scored at one size. So values are those of patches, not parts of the whole image's value.
-    """
-    for patch, group in zip(grid.patches, assignment.tolist()):
-        for method, image in images.items():
-            values = score(scorer, name, patch.pixels(image), patch.pixels(truth))
-            rows[f"{GROUPS[group]}: {method}"].append(values)
-
-
-def describe_run(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int) -> str:
-    about = f"Images: {len(pairs)} of `{pairs[0][0].parent}`, seed {seed}, {pipeline.device}"
-    return f"{about}, {pipeline.transformer.dtype}. All measures on 8-bit images, no border cut."
 
 
 def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], list[int]]:
@@ -184,28 +139,6 @@ def _random_prompt(pipeline: PatchScalerPipeline, analysis: Analysis, seed: int)
     return torch.cat(prompts)
 
 
-def _rows(
-    name: str, analysis: Analysis, runs: dict[str, Result], truth: Tensor | None, scorer: Scorer
-) -> list[dict[str, str | float]]:
-    """A row of COLUMNS for each method."""
-    coarse_seconds = sum(analysis.seconds[stage] for stage in ("encode", "restore", "decode"))
-    costs = {"bicubic": {"evaluations": 0}, "coarse": {"evaluations": 0, "seconds": coarse_seconds}}
-    images = {"bicubic": analysis.bicubic, "coarse": analysis.coarse}
-    for method, run in runs.items():
-        images[method] = run.picture.rgb
-        costs[method] = {group.name: group.patches for group in run.groups}
-        costs[method]["evaluations"] = sum(group.evaluations for group in run.groups)
-        costs[method]["seconds"] = sum(run.seconds.values())
-    borders = seam_borders(analysis.grid, *analysis.bicubic.shape[-2:])
-    rows = []
-    for method, image in images.items():
-        row = {"image": name, "method": method, **score(scorer, name, image, truth), **costs[method]}
-        if any(borders):
-            row["seam_score"] = seam_score(to_8bit(image), *borders)
-        rows.append(row)
-    return rows
-
-
 def _sheet(analysis: Analysis, final: Result, truth: Tensor | None) -> Image.Image:
     """Input (its pixels as squares), bicubic, coarse, Qmap, final and truth, shrunk if they are large."""
     qmap = qmap_overlay(analysis.coarse, analysis.grid, final.assignment)
@@ -221,37 +154,31 @@ def _sheet(analysis: Analysis, final: Result, truth: Tensor | None) -> Image.Ima
     return contact_sheet([panels], qmap.size)
 
 
-def _summary(rows: list[dict], patches: Mapping[str, list[dict]], plan: SamplingPlan) -> list[str]:
+def _summary(methods: Mapping[str, list[dict]], patches: Mapping[str, list[dict]], plan: SamplingPlan) -> list[str]:
     """Means per method and per group, differences from the final image, shares of the groups, and costs, as Markdown.
 
-    `patches` are the rows of `score_groups`, empty without truths.
+    `methods` have the rows of their images, `patches` those of `score_patches`; without truths there are none.
     """
-    methods = {row["method"]: [other for other in rows if other["method"] == row["method"]] for row in rows}
     counts = [sum(row[group] for row in methods["final"]) for group in GROUPS]
-    seconds = {method: sum(row["seconds"] for row in methods[method]) for method in ("final", "uniform")}
-    return [
+    shares = [[group, str(count), f"{count / sum(counts):.1%}"] for group, count in zip(GROUPS, counts)]
+    seconds, uniform = (sum(row["seconds"] for row in methods[method]) for method in ("final", "uniform"))
+    lines = [
         *means_table(methods),
         "",
         *([*means_table(patches, "patches alone, mean of"), ""] if patches else []),
-        *differences_table(methods, "final", ("bicubic", "coarse", "random priors", "no prompt", "uniform")),
+        *differences_table(methods, "final", [method for method in methods if method != "final"]),
         "",
-        *groups_table(dict(zip(GROUPS, counts))),
+        *table(["group", "patches", "share"], shares),
         "",
         f"- evaluations, plan / uniform: {plan.evaluations(counts) / UNIFORM.evaluations(counts):.3f}",
-        f"- seconds, plan: {seconds['final']:.1f} in all",
-        f"- seconds, uniform: {seconds['uniform']:.1f} in all",
-        f"- seconds, plan / uniform: {seconds['final'] / seconds['uniform']:.3f}",
-        *_ratios(methods),
+        f"- seconds, plan: {seconds:.1f} in all",
+        f"- seconds, uniform: {uniform:.1f} in all",
+        f"- seconds, plan / uniform: {seconds / uniform:.3f}",
     ]
-
-
-def _ratios(methods: Mapping[str, list[dict]]) -> list[str]:
-    """What the plan keeps of uniform sampling's quality."""
-    lines = []
     for key in ("feature_distance", "haarpsi"):
-        plan, uniform = (mean_of(methods[method], key) for method in ("final", "uniform"))
-        if plan is not None:
-            lines.append(f"- {HEADINGS[key][0][:-2]}, plan / uniform: {plan / uniform:.3f}")
+        means = [mean_of(methods[method], key) for method in ("final", "uniform")]
+        if None not in means:
+            lines.append(f"- {HEADINGS[key][0][:-2]}, plan / uniform: {means[0] / means[1]:.3f}")
     return lines
 
 
@@ -264,38 +191,14 @@ def _correlation(confidence: Tensor, error: Tensor) -> str:
     return f"- Spearman, patch confidence and negative squared error of coarse: {correlation:.3f}"
 
 
-def add_data_options(parser: argparse.ArgumentParser, hr_required: bool, out_help: str) -> None:
-    """--lr, --hr, -o and --limit."""
-    add = parser.add_argument
-    add("--lr", type=Path, required=True, help="folder of images to upscale")
-    add("--hr", type=Path, required=hr_required, help="folder of the true images, of the same names")
-    add("-o", "--out", type=Path, required=True, help=out_help)
-    add("--limit", type=positive, help="only the first images, by name")
-
-
-def measure_pairs(args: argparse.Namespace, measure: Callable[[PatchScalerPipeline, list[Pair]], str]) -> int:
-    """Print what `measure` says, and return the exit status. UsageError for folders or a device that there are not."""
-    try:
-        pairs, device = find_pairs(args.lr, args.hr)[: args.limit], pick_device(args.device)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    try:
-        print(measure(load_pipeline(args.weights, device, args.dtype), pairs), end="")
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 def add_command(commands: argparse._SubParsersAction) -> None:
     """The command `evaluate`."""
-    evaluate = commands.add_parser("evaluate", help="measure on a folder of images, with or without their truths")
-    evaluate.set_defaults(run=run)
-    add_data_options(evaluate, hr_required=False, out_help="folder for results.csv, summary.md and sheets")
-    add_plan_option(evaluate)
-    add_pipeline_options(evaluate)
+    parser = commands.add_parser("evaluate", help="measure on a folder of images, with or without their truths")
+    parser.set_defaults(run=run)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for results.csv, summary.md and sheets")
+    add_options(parser, hr_required=False)
+    add_plan_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    measure = partial(benchmark, out=args.out, plan=args.plan, seed=args.seed, batch_size=args.batch_size)
-    return measure_pairs(args, measure)
+    return measure_pairs(args, benchmark, out=args.out, plan=args.plan)

@@ -11,31 +11,29 @@ C channels, H W pixels, h w latents.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from patchscaler.evaluation.benchmark import (
+from patchscaler.evaluation.metrics import MESH_PERIODS, mesh, to_8bit
+from patchscaler.evaluation.pairs import (
     Pair,
+    add_options,
+    analyses,
     describe_run,
-    empty_groups,
-    find_pairs,
-    read_truth,
+    measure_pairs,
     score,
-    score_groups,
+    score_patches,
 )
-from patchscaler.evaluation.components import read_image, to_8bit
-from patchscaler.evaluation.metrics import MESH_PERIODS, mesh
 from patchscaler.evaluation.scores import SHORT, find_scorer
 from patchscaler.evaluation.tables import means_table, table
-from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
+from patchscaler.options import UsageError
 from patchscaler.patches import LATENT_PIXELS
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
@@ -43,28 +41,29 @@ from patchscaler.results import Analysis
 
 FINAL = "final: GRM and Patch-DiT"
 NEAR = "every patch at T 50, N 1"
+PLAN = SamplingPlan.paper()
+FORCED = {f"T {start}, N {steps}": group for group, (start, steps) in enumerate(zip(PLAN.start, PLAN.steps))}
 
 
-def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], plan: SamplingPlan, seed: int = 0) -> str:
+def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0, batch_size: int | None = None) -> str:
     """Markdown tables of means over pairs of inputs and truths. ImageError for a pair that does not fit."""
     scorer, haarpsi = (find_scorer(pipeline.device, keys) for keys in (SHORT, ("haarpsi",)))
-    forced = {f"T {start}, N {steps}": group for group, (start, steps) in enumerate(zip(plan.start, plan.steps))}
-    rows, patches = defaultdict(list), empty_groups(("coarse", *forced))
+    rows = defaultdict(list)
+    patches = {f"{group}: {setting}": [] for group in GROUPS for setting in ("coarse", *FORCED)}
     near = []  # HaarPSI of the image at T 50 against the coarse one
     truths, made = [], {"coarse": [], "final": []}
-    for low, high in tqdm(pairs, unit="image", disable=None):
-        analysis = pipeline.analyze(read_image(low))
-        truth = read_truth(high, analysis.bicubic)  # 3×H×W
-        images = _images(pipeline, analysis, truth, plan, seed)
-        for name, image in images.items():
-            rows[name].append(score(scorer, low.stem, image, truth))
-        alone = {name: images[_forced(plan, group)] for name, group in forced.items()}
-        groups = assign(analysis.patch_confidence, plan)
-        score_groups(patches, scorer, low.stem, {"coarse": analysis.coarse, **alone}, truth, analysis.grid, groups)
-        near.append(score(haarpsi, low.stem, images[NEAR], to_8bit(analysis.coarse)).get("haarpsi"))
+    for name, analysis, truth in analyses(pipeline, pairs, batch_size):
+        images = _images(pipeline, analysis, truth, seed, batch_size)
+        for what, image in images.items():
+            rows[what].append(score(scorer, name, image, truth))
+        alone = {"coarse": analysis.coarse, **{key: images[_forced(key)] for key in FORCED}}
+        groups = assign(analysis.patch_confidence, PLAN)
+        for key, values in score_patches(scorer, name, alone, truth, analysis.grid, groups):
+            patches[key].append(values)
+        near.append(score(haarpsi, name, images[NEAR], to_8bit(analysis.coarse)).get("haarpsi"))
         truths.append(truth)
-        for name, image in (("coarse", analysis.coarse), ("final", images[FINAL])):
-            made[name].append(to_8bit(image))
+        made["coarse"].append(to_8bit(analysis.coarse))
+        made["final"].append(to_8bit(images[FINAL]))
     meshes = {name: mesh(images, truths) for name, images in made.items()}
     lines = [
         describe_run(pipeline, pairs, seed),
@@ -83,33 +82,33 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], plan: Sampling
     if None not in near:
         mean = sum(near) / len(near)
         lines.append(f"- {NEAR} against the coarse image, HaarPSI: {mean:.4f}, {min(near):.4f} at least")
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _forced(plan: SamplingPlan, group: int) -> str:
-    return f"every patch {GROUPS[group]}: T {plan.start[group]}, N {plan.steps[group]}"
+def _forced(setting: str) -> str:
+    return f"every patch {GROUPS[FORCED[setting]]}: {setting}"
 
 
 @torch.inference_mode()
 def _images(
-    pipeline: PatchScalerPipeline, analysis: Analysis, truth: Tensor, plan: SamplingPlan, seed: int
+    pipeline: PatchScalerPipeline, analysis: Analysis, truth: Tensor, seed: int, batch_size: int | None
 ) -> dict[str, Tensor]:
     """Images 3×H×W by what they show."""
     x_hr = _encode(pipeline, truth, analysis.latents.shape[-2:])  # C×h×w
     y_lr = _encode(pipeline, analysis.bicubic, analysis.latents.shape[-2:])  # C×h×w
 
-    def refined(latents: Tensor, plan: SamplingPlan = plan, by_hand: dict[int, int] | None = None) -> Tensor:
-        *_, result = pipeline.refine(replace(analysis, latents=latents), plan, seed, by_hand=by_hand)
+    def refined(latents: Tensor, plan: SamplingPlan = PLAN, group: int | None = None) -> Tensor:
+        by_hand = {} if group is None else dict.fromkeys(range(len(analysis.grid)), group)
+        *_, result = pipeline.refine(replace(analysis, latents=latents), plan, seed, batch_size, by_hand=by_hand)
         return result.picture.rgb
 
-    groups = {group: dict.fromkeys(range(len(analysis.grid)), group) for group in range(len(GROUPS))}
     return {
         "bicubic": analysis.bicubic,
         "bicubic, encoded and decoded": _decode(pipeline, y_lr, truth),
         "coarse: GRM": analysis.coarse,
         FINAL: refined(analysis.latents),
-        **{_forced(plan, group): refined(analysis.latents, by_hand=every) for group, every in groups.items()},
-        NEAR: refined(analysis.latents, replace(plan, start=(50, 50, 50), steps=(1, 1, 1))),
+        **{_forced(setting): refined(analysis.latents, group=group) for setting, group in FORCED.items()},
+        NEAR: refined(analysis.latents, replace(PLAN, start=(50, 50, 50), steps=(1, 1, 1))),
         "Patch-DiT on the true latents": refined(x_hr),
         "truth, encoded and decoded": _decode(pipeline, x_hr, truth),
     }
@@ -127,19 +126,14 @@ def _decode(pipeline: PatchScalerPipeline, latents: Tensor, like: Tensor) -> Ten
     return decode_latents(pipeline.vae, latents[None].to(pipeline.device))[0, :, :height, :width].cpu()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--lr", type=Path, required=True, help="folder of images to upscale")
-    add("--hr", type=Path, required=True, help="folder of the true images, of the same names")
-    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
-    args = parser.parse_args(argv)
+    add_options(parser)
     try:
-        pairs = find_pairs(args.lr, args.hr)
-        print(measure(load_pipeline(args.weights), pairs, SamplingPlan.paper()))
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+        return measure_pairs(parser.parse_args(argv), measure)
+    except UsageError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

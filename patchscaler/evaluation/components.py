@@ -1,8 +1,6 @@
-"""What the parts of a pipeline are worth alone: its autoencoder and its confidence; and how images are read for that.
+"""What the autoencoder is worth alone.
 
 python -m patchscaler.evaluation.components --images DIR
-
-N patches.
 """
 
 from __future__ import annotations
@@ -11,19 +9,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from patchscaler import files
-from patchscaler.evaluation.metrics import psnr_rgb
+from patchscaler.evaluation.metrics import psnr_rgb, to_8bit
+from patchscaler.evaluation.pairs import MAX_TRUTH_PIXELS, find_images, read_image
 from patchscaler.evaluation.tables import table
-from patchscaler.images import ImageError, Picture, read_picture
-from patchscaler.limits import MAX_INPUT_PIXELS
+from patchscaler.images import ImageError
 from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
-from patchscaler.patches import LATENT_PIXELS, PatchGrid
-from patchscaler.pipeline import SCALE, PatchScalerPipeline
-
-MAX_TRUTH_PIXELS = SCALE**2 * MAX_INPUT_PIXELS
+from patchscaler.patches import LATENT_PIXELS
+from patchscaler.pipeline import PatchScalerPipeline
 
 
 @torch.inference_mode()
@@ -39,47 +33,6 @@ def autoencoder_psnr(pipeline: PatchScalerPipeline, folder: Path) -> dict[str, f
         latents = encode_latents(pipeline.vae, image.to(pipeline.device))  # 1xCxhxw
         psnr[path.name] = psnr_rgb(to_8bit(decode_latents(pipeline.vae, latents)[0].cpu()), image[0])
     return psnr
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two vectors of N, in [-1, 1]; NaN if one is constant. ModuleNotFoundError without scipy."""
-    from scipy.stats import spearmanr  # of the extra `eval`
-
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)
-
-
-def patch_errors(image: Tensor, truth: Tensor, grid: PatchGrid) -> Tensor:
-    """Mean squared error in the pixels of each patch: two images 3xHxW -> N in the grid's order.
-
-    H and W may be less than the grid's, as they are for an output that was padded to whole patches.
-    """
-    error = (image - truth).square().mean(0)  # HxW
-    return torch.stack([patch.pixels(error).mean() for patch in grid.patches])
-
-
-def find_images(folder: Path) -> dict[str, Path]:
-    """Stem -> file of the images directly in a folder, by name. FileNotFoundError if there is none."""
-    images, others = files.sort_out(files.listed(folder))
-    if not images:
-        raise FileNotFoundError(files.no_image(folder, others))
-    found: dict[str, Path] = {}
-    for path in (folder / name for name in images):
-        if found.setdefault(path.stem, path) != path:
-            raise ValueError(f"{found[path.stem]} and {path} have one stem")
-    return found
-
-
-def read_image(path: Path, max_input_pixels: int = MAX_INPUT_PIXELS) -> Picture:
-    """`read_picture`, with the file named in the ImageError."""
-    try:
-        return read_picture(path, max_input_pixels)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
-
-
-def to_8bit(image: Tensor) -> Tensor:
-    """What an 8-bit file of the image, of any shape and in [-1, 1], gives back."""
-    return ((image + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,6 +16,11 @@ MESH_PERIODS = (2, 4, 8)  # pixels: the strides of decoder and feature networks,
 MESH_WINDOW = 64  # pixels along a side; a multiple of the periods, which then fall on whole frequencies
 
 
+def to_8bit(image: Tensor) -> Tensor:
+    """What an 8-bit file of the image, of any shape and in [-1, 1], gives back."""
+    return ((image + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
 def luma(image: Tensor) -> Tensor:
     """BT.601 luma HxW of an image 3xHxW in [-1, 1], from 16 (black) to 235 (white)."""
     if image.ndim != 3 or image.shape[0] != 3:

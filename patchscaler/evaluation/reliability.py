@@ -6,36 +6,49 @@ N patches.
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from patchscaler.patches import PatchGrid
 from patchscaler.plan import SamplingPlan
 
 BINS = 10
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Patches of like confidence: how many, their lowest, mean and highest confidence, their mean squared error."""
+def patch_errors(image: Tensor, truth: Tensor, grid: PatchGrid) -> Tensor:
+    """Mean squared error in the pixels of each patch: two images 3xHxW -> N in the grid's order.
 
-    patches: int
-    lowest: float
-    confidence: float
-    highest: float
-    squared_error: float
+    H and W may be less than the grid's, as they are for an output that was padded to whole patches.
+    """
+    error = (image - truth).square().mean(0)  # HxW
+    return torch.stack([patch.pixels(error).mean() for patch in grid.patches])
 
 
-def reliability_bins(confidence: Tensor, errors: Tensor) -> list[Bin]:
-    """N patches in order of confidence, cut into BINS bins of equal size, or into N if these are fewer."""
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of two vectors of N, in [-1, 1]; NaN if one is constant. ModuleNotFoundError without scipy."""
+    from scipy.stats import spearmanr  # of the extra `eval`
+
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+def reliability_bins(confidence: Tensor, errors: Tensor) -> list[dict[str, float]]:
+    """N patches in order of confidence, cut into BINS bins of equal size, or into N if these are fewer.
+
+    Each has the number of its patches, their lowest, mean and highest confidence, and their mean squared error.
+    """
     order = confidence.argsort()
     bins = []
     for members in order.tensor_split(min(BINS, len(order))):
         own = confidence[members].double()
-        error = errors[members].double().mean().item()
-        bins.append(Bin(len(members), own.min().item(), own.mean().item(), own.max().item(), error))
+        bins.append({
+            "patches": len(members),
+            "lowest": own.min().item(),
+            "confidence": own.mean().item(),
+            "highest": own.max().item(),
+            "squared_error": errors[members].double().mean().item(),
+        })  # fmt: skip
     return bins
 
 
@@ -49,13 +62,13 @@ def write_reliability(confidence: Tensor, errors: Tensor, plan: SamplingPlan, ou
     """
     bins = reliability_bins(confidence, errors)
     with open(out / "reliability.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Bin)])
+        writer = csv.DictWriter(file, bins[0])
         writer.writeheader()
-        writer.writerows(asdict(each) for each in bins)
+        writer.writerows(bins)
     _plot(confidence, errors, bins, plan, out / "reliability.png")
 
 
-def _plot(confidence: Tensor, errors: Tensor, bins: list[Bin], plan: SamplingPlan, path: Path):
+def _plot(confidence: Tensor, errors: Tensor, bins: list[dict], plan: SamplingPlan, path: Path) -> None:
     from matplotlib.figure import Figure  # here, because `upscale` starts without it
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
@@ -65,7 +78,7 @@ def _plot(confidence: Tensor, errors: Tensor, bins: list[Bin], plan: SamplingPla
         title=f"{len(confidence)} patches",
     )
     axes.scatter(confidence, errors, s=6, color="#94a3b8", alpha=0.5, linewidths=0, label="patches")
-    means = [each.confidence for each in bins], [each.squared_error for each in bins]
+    means = [[each[key] for each in bins] for key in ("confidence", "squared_error")]
     axes.plot(*means, "o-", color="#0a9396", label="mean of each tenth" if len(bins) == BINS else "mean")
     for name, gamma in (("γ₂", plan.gamma2), ("γ₁", plan.gamma1)):
         axes.axvline(gamma, color="#c2185b", linewidth=0.8, linestyle="--")

@@ -9,16 +9,20 @@ import argparse
 import csv
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from patchscaler.evaluation.benchmark import Pair, add_data_options, describe_run, measure_pairs, read_truth, score
-from patchscaler.evaluation.components import read_image
+from patchscaler.evaluation.pairs import (
+    Pair,
+    add_options,
+    analyses,
+    coarse_costs,
+    costs,
+    describe_run,
+    measure_pairs,
+    score,
+)
 from patchscaler.evaluation.scores import find_scorer
 from patchscaler.evaluation.tables import HEADINGS, mean_of, means_table
-from patchscaler.options import add_pipeline_options
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
 
@@ -69,32 +73,22 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     scorer = find_scorer(pipeline.device, KEYS)
     rows: dict[SamplingPlan | None, list[dict]] = {plan: [] for plan in (None, *PLANS)}
-    with open(out / "sweep.csv", "w", newline="", encoding="utf-8") as file:
+    with open(out / "sweep.csv", "w", buffering=1, newline="", encoding="utf-8") as file:  # by lines, to follow it
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for number, (low, high) in enumerate(tqdm(pairs, unit="image", disable=None)):
-            analysis = pipeline.analyze(read_image(low), batch_size)
-            truth = read_truth(high, analysis.bicubic)
+        for number, (name, analysis, truth) in enumerate(analyses(pipeline, pairs, batch_size)):
             if number == 0:  # what a device does only once is not to count against the first plan
                 [*pipeline.refine(analysis, PLANS[-1], seed, batch_size)]
-            coarse_seconds = sum(analysis.seconds[stage] for stage in ("encode", "restore", "decode"))
-            coarse = {"image": low.stem, "evaluations": 0, "seconds": coarse_seconds}
-            rows[None].append(coarse | score(scorer, low.stem, analysis.coarse, truth))
+            coarse = score(scorer, name, analysis.coarse, truth)
+            rows[None].append({"image": name, **coarse_costs(analysis), **coarse})
             for plan in PLANS:
                 *_, result = pipeline.refine(analysis, plan, seed, batch_size)
-                cost = {
-                    "evaluations": sum(group.evaluations for group in result.groups),
-                    "seconds": sum(result.seconds.values()),
-                }
-                names = {"image": low.stem, "start": _three(plan.start), "steps": _three(plan.steps)}
-                rows[plan].append(names | cost | score(scorer, low.stem, result.picture.rgb, truth))
+                names = {"image": name, "start": _three(plan.start), "steps": _three(plan.steps)}
+                rows[plan].append(names | costs(result) | score(scorer, name, result.picture.rgb, truth))
             writer.writerows(own[-1] for own in rows.values())
-            file.flush()  # a long run can be followed, and stopped, at any time
     named = {f"T {_three(plan.start)}, N {_three(plan.steps)}" if plan else "coarse": rows[plan] for plan in rows}
-    lines = ["# Sweep", "", describe_run(pipeline, pairs, seed), "", *means_table(named, "plan, mean of")]
-    skipped = scorer.skipped_lines()
-    lines += ["", *(f"- {line}" for line in skipped)] if skipped else []
-    summary = "\n".join(lines) + "\n"
+    lines = ["# Sweep", "", describe_run(pipeline, pairs, seed), "", *means_table(named, "plan, mean of"), ""]
+    summary = "\n".join([*lines, *(f"- {line}" for line in scorer.skipped_lines())]).rstrip() + "\n"
     (out / "sweep.md").write_text(summary, encoding="utf-8")
     _plot(rows, [metric.key for metric in scorer.scores], out / "sweep.png")
     return summary
@@ -134,9 +128,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     """The command `sweep`."""
     parser = commands.add_parser("sweep", help="measures against cost over start times and steps (Figure 6)")
     parser.set_defaults(run=run)
-    add_data_options(parser, hr_required=True, out_help="folder for sweep.csv, sweep.md and sweep.png")
-    add_pipeline_options(parser)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for sweep.csv, sweep.md and sweep.png")
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    return measure_pairs(args, partial(sweep, out=args.out, seed=args.seed, batch_size=args.batch_size))
+    return measure_pairs(args, sweep, out=args.out)

@@ -52,13 +52,6 @@ def differences_table(groups: Mapping[str, Rows], reference: str, others: Iterab
     return table([f"minus {reference}", *(HEADINGS[column][0] for column in columns)], lines)
 
 
-def groups_table(counts: Mapping[str, int]) -> list[str]:
-    """Patches of each difficulty, and their share."""
-    total = sum(counts.values())
-    rows = [[name, str(count), f"{count / total:.1%}"] for name, count in counts.items()]
-    return table(["group", "patches", "share"], rows)
-
-
 def mean_of(rows: Rows, column: str) -> float | None:
     """Mean over the rows that have the column; None if none has."""
     values = [row[column] for row in rows if column in row]
