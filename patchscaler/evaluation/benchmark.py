@@ -166,7 +166,7 @@ def _summary(methods: Mapping[str, list[dict]], patches: Mapping[str, list[dict]
         *means_table(methods),
         "",
         *([*means_table(patches, "patches alone, mean of"), ""] if patches else []),
-        *differences_table(methods, "final", [method for method in methods if method != "final"]),
+        *differences_table(methods, "final"),
         "",
         *table(["group", "patches", "share"], shares),
         "",

@@ -1,8 +1,8 @@
 """Which measures of an image there are, and which of them can be taken here.
 
 Those of `metrics.py` always can. The feature distance needs the packages of EfficientNet-Lite2: see `features.py`.
-HaarPSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA and MUSIQ those of pyiqa, whose
-networks load their weights when they are made. The extra `eval` has them all.
+HaarPSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA and MUSIQ, the paper's, those of pyiqa, which has
+neither of the two and whose networks download their weights. The extra `eval` has them all.
 """
 
 from __future__ import annotations
@@ -20,40 +20,73 @@ from torch import Tensor
 from patchscaler.evaluation.features import feature_distance, load_features
 from patchscaler.evaluation.metrics import psnr_y, ssim_y
 
-Score = Callable[[Tensor, Tensor], float]
+Score = Callable[..., float]  # of an image and, where it needs that, its truth
+
+
+def _features(device: torch.device) -> Score:
+    load_features(device)
+    return partial(feature_distance, device=device)
+
+
+def _piq(name: str, device: torch.device) -> Score:
+    """The function piq.NAME, which lies in a module of that name and runs on the CPU.
+
+    piq's own __init__ imports torchvision, for metrics that are networks. Ours are not: they are imported from
+    their modules, under a package whose __init__ has not run, so that they need nothing but torch.
+    """
+    bare = "piq" not in sys.modules
+    if bare:
+        spec = importlib.util.find_spec("piq")
+        if spec is None:
+            raise ModuleNotFoundError("No module named 'piq'")
+        sys.modules["piq"] = importlib.util.module_from_spec(spec)
+    try:
+        function = getattr(importlib.import_module(f"piq.{name}"), name)
+    finally:
+        if bare:
+            del sys.modules["piq"]  # a later import of piq is to get the whole package
+    return lambda *images: function(*map(_unit, images)).item()
+
+
+def _pyiqa(name: str, device: torch.device) -> Score:
+    network = importlib.import_module("pyiqa").create_metric(name, device=device)
+    return lambda *images: network(*(_unit(image).float() for image in images)).item()
+
+
+def _unit(image: Tensor) -> Tensor:
+    """3xHxW in [-1, 1] -> 1x3xHxW in [0, 1], in double precision."""
+    return ((image.double() + 1) / 2).clamp(0, 1)[None]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure: its column, its name, the digits to print, which way is better, whether it needs the truth.
+    """A measure: its column, its name, the digits to print, where it gets better, and whether it needs the truth.
 
-    `package` is the one it comes from, ours if empty; `name` is what it is called there.
+    `load` gives its function, of images 3xHxW in [-1, 1], and fails where its package or weights are missing.
     """
 
     key: str
     label: str
     digits: int
-    higher_is_better: bool
+    better: str  # ↑ or ↓
+    load: Callable[[torch.device], Score]
     needs_truth: bool = True
-    package: str = ""
-    name: str = ""
 
 
 # In the order of every table: what eyes see comes first.
 METRICS = (
-    Metric("feature_distance", "feature distance", 3, False, package="efficientnet_lite_pytorch"),
-    Metric("haarpsi", "HaarPSI", 4, True, package="piq", name="haarpsi"),
-    Metric("mdsi", "MDSI", 4, False, package="piq", name="mdsi"),
-    Metric("psnr_y", "PSNR-Y", 2, True),
-    Metric("ssim_y", "SSIM-Y", 4, True),
-    Metric("lpips", "LPIPS", 4, False, package="pyiqa", name="lpips"),
-    Metric("maniqa_koniq", "MANIQA-KonIQ", 4, True, needs_truth=False, package="pyiqa", name="maniqa"),
-    Metric("clipiqa", "CLIPIQA", 4, True, needs_truth=False, package="pyiqa", name="clipiqa"),
-    Metric("musiq", "MUSIQ", 2, True, needs_truth=False, package="pyiqa", name="musiq"),
+    Metric("feature_distance", "feature distance", 3, "↓", _features),
+    Metric("haarpsi", "HaarPSI", 4, "↑", partial(_piq, "haarpsi")),
+    Metric("mdsi", "MDSI", 4, "↓", partial(_piq, "mdsi")),
+    Metric("psnr_y", "PSNR-Y", 2, "↑", lambda device: psnr_y),
+    Metric("ssim_y", "SSIM-Y", 4, "↑", lambda device: ssim_y),
+    Metric("lpips", "LPIPS", 4, "↓", partial(_pyiqa, "lpips")),
+    Metric("maniqa_koniq", "MANIQA-KonIQ", 4, "↑", partial(_pyiqa, "maniqa"), needs_truth=False),
+    Metric("clipiqa", "CLIPIQA", 4, "↑", partial(_pyiqa, "clipiqa"), needs_truth=False),
+    Metric("musiq", "MUSIQ", 2, "↑", partial(_pyiqa, "musiq"), needs_truth=False),
 )
 # What single patches and many plans are measured by.
 SHORT = ("feature_distance", "haarpsi", "mdsi", "psnr_y", "ssim_y")
-_OURS: dict[str, Score] = {"psnr_y": psnr_y, "ssim_y": ssim_y}
 
 
 @dataclass(frozen=True)
@@ -73,7 +106,7 @@ class Scorer:
             if truth is None and metric.needs_truth:
                 continue
             try:
-                values[metric.key] = score(image, truth)
+                values[metric.key] = score(image, truth) if metric.needs_truth else score(image)
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{metric.label}: {error}") from error
         return values
@@ -89,47 +122,8 @@ def find_scorer(device: torch.device, keys: tuple[str, ...] | None = None) -> Sc
         if keys is not None and metric.key not in keys:
             continue
         try:
-            scores[metric] = _load(metric, device)
+            scores[metric] = metric.load(device)
         # Foreign packages fetch weights in here: what can go wrong has no common class.
         except Exception as error:
             skipped[metric] = str(error).strip().partition("\n")[0] or type(error).__name__
     return Scorer(scores, skipped)
-
-
-def _load(metric: Metric, device: torch.device) -> Score:
-    if metric.key == "feature_distance":
-        load_features(device)
-        return partial(feature_distance, device=device)
-    if metric.package == "piq":
-        function = _piq(metric.name)
-        return lambda image, truth: function(_unit(image), _unit(truth)).item()
-    if metric.package == "pyiqa":
-        network = importlib.import_module("pyiqa").create_metric(metric.name, device=device)
-        if metric.needs_truth:
-            return lambda image, truth: network(_unit(image).float(), _unit(truth).float()).item()
-        return lambda image, truth: network(_unit(image).float()).item()
-    return _OURS[metric.key]
-
-
-def _piq(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function piq.NAME, which lies in a module of that name.
-
-    piq's own __init__ imports torchvision, for metrics that are networks. Ours are not: they are imported from
-    their modules, under a package whose __init__ has not run, so that they need nothing but torch.
-    """
-    bare = "piq" not in sys.modules
-    if bare:
-        spec = importlib.util.find_spec("piq")
-        if spec is None:
-            raise ModuleNotFoundError("No module named 'piq'")
-        sys.modules["piq"] = importlib.util.module_from_spec(spec)
-    try:
-        return getattr(importlib.import_module(f"piq.{name}"), name)
-    finally:
-        if bare:
-            del sys.modules["piq"]  # a later import of piq is to get the whole package
-
-
-def _unit(image: Tensor) -> Tensor:
-    """3xHxW in [-1, 1] -> 1x3xHxW in [0, 1], in double precision."""
-    return ((image.double() + 1) / 2).clamp(0, 1)[None]

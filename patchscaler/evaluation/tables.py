@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from patchscaler.evaluation.scores import METRICS
 
@@ -11,7 +12,7 @@ Rows = Sequence[Mapping[str, str | float]]
 
 # Column -> its heading, with an arrow to where it gets better, and the digits of a mean.
 HEADINGS = {
-    **{metric.key: (f"{metric.label} {'↑' if metric.higher_is_better else '↓'}", metric.digits) for metric in METRICS},
+    **{metric.key: (f"{metric.label} {metric.better}", metric.digits) for metric in METRICS},
     "seam_score": ("seam score", 3),
     "evaluations": ("evaluations", 0),
     "seconds": ("seconds", 2),
@@ -35,20 +36,20 @@ def means_table(groups: Mapping[str, Rows], first: str = "mean of") -> list[str]
     return table([first, *(HEADINGS[column][0] for column in columns)], lines)
 
 
-def differences_table(groups: Mapping[str, Rows], reference: str, others: Iterable[str]) -> list[str]:
-    """How far the measures of other methods lie from the reference's, image by image: mean ± standard error.
+def differences_table(groups: Mapping[str, Rows], reference: str) -> list[str]:
+    """How far the measures of the other methods lie from the reference's, image by image: mean ± standard error.
 
     The groups are rows of the same images in the same order. With one image there is no error to give.
     """
     columns = [column for column in _columns(groups) if column not in ("evaluations", "seconds")]
     lines = []
-    for other in others:
+    for name in (name for name in groups if name != reference):
         cells = []
         for column in columns:
-            pairs = zip(groups[other], groups[reference])
+            pairs = zip(groups[name], groups[reference])
             gaps = [mine[column] - its[column] for mine, its in pairs if column in mine and column in its]
-            cells.append(_difference(gaps, HEADINGS[column][1]))
-        lines.append([other, *cells])
+            cells.append(_difference(gaps, HEADINGS[column][1] + 1))
+        lines.append([name, *cells])
     return table([f"minus {reference}", *(HEADINGS[column][0] for column in columns)], lines)
 
 
@@ -63,12 +64,7 @@ def _columns(groups: Mapping[str, Rows]) -> list[str]:
 
 
 def _difference(gaps: list[float], digits: int) -> str:
-    digits += 1  # differences are smaller than what they lie between
     if not gaps:
         return ""
-    count, mean = len(gaps), sum(gaps) / len(gaps)
-    if count == 1:
-        return f"{mean:+.{digits}f}"
-    # Not statistics.stdev, which fails on the infinite PSNR of equal images.
-    error = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (count - 1) / count)
-    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    error = f" ± {np.std(gaps, ddof=1) / len(gaps) ** 0.5:.{digits}f}" if len(gaps) > 1 else ""
+    return f"{np.mean(gaps):+.{digits}f}{error}"
