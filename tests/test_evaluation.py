@@ -188,25 +188,15 @@ def test_sheets_show_the_pictures_in_order(measured, tiny_pipeline, folders):
     assert torch.equal(panels[5], read_picture(hr / "rock.png").rgb)
 
 
-def test_reliability_is_of_all_patches(measured):
+def test_reliability_is_of_all_patches(measured, tiny_pipeline, folders):
     summary, out = measured
-    with open(out / "reliability.csv", newline="", encoding="utf-8") as file:
-        bins = list(csv.DictReader(file))
-    assert [row["patches"] for row in bins] == ["1"] * 5  # fewer patches than bins
-    assert all(row["lowest"] == row["confidence"] == row["highest"] for row in bins)
-    confidence, errors = (torch.tensor([float(row[key]) for row in bins]) for key in ("confidence", "squared_error"))
+    analyses = [*pairs.analyses(tiny_pipeline, pairs.find_pairs(*folders))]
+    confidence = torch.cat([analysis.patch_confidence for _, analysis, _ in analyses])
+    errors = torch.cat([reliability.patch_errors(each.coarse, truth, each.grid) for _, each, truth in analyses])
+    assert len(confidence) == 5
     assert f"squared error of coarse: {reliability.spearman(confidence, -errors):.3f}" in summary
     with Image.open(out / "reliability.png") as image:
         assert image.format == "PNG" and len(image.getcolors(1 << 20)) > 10
-
-
-def test_bins_hold_equally_many_patches_of_like_confidence():
-    confidence = torch.linspace(0, 1, 21).flip(0)
-    bins = reliability.reliability_bins(confidence, 2 - confidence)
-    assert [each["patches"] for each in bins] == [3] + [2] * 9
-    first, last = ([each[key] for key in ("lowest", "confidence", "highest")] for each in (bins[0], bins[-1]))
-    assert first == pytest.approx([0, 0.05, 0.1]) and last == pytest.approx([0.95, 0.975, 1])
-    assert all(each["squared_error"] == pytest.approx(2 - each["confidence"]) for each in bins)
 
 
 def test_borders_are_where_patches_begin_and_end():
@@ -330,7 +320,7 @@ def test_evaluate_runs_from_the_command_line(weights, examples, tmp_path, capsys
     assert capsys.readouterr().out == (out / "summary.md").read_text(encoding="utf-8")
     assert {row["image"] for row in read_rows(out)} == {"1-astronaut"}
     written = sorted(path.name for path in out.iterdir())
-    assert written == ["reliability.csv", "reliability.png", "results.csv", "sheets", "summary.md"]
+    assert written == ["reliability.png", "results.csv", "sheets", "summary.md"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from patchscaler.evaluation.pairs import (
     score,
     score_patches,
 )
-from patchscaler.evaluation.reliability import patch_errors, spearman, write_reliability
+from patchscaler.evaluation.reliability import draw_reliability, patch_errors, spearman
 from patchscaler.evaluation.scores import METRICS, SHORT, find_scorer
 from patchscaler.evaluation.tables import HEADINGS, differences_table, mean_of, means_table, table
 from patchscaler.figures import contact_sheet, qmap_overlay
@@ -59,9 +59,9 @@ def benchmark(
     `results.csv` has a line for each image and method: bicubic, coarse, final, "random priors" (the same plan with
     random entries of the texture memory in place of the retrieved ones), "no prompt" (with the null prompt) and
     uniform (all patches at T 1000 and N 20). An empty field is a value that the method or the image does not have, or
-    that cannot be measured here. `sheets/NAME.png` shows the pictures; `reliability.csv` and `.png`, with truths only,
-    compare confidence and error; `summary.md` is the returned Markdown, which also has the coarse and the final image
-    of each group's patches alone. ImageError names an image that is unreadable, too small to be scored, or not four
+    that cannot be measured here. `sheets/NAME.png` shows the pictures; `reliability.png`, with truths only, compares
+    confidence and error; `summary.md` is the returned Markdown, which also has the coarse and the final image of each
+    group's patches alone. ImageError names an image that is unreadable, too small to be scored, or not four
     times its input.
     """
     (out / "sheets").mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def benchmark(
     lines += [*_summary(methods, patches if errors else {}, plan), ""]
     if errors:
         confidence, error = torch.cat(confidences), torch.cat(errors)
-        write_reliability(confidence, error, plan, out)
+        draw_reliability(confidence, error, plan, out / "reliability.png")
         lines.append(_correlation(confidence, error))
     lines += [f"- {line}" for line in scorer.skipped_lines()]
     summary = "\n".join(lines).rstrip() + "\n"

@@ -31,7 +31,7 @@ from patchscaler.evaluation.pairs import (
     score_patches,
 )
 from patchscaler.evaluation.scores import SHORT, find_scorer
-from patchscaler.evaluation.tables import means_table, table
+from patchscaler.evaluation.tables import mean_of, means_table, table
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.options import UsageError
 from patchscaler.patches import LATENT_PIXELS
@@ -47,10 +47,10 @@ FORCED = {f"T {start}, N {steps}": group for group, (start, steps) in enumerate(
 
 def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0, batch_size: int | None = None) -> str:
     """Markdown tables of means over pairs of inputs and truths. ImageError for a pair that does not fit."""
-    scorer, haarpsi = (find_scorer(pipeline.device, keys) for keys in (SHORT, ("haarpsi",)))
+    scorer = find_scorer(pipeline.device, SHORT)
     rows = defaultdict(list)
     patches = {f"{group}: {setting}": [] for group in GROUPS for setting in ("coarse", *FORCED)}
-    near = []  # HaarPSI of the image at T 50 against the coarse one
+    near = []  # the image at T 50 against the coarse one
     truths, made = [], {"coarse": [], "final": []}
     for name, analysis, truth in analyses(pipeline, pairs, batch_size):
         images = _images(pipeline, analysis, truth, seed, batch_size)
@@ -60,11 +60,11 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0,
         groups = assign(analysis.patch_confidence, PLAN)
         for key, values in score_patches(scorer, name, alone, truth, analysis.grid, groups):
             patches[key].append(values)
-        near.append(score(haarpsi, name, images[NEAR], to_8bit(analysis.coarse)).get("haarpsi"))
+        near.append(score(scorer, name, images[NEAR], to_8bit(analysis.coarse)))
         truths.append(truth)
         made["coarse"].append(to_8bit(analysis.coarse))
         made["final"].append(to_8bit(images[FINAL]))
-    meshes = {name: mesh(images, truths) for name, images in made.items()}
+    meshes = [[name, *(f"{value:.2f}" for value in mesh(images, truths).values())] for name, images in made.items()]
     lines = [
         describe_run(pipeline, pairs, seed),
         "",
@@ -74,14 +74,14 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0,
         "",
         *table(
             ["mesh in the smoothest tenth, power over the truths'", *(f"{period} pixels" for period in MESH_PERIODS)],
-            [[name, *(f"{values[period]:.2f}" for period in MESH_PERIODS)] for name, values in meshes.items()],
+            meshes,
         ),
         "",
         *(f"- {line}" for line in scorer.skipped_lines()),
     ]
-    if None not in near:
-        mean = sum(near) / len(near)
-        lines.append(f"- {NEAR} against the coarse image, HaarPSI: {mean:.4f}, {min(near):.4f} at least")
+    if (mean := mean_of(near, "haarpsi")) is not None:
+        least = min(row["haarpsi"] for row in near)
+        lines.append(f"- {NEAR} against the coarse image, HaarPSI: {mean:.4f}, {least:.4f} at least")
     return "\n".join(lines).rstrip() + "\n"
 
 
