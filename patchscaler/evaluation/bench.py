@@ -9,33 +9,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
-import subprocess
+import re
 import sys
-import time
+import timeit
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchscaler.device import Stopwatch, pick_device, pick_dtype
+from patchscaler.device import pick_device, pick_dtype
 from patchscaler.evaluation import standins
-from patchscaler.evaluation.pairs import read_image
+from patchscaler.evaluation.pairs import costs, read_image
 from patchscaler.evaluation.tables import table
 from patchscaler.images import Picture
 from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
 from patchscaler.options import UsageError
-from patchscaler.pipeline import SCALE, PatchScalerPipeline
-from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
+from patchscaler.pipeline import SCALE
+from patchscaler.plan import GROUPS, PRESETS
 
 DEFAULT_IMAGE = Path(__file__).parents[2] / "examples" / "1-astronaut.png"
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it
 REPEATS = {512: 5, 1024: 5, 2048: 2, 4096: 1}  # output pixels along a side -> runs of each plan
 SIZES = (512, 2048)  # sides at which every preset is measured, not only the paper's plan
-BUDGET = 8.0  # seconds for the repeats of one call of a stand-in
+QUICK = 1024  # the largest side of a quick bench
+BUDGET = 8.0  # seconds for the repeats of one part of a stand-in
 STAGES = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
 NOTES = f"""\
 - Seconds are from the decoded input to the output's pixels, models loaded; the fastest of the runs. Peak memory is the
@@ -58,8 +61,7 @@ def bench(image: Path, weights: str | Path, devices: Sequence[str], out: Path, q
     report = {"machine": machine(), "image": image.name, "weights": str(weights), "quick": quick, "devices": {}}
     for device in devices:
         there = device != "cuda" or torch.cuda.is_available()
-        common = {"device": device, "image": str(image), "weights": str(weights)}
-        report["devices"][device] = _device(common, quick) if there else None
+        report["devices"][device] = _device(device, image, weights, quick) if there else None
     (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _plot(report, out / "bench.png")
     text = markdown(report)
@@ -69,65 +71,56 @@ def bench(image: Path, weights: str | Path, devices: Sequence[str], out: Path, q
 
 def machine() -> dict:
     """What the figures hold for."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "gpus": gpus, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
-def _device(common: dict, quick: bool) -> dict:
+def _device(device: str, image: Path, weights: str | Path, quick: bool) -> dict:
     """All that is measured on one device."""
-    found: dict = {"ours": {}, "scaling": {}, "stand-ins": {}}
-    for side, repeats in REPEATS.items():
-        if quick and side > 1024:
-            continue
-        for name in PRESETS if side in SIZES else ("paper",):
-            task = {"kind": "ours", "plan": name, "tiles": side // (SCALE * TILE), "repeats": repeats, **common}
-            row = in_new_process(task)
-            if side in SIZES:
-                found["ours"].setdefault(str(side), {})[name] = row
-            if name == "paper":
-                found["scaling"][str(side)] = row
-    several = _several(common["device"])
-    task = {"kind": "several", "plan": "paper", "tiles": 1 if quick else 2, "repeats": 2, **common}
-    found["several"] = in_new_process({**task, **several}) if several else None
-    for name in () if quick else standins.STANDINS:
-        found["stand-ins"][name] = in_new_process({"kind": "stand-in", "name": name, "budget": BUDGET, **common})
-    return found
+    rows = {
+        side: {
+            plan: in_new_process(ours, weights, image, side, plan, device, repeats)
+            for plan in (PRESETS if side in SIZES else ("paper",))
+        }
+        for side, repeats in REPEATS.items()
+        if side <= QUICK or not quick
+    }
+    devices = _several(device)
+    names = () if quick else standins.STANDINS
+    return {
+        "ours": {str(side): plans for side, plans in rows.items() if side in SIZES},
+        "scaling": {str(side): plans["paper"] for side, plans in rows.items()},
+        "several": in_new_process(several, weights, image, SIZES[0] if quick else QUICK, devices) if devices else None,
+        "stand-ins": {name: in_new_process(stand_in, name, device, BUDGET) for name in names},
+    }
 
 
-def _several(device: str) -> dict | None:
-    """All GPUs, or two workers with half of the cores each; None where there is but one."""
+def _several(device: str) -> list[str]:
+    """All GPUs, or two workers with half of the cores each; none where there is but one."""
     if device == "cpu":
-        threads = machine()["cores"] // 2
-        return {"devices": ["cpu", "cpu"], "threads": threads} if threads else None
+        return ["cpu", "cpu"] if machine()["cores"] > 1 else []
     devices = [f"{device}:{index}" for index in range(torch.accelerator.device_count())]
-    return {"devices": devices} if len(devices) > 1 else None
+    return devices if len(devices) > 1 else []
 
 
-def in_new_process(task: dict, timeout: float = 900) -> dict:
-    """Measure in a new process, of the task's number of threads if it has one.
-
-    Raises RuntimeError with the last line that it wrote to stderr if it fails.
-    """
-    about = [f"{key} {task[key]}" for key in ("device", "name", "tiles", "plan") if key in task]
-    print(f"measuring {task['kind']}: {', '.join(about)}", file=sys.stderr)
-    command = [sys.executable, "-m", __name__, json.dumps(task)]
-    threads = {"OMP_NUM_THREADS": str(task["threads"])} if "threads" in task else {}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **threads})
-    if done.returncode:
-        raise RuntimeError(f"{task}: {done.stderr.strip().rpartition(chr(10))[2]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def in_new_process(measure: Callable[..., dict], *arguments: object) -> dict:
+    """`measure(*arguments)` in a new Python. Raises what it raises, or BrokenExecutor if the process is killed."""
+    print("measuring", measure.__name__, *arguments, file=sys.stderr)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
-def tiled(image: str | Path, tiles: int) -> Picture:
+def tiled(image: Path, tiles: int) -> Picture:
     """The central TILE x TILE pixels of an image, `tiles` times in each direction, every other one mirrored."""
-    rgb = read_image(Path(image)).rgb  # 3xHxW
+    rgb = read_image(image).rgb  # 3xHxW
     height, width = rgb.shape[-2:]
     if min(height, width) < TILE:
         raise ValueError(f"{image} is {width}x{height}; at least {TILE}x{TILE} is needed")
@@ -137,25 +130,19 @@ def tiled(image: str | Path, tiles: int) -> Picture:
     return Picture(torch.cat([row.flip(-2) if n % 2 else row for n in range(tiles)], dim=-2))
 
 
-def ours(task: dict) -> dict:
-    """A plan on `tiled`: the fastest run with its stages and groups, the peak memory, and the FLOPs of a run."""
-    device = torch.device(task["device"])
-    pipeline, picture, plan = _prepare(task, device)
-    pipeline(tiled(task["image"], 1), PRESETS["fast"])  # what a device does only once counts against no plan
-    seconds = math.inf
-    for _ in range(task["repeats"]):
-        began = time.perf_counter()
-        again = pipeline(picture, plan)
-        if (elapsed := time.perf_counter() - began) < seconds:
-            seconds, result = elapsed, again
+def ours(weights: str | Path, image: Path, side: int, plan: str, device: str, repeats: int) -> dict:
+    """A preset at an output of `side` pixels: the fastest run with its stages and groups, peak memory, and FLOPs."""
+    pipeline, picture = load_pipeline(weights, device), tiled(image, side // (SCALE * TILE))
+    pipeline(tiled(image, 1), PRESETS["fast"])  # what a device does only once counts against no plan
+    runs = (pipeline(picture, PRESETS[plan]) for _ in range(repeats))
+    result = min(runs, key=lambda run: costs(run)["seconds"])
     peak = peak_memory(device)
     with FlopCounterMode(display=False) as counter:
-        pipeline(picture, plan)
+        pipeline(picture, PRESETS[plan])
     return {
-        "seconds": seconds,
+        **costs(result),
         "stages": result.seconds | {group.name: group.seconds for group in result.groups},
         "patches": [group.patches for group in result.groups],
-        "evaluations": sum(group.evaluations for group in result.groups),
         "pixels": result.picture.height * result.picture.width,
         "flops": counter.get_total_flops(),
         "peak_bytes": peak,
@@ -163,55 +150,42 @@ def ours(task: dict) -> dict:
     }
 
 
-def several(task: dict) -> dict:
-    """Seconds of a refinement, to the pixels, on the first of the task's devices alone and on all of them."""
-    pipeline, picture, plan = _prepare(task, task["devices"][0])
-    analysis, seconds = pipeline.analyze(picture), []
-    for others in ([], task["devices"][1:]):
+def several(weights: str | Path, image: Path, side: int, devices: Sequence[str]) -> dict:
+    """Seconds of the paper's plan's refinement, to the pixels, on the first of the devices alone and on all of them."""
+    if "cpu" in devices:
+        torch.set_num_threads(machine()["cores"] // len(devices))  # of each
+    pipeline, seconds = load_pipeline(weights, devices[0]), {}
+    analysis = pipeline.analyze(tiled(image, side // (SCALE * TILE)))
+    for name, others in (("one", []), ("all", devices[1:])):
         pipeline.refine_on(others)
-        runs = []
-        for _ in range(1 + task["repeats"]):  # the first one warms up
-            began = time.perf_counter()
-            [*pipeline.refine(analysis, plan)]
-            runs.append(time.perf_counter() - began)
-        seconds.append(min(runs[1:]))
-    return {"devices": task["devices"], "side": SCALE * picture.width, "one": seconds[0], "all": seconds[1]}
+        _warming, *runs = timeit.repeat(lambda: [*pipeline.refine(analysis, PRESETS["paper"])], number=1, repeat=3)
+        seconds[name] = min(runs)
+    return {"devices": devices, "side": side, **seconds}
 
 
-def stand_in(task: dict) -> dict:
-    """Encode, one step and decode of a stand-in's tile: shortest seconds, FLOPs, and the peak memory of it all."""
-    device = torch.device(task["device"])
-    kind = standins.STANDINS[task["name"]]
+def stand_in(name: str, device: str, budget: float) -> dict:
+    """Encode, one step and decode of a stand-in's tile: shortest seconds, FLOPs, and the peak memory of it all.
+
+    Each is called for `budget` seconds; what else runs here only ever makes a call longer.
+    """
+    kind, place, threads = standins.STANDINS[name], torch.device(device), torch.get_num_threads()
     with torch.inference_mode():
-        calls = standins.calls(kind, device, pick_dtype(device))
-        seconds = {name: _shortest_seconds(call, device, task["budget"]) for name, call in calls.items()}
+        calls = standins.calls(kind, place, pick_dtype(place))
+        timers = {part: Timer("call()", globals={"call": call}, num_threads=threads) for part, call in calls.items()}
+        seconds = {part: min(timer.blocked_autorange(min_run_time=budget).times) for part, timer in timers.items()}
     return {"seconds": seconds, "flops": standins.count_flops(kind), "peak_bytes": peak_memory(device)}
 
 
-def _prepare(task: dict, device: torch.device | str) -> tuple[PatchScalerPipeline, Picture, SamplingPlan]:
-    return load_pipeline(task["weights"], device), tiled(task["image"], task["tiles"]), PRESETS[task["plan"]]
-
-
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: str) -> int:
     """Bytes: CUDA's own counter on CUDA, else the largest resident set of this process so far."""
-    if device.type == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    try:  # getrusage would also count the parent, as it was when it started this process
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        import resource  # not there on Windows
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would also count the parent, as it was when it started this process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    import resource  # not there on Windows
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _shortest_seconds(call: Callable, device: torch.device, budget: float) -> float:
-    """The shortest of as many calls as fit into `budget` seconds; what else runs here only ever makes one longer."""
-    clock, times = Stopwatch(device), []
-    while not times or sum(times) < budget:
-        call()
-        times.append(clock.lap())
-    return min(times)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def markdown(report: dict) -> str:
@@ -237,19 +211,16 @@ def _methods(found: dict) -> list[str]:
     """Ours and the stand-ins: one line for each method and output."""
     rows = []
     for side, plans in found["ours"].items():
-        measured = [
-            (f"ours, {name}", f"{row['evaluations']} patches", row["flops"], row["seconds"], row["peak_bytes"])
-            for name, row in plans.items()
-        ]
+        measured = [(f"ours, {name}", f"{row['evaluations']} patches", row) for name, row in plans.items()]
         for name, row in found["stand-ins"].items():
             for steps in standins.STANDINS[name].steps:
                 label = f"{standins.STANDINS[name].label}, {steps} step{'s' * (steps > 1)} *(work-only)*"
-                flops, seconds = (stand_in_total(row[what], steps, int(side)) for what in ("flops", "seconds"))
-                latents = f"{steps * standins.tiles(int(side))} latents"
-                measured.append((label, latents, flops, seconds, row["peak_bytes"]))
-        for label, evaluations, flops, seconds, peak in measured:
-            ratio = f"{plans['paper']['seconds'] / seconds:.3f}"
-            rows.append([label, f"{side}²", evaluations, f"{flops / 1e12:.2f}", _s(seconds), _gb(peak), ratio])
+                total = {what: stand_in_total(row[what], steps, int(side)) for what in ("flops", "seconds")}
+                measured.append((label, f"{steps * standins.tiles(int(side))} latents", row | total))
+        for label, evaluations, row in measured:
+            ratio = f"{plans['paper']['seconds'] / row['seconds']:.3f}"
+            work, seconds, memory = f"{row['flops'] / 1e12:.2f}", _s(row["seconds"]), _gb(row["peak_bytes"])
+            rows.append([label, f"{side}²", evaluations, work, seconds, memory, ratio])
     return table(["method", "output", "evaluations", "TFLOP", "seconds", "peak memory", "paper's plan / this"], rows)
 
 
@@ -292,9 +263,8 @@ def _plot(report: dict, path: Path) -> None:
     from matplotlib.figure import Figure  # here, because `upscale` starts without it
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, key, label, unit in zip(
-        figure.subplots(1, 2), ("seconds", "peak_bytes"), ("seconds", "peak memory, GB"), (1, 1e9)
-    ):
+    panels = (("seconds", "seconds", 1), ("peak_bytes", "peak memory, GB", 1e9))
+    for axes, (key, label, unit) in zip(figure.subplots(1, 2), panels):
         for device, found in report["devices"].items():
             rows = found["scaling"].values() if found else ()
             axes.plot([row["pixels"] / 1e6 for row in rows], [row[key] / unit for row in rows], "o-", label=device)
@@ -335,10 +305,3 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-KINDS = {"ours": ours, "several": several, "stand-in": stand_in}
-
-if __name__ == "__main__":
-    task = json.loads(sys.argv[1])
-    print(json.dumps(KINDS[task["kind"]](task)))
