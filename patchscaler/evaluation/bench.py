@@ -113,7 +113,7 @@ def _several(device: str) -> list[str]:
 
 def in_new_process(measure: Callable[..., dict], *arguments: object) -> dict:
     """`measure(*arguments)` in a new Python. Raises what it raises, or BrokenExecutor if the process is killed."""
-    print("measuring", measure.__name__, *arguments, file=sys.stderr)
+    print("measuring", measure.__name__, *(each for each in arguments if not isinstance(each, Path)), file=sys.stderr)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, *arguments).result()
 
