@@ -16,6 +16,7 @@ from patchscaler.training.fit import step_generator
 from patchscaler.training.pairs import draw_pairs
 from patchscaler.training.pool import Pool
 from patchscaler.training.synthetic import draw_page
+from patchscaler.training.texture_classifier import labelled_latents
 
 
 def test_parts_are_disjoint_and_complete(images):
@@ -133,3 +134,12 @@ def test_a_pool_gives_a_step_the_same_rows_however_it_got_there():
 def test_a_pool_refuses_uneven_sizes():
     with pytest.raises(ValueError, match="pool of 9"):
         make_pool(size=9)
+
+
+def test_crops_for_the_classifier_are_of_the_classes_that_there_are(tiny_pipeline, images):
+    """The part held out may lack most classes; labels stay places among all of them."""
+    bank = ImageBank(images)
+    classes = dict.fromkeys(("bark", "bubbly", "canvas", "fabric", "gravel", "leather", "sand", "wood", "woven"))
+    rows = labelled_latents(tiny_pipeline.vae, bank, classes, 32, step_generator(0, 0), augmented=False)
+    assert rows["latents"].shape == (32, 4, 16, 16)
+    assert set(rows["labels"].tolist()) == {1, 8}

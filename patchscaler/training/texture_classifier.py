@@ -79,17 +79,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 @torch.inference_mode()
 def labelled_latents(vae, bank, classes, count, generator, augmented: bool = True) -> dict[str, Tensor]:
-    """Latents count×c×16×16 of random crops, every class equally often, and their labels."""
-    held = bank.classes()
-    names = list(classes)
-    labels = torch.tensor([
-        label for label in torch.randint(len(names), (4 * count,), generator=generator).tolist()
-        if names[label] in held
-    ][:count])  # fmt: skip
+    """Latents count×c×16×16 of random crops, every class of the bank's equally often, and their labels in `classes`."""
+    held = [bank.classes().get(name, []) for name in classes]  # image indices of each class
+    present = torch.tensor([label for label, indices in enumerate(held) if indices])
+    labels = present[torch.randint(len(present), (count,), generator=generator)]
     picks = torch.rand(count, generator=generator)
     among = torch.tensor([
-        held[names[label]][int(pick * len(held[names[label]]))]
-        for label, pick in zip(labels.tolist(), picks.tolist(), strict=True)
+        held[label][int(pick * len(held[label]))] for label, pick in zip(labels.tolist(), picks.tolist())
     ])  # fmt: skip
     images, _ = bank.crops(count, CROP, generator, among, ZOOM)
     if augmented:
