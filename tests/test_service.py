@@ -188,6 +188,15 @@ def test_a_message_is_short_however_long_the_value(service, image, place):
     assert len(service.call(image, seed="y" * 100_000)) < 1000
 
 
+def test_an_error_is_html_on_the_page_and_plain_for_programs(service, image):
+    for text in (
+        service.light("preset_chosen", "html", image, preset="<b>").json()["error"],
+        service.run("html", image, (*DIALS[:8], "<b>"))["error"],
+    ):
+        assert "&lt;b&gt;" in text and "<b>" not in text
+    assert "seed='<b>' is not" in service.call(image, seed="<b>")
+
+
 def test_wrong_requests_are_errors(service, image, capfd):
     for data in ([], [image], [image] * 5, [0.9, 0.1]):
         event = service.web.post(f"{API}/call/upscale", json={"data": data}).json()["event_id"]

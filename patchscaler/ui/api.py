@@ -7,10 +7,8 @@ they stand, so annotations are not postponed here, and it takes one line for eac
 
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from html import unescape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +26,7 @@ from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import new_folder, save_final, stem
-from patchscaler.ui.html import SettingsError, explain
+from patchscaler.ui.html import SettingsError, explained
 from patchscaler.ui.networks import Order
 from patchscaler.ui.run import Runner
 from patchscaler.ui.server import mcp_wanted
@@ -71,7 +69,7 @@ class Endpoints:
             analysis: the file for regroup and refine, in safetensors format
             report: size, patch grid, each patch's confidence row by row, its group, seconds of each stage, notes
         """  # noqa: E501
-        with _plainly():
+        with explained():
             order = Order(_path("image", image), PAPER, 0, {}, live=False, refine=False)
             return await self._last(lambda: self._runner.events(order), partial(self._analyzed, order))
 
@@ -100,7 +98,7 @@ class Endpoints:
             overlay: the groups drawn over the coarse image in grey, a PNG of at most 1024 pixels a side
             report: the plan, the number of patches in each group, each patch's group, and network evaluations
         """  # noqa: E501
-        with _plainly():
+        with explained():
             plan, by_hand = _plan(gamma1, gamma2, start, steps), _by_hand(by_hand)
             if (analysis is None) == (confidence is None):
                 raise SettingsError("either analysis or confidence is needed, and not both")
@@ -143,7 +141,7 @@ class Endpoints:
             final: the image at four times the size, a lossless PNG with plan and seed inside
             report: the plan, the seed, and patches, network evaluations and seconds of each group and stage
         """
-        with _plainly():
+        with explained():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
             order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), color_fix, live=False)
             return await self._last(lambda: self._refine(order), partial(_result, order))
@@ -173,7 +171,7 @@ class Endpoints:
             final: the image at four times the size, a lossless PNG with plan and seed inside
             report: the plan, the seed, and patches, network evaluations and seconds of each group and stage
         """  # noqa: E501
-        with _plainly():
+        with explained():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
             order = Order(_path("image", image), plan, seed, {}, color_fix, live=False)
             return await self._last(lambda: self._runner.events(order), partial(_result, order))
@@ -228,16 +226,6 @@ def _publish(page: gr.Blocks, endpoint: Callable, **options: Any) -> None:
         name, text = line.split(": ", 1)
         page.blocks[number].label = name
         page.blocks[number]._api_info["description"] = text
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """Errors of this block as a program reads them: as they are, and not as HTML."""
-    try:
-        yield
-    except Exception as error:
-        visible = explain(error)
-        raise gr.Error(unescape(visible.message), title=unescape(visible.title), print_exception=False) from error
 
 
 # What goes in. All raise SettingsError.

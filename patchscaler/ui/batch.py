@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from html import escape, unescape
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import ZIP_STORED, ZipFile
@@ -66,7 +66,7 @@ class Batch:
                             yield {"batch-status": html.status(step, place + event.done / event.total, len(files))}
                 except Exception as error:
                     visible = explain(error)
-                    outcomes.append(Outcome(name, f"{visible.title}: {unescape(visible.message)}"))
+                    outcomes.append(Outcome(name, f"{visible.title}: {visible.message}"))
                 if stop.is_set():
                     break
                 yield {"batch-status": html.status(said, place + 1, len(files)), **_so_far(outcomes)}

@@ -6,8 +6,10 @@ names of components, of which any in `outputs` may be left out.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from html import escape
 from inspect import isasyncgenfunction
 from typing import Any
 
@@ -17,7 +19,7 @@ from gradio.events import Dependency
 from patchscaler.ui import export
 from patchscaler.ui.batch import Batch
 from patchscaler.ui.closeup import Closeups
-from patchscaler.ui.html import explained
+from patchscaler.ui.html import explain
 from patchscaler.ui.run import Runner
 from patchscaler.ui.state import DIALS, Settings, View
 from patchscaler.ui.tune import Tuner
@@ -139,18 +141,28 @@ def _called(handler: Callable, page: dict[str, Any], own: int, at: bool) -> Call
         return {page[name]: value for name, value in view.items()} or gr.skip()
 
     async def stream(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
-        with explained():
+        with _errors_as_html():
             async for view in handler(settings(request, values), *values[:own]):
                 yield by_component(view)
 
     def select(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
-        with explained():
+        with _errors_as_html():
             return by_component(handler(settings(request, values), event.index, *values[:own]))
 
     def call(request: gr.Request, *values: Any) -> Any:
-        with explained():
+        with _errors_as_html():
             return by_component(handler(settings(request, values), *values[:own]))
 
     wrapped = stream if isasyncgenfunction(handler) else select if at else call
     wrapped.__name__ = getattr(handler, "__name__", None) or handler.func.__name__
     return wrapped
+
+
+@contextmanager
+def _errors_as_html() -> Iterator[None]:
+    """Errors of this block as the page shows them."""
+    try:
+        yield
+    except Exception as error:
+        plain = explain(error)
+        raise gr.Error(escape(plain.message), title=escape(plain.title), print_exception=False) from error

@@ -312,7 +312,7 @@ class SettingsError(ValueError):
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Errors of this block as `explain` makes them."""
+    """Errors of this block as `explain` makes them: their text is plain."""
     try:
         yield
     except Exception as error:
@@ -344,6 +344,5 @@ TITLES = {
 
 
 def visible_error(title: str, text: str) -> gr.Error:
-    """Gradio shows both as HTML."""
     short = text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"  # it may name a value of any length
-    return gr.Error(escape(short), title=escape(title), print_exception=False)
+    return gr.Error(short, title=title, print_exception=False)

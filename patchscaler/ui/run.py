@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from html import unescape
 from threading import Event
 from typing import Any
 
@@ -97,7 +96,7 @@ class Runner:
                 yield update
         except Exception as error:
             visible = explain(error)
-            yield Update({"status": html.status(f"{visible.title}: {unescape(visible.message)}")})
+            yield Update({"status": html.status(f"{visible.title}: {visible.message}")})
             raise visible from error
 
     def stop(self, now: Settings) -> None:
