@@ -11,7 +11,7 @@ from dataclasses import replace
 import gradio as gr
 import pytest
 from PIL import Image
-from visitor import collected, last, moved, run, settings, tuner
+from visitor import collected, last, moved, run, settings
 
 from patchscaler.images import write_png
 from patchscaler.pipeline import PatchScalerPipeline
@@ -174,7 +174,7 @@ def test_a_second_run_renders_what_changed_and_the_cost_line_said_so(runner, ima
 
 def test_the_colour_fix_makes_the_picture_old_and_changes_no_patch(runner, image, dials):
     shown = last(run(runner, image, dials), "shown")
-    text = tuner(runner).regrouped(settings(image, dials, shown, color_fix=False))["stale"]
+    text = runner.tuner.regrouped(settings(image, dials, shown, color_fix=False))["stale"]
     assert "colour fix was set the other way" in text and "0 of 9 patches" in text
     again = run(runner, image, dials, color_fix=False)
     assert "0 of 9 patches were rendered anew" in last(again, "status")

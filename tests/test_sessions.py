@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 from PIL import Image
-from visitor import closeups, collected, last, run, settings, tuner
+from visitor import closeups, collected, last, run, settings
 
 from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.ui.state import SessionCache, dials_of
@@ -33,7 +33,7 @@ def test_another_visitors_seed_evicts_nothing(runner, image, dials):
     run(runner, image, (*dials[:8], 8), session="second")
     assert "0 of 9 patches were rendered anew" in last(run(runner, image, dials, session="first"), "status")
     for session, anew in (("first", 0), ("second", 9)):
-        assert f"Run renders {anew} of 9" in tuner(runner).regrouped(settings(image, dials, session=session))["cost"]
+        assert f"Run renders {anew} of 9" in runner.tuner.regrouped(settings(image, dials, session=session))["cost"]
 
 
 def test_a_second_run_says_what_each_group_cost_and_that_it_was_reused(runner, image, plan, dials):
@@ -68,14 +68,14 @@ def test_every_visitor_begins_with_the_example_that_was_run_at_start_up(runner, 
     paper = (*dials_of(SamplingPlan.paper()), 0)
     for session in ("first", "second"):
         now = replace(settings(None, paper, session=session), page=deepcopy(page))
-        view = tuner(runner).regrouped(now)
+        view = runner.tuner.regrouped(now)
         assert "Run renders 0 of 9" in view["cost"] and view["stale"] == ""
         assert runner.new_image(now) == {}  # as the browser tells of the image that was there from the first
     # A visitor's own run of it is that visitor's.
     collected(lambda now: runner.run(now, False), replace(now, seed=1))
     for session, anew in (("first", 9), ("second", 0)):
         other = settings(image, (*paper[:8], 1), session=session)
-        assert f"Run renders {anew} of 9" in tuner(runner).regrouped(other)["cost"]
+        assert f"Run renders {anew} of 9" in runner.tuner.regrouped(other)["cost"]
     # Another image leaves it behind, and it stays for the next visitor.
     assert runner.new_image(replace(now, image={"path": "another"}))["final"] is None and not now.page.opened
     runner.cache._known.clear()

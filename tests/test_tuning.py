@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from visitor import click, last, moved, run, settings, tuner
+from visitor import click, last, moved, run, settings
 
 from patchscaler.images import read_picture
 from patchscaler.pipeline import PatchScalerPipeline
@@ -49,23 +49,23 @@ def test_the_final_picture_is_called_old_while_the_dials_differ(runner, image, d
 def test_dials_push_each_other_and_presets_set_them_before_any_image(runner, dials):
     view = moved(runner, None, None, (0.7, 0.75, *dials[2:]), place=0)
     assert view == {"gamma2": 0.69, "preset": "custom", "stale": ""}
-    chosen = tuner(runner).preset_chosen(settings(None, dials), "uniform")
+    chosen = runner.tuner.preset_chosen(settings(None, dials), "uniform")
     assert tuple(chosen[name] for name in DIALS[:8]) == dials_of(SamplingPlan.uniform())
-    assert not tuner(runner).preset_chosen(settings(None, dials), "custom").keys() & set(DIALS)
+    assert not runner.tuner.preset_chosen(settings(None, dials), "custom").keys() & set(DIALS)
 
 
 @pytest.mark.parametrize("typed", [None, 7, 100.5, 5000, float("nan"), "400"])
 def test_a_field_that_is_being_typed_into_changes_nothing(runner, image, dials, typed):
     shown = last(run(runner, image, dials), "shown")
     now = settings(image, (*dials[:2], typed, *dials[3:]), shown)
-    assert tuner(runner).dial_moved(now, 2) == tuner(runner).regrouped(now) == {}
+    assert runner.tuner.dial_moved(now, 2) == runner.tuner.regrouped(now) == {}
 
 
 def test_a_regroup_is_quick(runner, dials):
     """The bar is 100 ms for 512 x 512."""
     source = sorted((Path(__file__).parent.parent / "examples").glob("*.png"))[0]
     analysis = runner.pipeline.analyze(read_picture(source))
-    runner.cache.put(str(source), Known(analysis, Image.new("RGB", (1, 1))))
+    runner.cache.put(str(source), Known(analysis, runner.networks.draw_priors))
     spent = []
     for gamma in (0.3, 0.4, 0.5, 0.6, 0.7):
         began = time.thread_time()  # what the machine does besides is not counted
@@ -86,13 +86,13 @@ def test_a_patch_is_put_into_another_group_by_hand_and_back(runner, image, dials
     views = run(runner, image, dials, by_hand=hand)
     assert last(views, "shown").steps[index] == 3 and "1 of 9 patches were rendered anew" in last(views, "status")
     now = settings(image, dials, last(views, "shown"), hand)
-    assert "1 of 9 patches" in tuner(runner).reset_by_hand(now)["stale"] and now.page.by_hand == {}
+    assert "1 of 9 patches" in runner.tuner.reset_by_hand(now)["stale"] and now.page.by_hand == {}
 
 def test_dials_that_are_crossed_for_a_moment_are_waited_for(runner, image, dials):
     shown = last(run(runner, image, dials), "shown")
     crossed = settings(image, (*dials[:5], 8, 14, 1, dials[8]), shown)  # N3 is typed, its neighbours not yet pushed
-    assert tuner(runner).regrouped(crossed) == tuner(runner).budget_known(crossed) == {}
-    held = tuner(runner).dial_moved(crossed, 7)
+    assert runner.tuner.regrouped(crossed) == runner.tuner.budget_known(crossed) == {}
+    held = runner.tuner.dial_moved(crossed, 7)
     assert (held["steps1"], held["steps2"]) == (1, 1)
 
 
@@ -100,7 +100,7 @@ def test_dials_that_are_crossed_for_a_moment_are_waited_for(runner, image, dials
 def analysed(runner, image):
     """`runner` that know `image` as if it had just been analysed."""
     analysis = runner.pipeline.analyze(read_picture(image["path"]))
-    runner.cache.put(image["path"], Known(analysis, Image.new("RGB", (1, 1))))
+    runner.cache.put(image["path"], Known(analysis, runner.networks.draw_priors))
     return runner
 
 
@@ -108,7 +108,7 @@ def test_a_stroke_of_the_brush_paints_the_patches_under_it(analysed, image, dial
     grid = analysed.cache.get(image["path"]).analysis.grid  # 3 x 3 patches
     across = json.dumps([[x / 50, 0.1] for x in range(51)])
     now = settings(image, dials)
-    view = tuner(analysed).brushed(now, across, "hard")
+    view = analysed.tuner.brushed(now, across, "hard")
     by_hand = now.page.by_hand
     assert by_hand == {0: 2, 1: 2, 2: 2} and len(grid) == 9
     confidence = analysed.cache.get(image["path"]).analysis.patch_confidence
@@ -116,7 +116,7 @@ def test_a_stroke_of_the_brush_paints_the_patches_under_it(analysed, image, dial
     assert f"Hard <b>{hard}</b>" in view["legend"]
     # It adds to what was set before, and takes patches over from another group.
     down = json.dumps([[0.01, 0.05], [0.02, 0.95]])
-    tuner(analysed).brushed(now, down, "simple")
+    analysed.tuner.brushed(now, down, "simple")
     assert now.page.by_hand == {0: 0, 1: 2, 2: 2, 6: 0}
 
 
@@ -126,28 +126,28 @@ def test_a_stroke_of_the_brush_paints_the_patches_under_it(analysed, image, dial
      ('["ab"]', "hard"), ("[1]", "hard"), ("nonsense", "hard"), (None, "hard")],
 )  # fmt: skip
 def test_what_is_no_stroke_changes_nothing(analysed, image, dials, stroke, mode):
-    assert tuner(analysed).brushed(settings(image, dials), stroke, mode) == {}
-    assert tuner(analysed).brushed(settings({"path": "?"}, dials), "[[0.5, 0.5]]", "hard") == {}
+    assert analysed.tuner.brushed(settings(image, dials), stroke, mode) == {}
+    assert analysed.tuner.brushed(settings({"path": "?"}, dials), "[[0.5, 0.5]]", "hard") == {}
 
 
 def test_a_patch_is_chosen_by_its_number_too(analysed, image, dials):
     now = settings(image, dials)
-    view = tuner(analysed).numbered(now, 8, "hard")
+    view = analysed.tuner.numbered(now, 8, "hard")
     assert "<b>Patch 8</b>" in view["facts"] and "set by hand" in view["facts"]
     assert view["inspector"].count("<img") == 1 and view["number"] == 8
     assert (now.page.patch, now.page.by_hand, now.page.center) == (8, {8: 2}, (320 - 64, 256 - 64))
     for wrong in (None, 9, -1, "x"):
-        assert tuner(analysed).numbered(settings(image, dials), wrong, "hard") == {}
+        assert analysed.tuner.numbered(settings(image, dials), wrong, "hard") == {}
 
 
 def test_the_budget_moves_the_thresholds_after_the_first_run(runner, image, dials):
     now = settings(image, dials)
-    assert tuner(runner).budget_set(now, 5.0) == {}
+    assert runner.tuner.budget_set(now, 5.0) == {}
     run(runner, image, dials)
-    known = tuner(runner).budget_known(now)["budget"]
+    known = runner.tuner.budget_known(now)["budget"]
     assert known["interactive"] and known["minimum"] <= known["value"] <= known["maximum"]
     for seconds, group in ((-1.0, "simple"), (3600.0, "hard")):
-        view = tuner(runner).budget_set(now, seconds)
+        view = runner.tuner.budget_set(now, seconds)
         gamma1, gamma2 = view["gamma1"], view["gamma2"]
         counts = assign(
             runner.cache.get(image["path"]).analysis.patch_confidence,

@@ -275,7 +275,7 @@ def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
     assert run.returncode == 0, run.stderr
     said = [line for line in run.stdout.splitlines() if "DEBUG" not in line]
     assert said[0] == "{'cuda:0'} True True"
-    assert said[1:] == ["Analysis Known Progress Partial Result Baseline", "Known Result Baseline"]
+    assert said[1:] == ["Known Progress Partial Result Baseline", "Known Result Baseline"]
     tasks = [parse_qs(request.query) for request in requests if request.path == "/schedule"]
     assert len(tasks) == 3 and len({task["taskId"][0] for task in tasks}) == 1
     assert all(START_SECONDS <= int(task["durationSeconds"][0]) <= MOST_SECONDS for task in tasks)

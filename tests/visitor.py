@@ -9,7 +9,6 @@ from typing import Any
 from patchscaler.ui.closeup import Closeups
 from patchscaler.ui.run import Runner
 from patchscaler.ui.state import PageState, Settings, Shown, View
-from patchscaler.ui.tune import Tuner
 
 
 def settings(
@@ -24,10 +23,6 @@ def settings(
     """Everything that the page's events are given."""
     page = PageState((image or {}).get("path"), shown, by_hand or {})
     return Settings.of(session, page, image, color_fix, batch, *dials)
-
-
-def tuner(runner: Runner) -> Tuner:
-    return Tuner(runner.cache, runner.calibration)
 
 
 def closeups(runner: Runner) -> Closeups:
@@ -60,7 +55,7 @@ def last(views: list[View], name: str) -> Any:
 
 
 def moved(runner: Runner, image: dict | None, shown: Shown | None, dials: tuple, place: int = 0) -> View:
-    return tuner(runner).dial_moved(settings(image, dials, shown), place)
+    return runner.tuner.dial_moved(settings(image, dials, shown), place)
 
 
 def click(
@@ -68,4 +63,4 @@ def click(
 ) -> tuple[View, PageState]:
     """A click on the Qmap: what is shown, and what the page then holds."""
     now = settings(image, dials, shown, **others)
-    return tuner(runner).clicked(now, at, mode), now.page
+    return runner.tuner.clicked(now, at, mode), now.page

@@ -181,7 +181,6 @@ class Endpoints:
         assignment = assign(analysis.patch_confidence, PAPER)
         coarse = write_png(Picture(analysis.coarse), new_folder() / f"{name}_coarse.png")
         file = write_analysis(analysis, known.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
-        overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, grey=known.grey)
         height, width = analysis.coarse.shape[-2:]
         report = {
             "version": __version__,
@@ -193,7 +192,7 @@ class Endpoints:
             "seconds": analysis.seconds,
             "notes": list(analysis.picture.notes),
         }
-        return _handed(coarse), _drawn(overlay, name), _handed(file), report
+        return _handed(coarse), _drawn(known.overlay(assignment), name), _handed(file), report
 
     def _refine(self, order: Order) -> Iterator[Any]:
         loaded = read_analysis(order.source, self._runner.pipeline, self._weights)

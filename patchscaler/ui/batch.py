@@ -13,7 +13,7 @@ from zipfile import ZIP_STORED, ZipFile
 import gradio as gr
 from PIL import Image
 
-from patchscaler.images import to_pil
+from patchscaler.images import read_picture, to_pil
 from patchscaler.plan import GROUPS
 from patchscaler.results import Progress, Result
 from patchscaler.ui import html
@@ -83,7 +83,7 @@ class Batch:
 
     def _upscaled(self, order: Order, name: str) -> Iterator[Progress | Outcome | None]:
         """A file's progress, and last its Outcome. Nothing of it is cached: no dial will be turned for it."""
-        for event in self._runner.fresh_events(order):
+        for event in self._runner.networks.run(order, read_picture(order.source)):
             if isinstance(event, Result):
                 picture = save_final(event, order.source)
                 preview = to_pil(event.picture)

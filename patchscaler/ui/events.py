@@ -22,7 +22,6 @@ from patchscaler.ui.closeup import Closeups
 from patchscaler.ui.html import explain
 from patchscaler.ui.run import Runner
 from patchscaler.ui.state import DIALS, Settings, View
-from patchscaler.ui.tune import Tuner
 
 WAITING = 16  # runs that may wait their turn: `Jobs` lets one work at a time, except on ZeroGPU
 SETTINGS = ("state", "input", "color-fix", "batch", *DIALS)  # in the order of `Settings.of`
@@ -53,7 +52,7 @@ QUEUED: dict[str, Any] = {
 
 def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
     """Connect the components of `page`, by name, with what they call."""
-    tuner = Tuner(runner.cache, runner.calibration)
+    tuner = runner.tuner
     closeups = Closeups(runner.cache, runner.networks.prior_images)
     batch = Batch(runner)
 

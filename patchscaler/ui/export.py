@@ -15,7 +15,6 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from patchscaler.figures import qmap_overlay
 from patchscaler.images import Picture, read_png_text, to_pil, write_png
 from patchscaler.plan import SamplingPlan, assign
 from patchscaler.results import Analysis, Result
@@ -126,7 +125,6 @@ def stages_zip(known: Known, shown: Shown) -> Path:
     analysis, order, name = known.analysis, shown.order, stem(shown.order.source)
     path = new_folder() / f"{name}_patchscaler.zip"
     assignment = assign(analysis.patch_confidence, order.plan, order.by_hand)
-    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=order.by_hand, grey=known.grey)
     report = {
         "image": name,
         "complete": shown.complete,
@@ -148,7 +146,7 @@ def stages_zip(known: Known, shown: Shown) -> Path:
     with TemporaryDirectory() as folder, ZipFile(path, "w", ZIP_STORED) as archive:
         for stage, pixels in (("bicubic", analysis.bicubic), ("coarse", analysis.coarse)):
             archive.write(write_png(Picture(pixels), Path(folder) / f"{stage}.png"), f"{stage}.png")
-        for stage, image in (("qmap", overlay), ("priors", known.priors)):
+        for stage, image in (("qmap", known.overlay(assignment, order.by_hand)), ("priors", known.priors)):
             image.save(Path(folder) / f"{stage}.png")
             archive.write(Path(folder) / f"{stage}.png", f"{stage}.png")
         archive.write(shown.final, f"final{shown.final.suffix}")

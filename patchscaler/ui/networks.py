@@ -28,12 +28,56 @@ REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
 FADING = 0.85  # weight of a measurement against the next one
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a run is to do."""
+
+    source: str
+    plan: SamplingPlan
+    seed: int
+    by_hand: dict[int, int]  # patch -> group
+    color_fix: bool = True
+    batch_size: int | None = None  # what suits the device
+    uniform: bool = False  # also render the baseline
+    live: bool = True  # for the page: take over what the visitor has, and give the picture after every group
+    refine: bool = True  # or end with the analysis
+    session: str | None = None  # the visitor's
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
+
+    sampled: Sampled | None = None  # of the plan, finished or stopped
+    uniform: Sampled | None = None  # of the uniform baseline
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """An event of the uniform baseline's run, which follows the plan's."""
+
+    event: Progress | Result
+
+
 class Call(NamedTuple):
     """The sampling of one group: calls of the network, the patches that these took in all, and how long it took."""
 
     calls: int
     evaluations: int
     seconds: float
+
+
+class Work(NamedTuple):
+    """What a run would do: patches sampled anew, their network evaluations, in how many calls, pictures decoded."""
+
+    anew: int
+    evaluations: int
+    calls: int
+    pictures: int
 
 
 class Calibration:
@@ -65,6 +109,15 @@ class Calibration:
 
     def learn_analysis(self, pixels: int, seconds: float) -> None:
         self._analysis.append(seconds / pixels)
+
+    def work(self, order: Order, assignment: Tensor, earlier: Sampled | None = None) -> Work:
+        """What a run of the order has to do after `earlier`, with the patches in these groups."""
+        plan, seed, batch_size = order.plan, order.seed, order.batch_size or self.at_once
+        start, steps = times_and_steps(plan, assignment)
+        anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
+        groups = assignment[anew].bincount(minlength=len(GROUPS)).tolist()
+        calls = sum(n * -(-count // batch_size) for n, count in zip(plan.steps, groups))
+        return Work(sum(groups), int(steps[anew].sum()), calls, max(1, sum(count > 0 for count in groups)))
 
     def seconds(self, evaluations: Any, pixels: int, calls: Any = 0, pictures: Any = 1) -> Any:
         """What a run over a known analysis is expected to take, or None before the first run.
@@ -105,59 +158,6 @@ MARGIN = 2  # a call that outlasts its seconds is ended from outside
 # Until runs have been measured: seconds per network evaluation of a patch, and per output pixel. Those of a GPU with a
 # fifth of an H100's speed: a first call asks for about as much as later ones, so that a small quota is enough for it.
 EVALUATION_SECONDS, PIXEL_SECONDS = 2e-4, 2e-7
-
-
-class Work(NamedTuple):
-    """What a run would do: patches sampled anew, their network evaluations, in how many calls, pictures decoded."""
-
-    anew: int
-    evaluations: int
-    calls: int
-    pictures: int
-
-
-def work(earlier: Sampled | None, plan: SamplingPlan, seed: Any, assignment: Tensor, batch_size: int) -> Work:
-    """What a run of `plan` has to do after `earlier`."""
-    start, steps = times_and_steps(plan, assignment)
-    anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
-    groups = assignment[anew].bincount(minlength=len(GROUPS)).tolist()
-    calls = sum(n * -(-count // batch_size) for n, count in zip(plan.steps, groups))
-    return Work(sum(groups), int(steps[anew].sum()), calls, max(1, sum(count > 0 for count in groups)))
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a run is to do."""
-
-    source: str
-    plan: SamplingPlan
-    seed: int
-    by_hand: dict[int, int]  # patch -> group
-    color_fix: bool = True
-    batch_size: int | None = None  # what suits the device
-    uniform: bool = False  # also render the baseline
-    live: bool = True  # for the page: take over what the visitor has, and give the picture after every group
-    refine: bool = True  # or end with the analysis
-    session: str | None = None  # the visitor's
-
-
-@dataclass(frozen=True, eq=False)
-class Rendered:
-    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
-
-    sampled: Sampled | None = None  # of the plan, finished or stopped
-    uniform: Sampled | None = None  # of the uniform baseline
-
-    @property
-    def bytes(self) -> int:
-        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
-
-
-@dataclass(frozen=True, eq=False)
-class Baseline:
-    """An event of the uniform baseline's run, which follows the plan's."""
-
-    event: Progress | Result
 
 
 def zero_gpu() -> bool:
@@ -230,13 +230,13 @@ class Networks:
             groups = torch.full((count,), len(GROUPS) - 1)
         else:
             groups = assign(known.patch_confidence, order.plan, order.by_hand)
-        runs = [(order.plan, done.sampled, order.live)] * order.refine
-        runs += [(SamplingPlan.uniform(), done.uniform, False)] * order.uniform
-        for plan, earlier, partial in runs:
-            todo = work(earlier, plan, order.seed, groups, order.batch_size or self._calibration.at_once)
+        runs = [(order, done.sampled)] * order.refine
+        runs += [(replace(order, plan=SamplingPlan.uniform(), live=False), done.uniform)] * order.uniform
+        for run, earlier in runs:
+            todo = self._calibration.work(run, groups, earlier)
             if isinstance(known, Picture):  # any group may turn out to have patches
-                todo = todo._replace(calls=todo.calls + sum(plan.steps[:-1]), pictures=len(GROUPS))
-            pictures = todo.pictures if partial else 1
+                todo = todo._replace(calls=todo.calls + sum(run.plan.steps[:-1]), pictures=len(GROUPS))
+            pictures = todo.pictures if run.live else 1
             refined = self._calibration.seconds(todo.evaluations, height * width, todo.calls, pictures)
             if refined is None:
                 refined = todo.evaluations * EVALUATION_SECONDS + pictures * height * width * PIXEL_SECONDS

@@ -262,8 +262,7 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipe
     runner.examples = examples
     view, state = emptied(None), PageState()
     if first:
-        opener = runner if first is pipeline else Runner(first, jobs, lent=False)
-        opener.cache = runner.cache
+        opener = runner if first is pipeline else Runner(first, jobs, runner.cache, lent=False)
         view, state = opener.first_run(examples[0])
     delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
     with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as blocks:

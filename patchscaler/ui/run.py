@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from threading import Event
 from typing import Any
 
@@ -16,13 +16,13 @@ from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
-from patchscaler.results import Analysis, Partial, Progress, Restored, Result
+from patchscaler.results import Analysis, Partial, Progress, Result
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs, Stops
-from patchscaler.ui.networks import Baseline, Calibration, Call, Networks, Order, Rendered, work, zero_gpu
+from patchscaler.ui.networks import Baseline, Calibration, Call, Networks, Order, zero_gpu
 from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown, View, flag_of
-from patchscaler.ui.tune import grouped
+from patchscaler.ui.tune import Tuner
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
@@ -38,12 +38,19 @@ class Update:
 class Runner:
     """Runs for the page and the API over one pipeline, and what they share: the session cache and the calibration."""
 
-    def __init__(self, pipeline: PatchScalerPipeline, jobs: Jobs | None = None, lent: bool = True) -> None:
+    def __init__(
+        self,
+        pipeline: PatchScalerPipeline,
+        jobs: Jobs | None = None,
+        cache: SessionCache | None = None,
+        lent: bool = True,
+    ) -> None:
         """`lent`: on ZeroGPU, the pipeline is on a device that is asked for."""
         self.pipeline = pipeline
         self.jobs = jobs or Jobs()
-        self.cache = SessionCache()
+        self.cache = cache or SessionCache()
         self.calibration = Calibration(most_at_once(pipeline._execution_device))
+        self.tuner = Tuner(self.cache, self.calibration)
         self.networks = Networks(pipeline, self.calibration, lent)
         self.examples: Sequence[str] = ()  # files that run as they are chosen
         self._runs, self._looks = Stops(), Stops()
@@ -130,37 +137,31 @@ class Runner:
 
     def events(
         self, order: Order, picture: Picture | None = None
-    ) -> Iterator[Analysis | Known | Progress | Partial | Result | Baseline]:
-        """Analysis if it is a new one, Known, Progress of each step, Partial pictures, Result; then the baseline's.
+    ) -> Iterator[Known | Progress | Partial | Result | Baseline]:
+        """What is Known of the image, Progress of each step, Partial pictures, Result; then the baseline's.
 
-        `picture` is the order's, where it is decoded already.
+        `picture` is the order's, where it is decoded already. Else it is decoded here: a bad one is refused before
+        any device is asked for.
         """
-        known, keep = self.cache.get(order.source), partial(self.cache.keep, order.session, order.source)
-        rendered = self.cache.rendered(order.session, order.source) if known and order.live else None
-        start = picture
+        known, rendered = self.cache.get(order.source), None
         if known:
             yield known
             if not order.refine:
                 return
             start = known.analysis.restored() if zero_gpu() else known.analysis  # there only what is needed is sent
-        for event in self.fresh_events(order, start, rendered):
+            rendered = self.cache.rendered(order.session, order.source) if order.live else None
+        else:
+            start = read_picture(order.source) if picture is None else picture
+        for event in self.networks.run(order, start, rendered):
             match event:
                 case Analysis():
-                    yield event
-                    event = Known(event, self.networks.draw_priors(event))
+                    event = Known(event, self.networks.draw_priors)
                     self.cache.put(order.source, event)
                 case Partial() | Result() if order.live:
-                    keep(sampled=event.sampled)
+                    self.cache.keep(order.session, order.source, sampled=event.sampled)
                 case Baseline(Result() as uniform):
-                    keep(uniform=uniform.sampled)
+                    self.cache.keep(order.session, order.source, uniform=uniform.sampled)
             yield event
-
-    def fresh_events(
-        self, order: Order, start: Picture | Restored | None = None, rendered: Rendered | None = None
-    ) -> Iterator[Analysis | Progress | Partial | Result | Baseline]:
-        """The same without Known: nothing is kept, and only what is given reused."""
-        # A picture is decoded here: a bad one is refused before any device is asked for.
-        return self.networks.run(order, read_picture(order.source) if start is None else start, rendered)
 
     def first_run(self, source: str) -> tuple[View, PageState]:
         """Run an example with the paper's plan, for the page to open with: what it shows and holds.
@@ -168,7 +169,7 @@ class Runner:
         Later runs are expected to take as long.
         """
         order = Order(source, SamplingPlan.paper(), 0, {})
-        for _ in self.fresh_events(order):  # a process is slow at what it does first
+        for _ in self.networks.run(order, read_picture(source)):  # a process is slow at what it does first
             pass
         view = emptied(source)
         for update in self._updates(order):
@@ -178,7 +179,7 @@ class Runner:
         sides = closeup.SIDES[0], closeup.SIDES[2]
         center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
         view |= {
-            **grouped(known, order, self.cache, self.calibration),
+            **self.tuner.grouped(known, order),
             "compare": closeup.pair(known, shown, sides),
             "zoom": closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], center),
             "note": "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>",
@@ -200,47 +201,39 @@ class Runner:
 
     def _updates(self, order: Order, picture: Picture | None = None) -> Iterator[Update]:
         began = time.perf_counter()
-        plan, seed = order.plan, order.seed
         reused = self.cache.get(order.source) is not None
-        shown, result, done = None, None, ""
-        groups = partial(grouped, order=order, cache=self.cache, calibration=self.calibration)
+        calls, pictures = Counter(), 1  # of the network, by group; and what is decoded
         if not reused:
             yield Update({"status": html.status("Restoring the whole image…")})
         for event in self.events(order, picture):
             match event:
-                case Analysis():
-                    # The overlay before any run is known: what a run costs is said when there is a result to keep.
-                    coarse = export.coarse_preview(event)
-                    status = html.status("Drawing the texture priors…")
-                    yield Update({"coarse": coarse, **groups(Known(event, None)), "status": status})
-                case Known():
-                    again = {}
-                    analysis = event.analysis
-                    if reused:
-                        again = {"coarse": export.coarse_preview(analysis), **groups(event)}
-                    else:
-                        self.calibration.learn_analysis(analysis.coarse[0].numel(), sum(analysis.seconds.values()))
-                    yield Update({**again, "priors": export.save_preview(event.priors, "priors")})
+                case Known() as known:
+                    view = {"coarse": export.coarse_preview(known.analysis), **self.tuner.grouped(known, order)}
+                    if not reused:
+                        self.calibration.learn_analysis(known.pixels, sum(known.analysis.seconds.values()))
+                        view["status"] = html.status("Drawing the texture priors…")
+                    yield Update(view)
+                    yield Update({"priors": export.save_preview(known.priors, "priors")})
                     sampling = time.perf_counter()
                 case Progress() | Baseline(Progress()):
                     uniform = isinstance(event, Baseline)
                     step = event.event if uniform else event
+                    calls[step.group] += 1
                     left = (time.perf_counter() - sampling) / step.done * (step.total - step.done)
                     yield Update({"status": html.status(html.step(step, left, uniform), step.done, step.total)})
                 case Partial():
+                    pictures += 1
                     path = export.save_preview(to_pil(event.picture), "partial")
-                    report = {"plan": asdict(plan), "seed": seed}
+                    report = {"plan": asdict(order.plan), "seed": order.seed}
                     shown = Shown(order, event.sampled.start, event.sampled.steps, path, report)
                     yield Update({"final": path, "stale": html.unfinished(shown.refined, len(shown.start))}, shown)
-                case Result():
-                    result = event
+                case Result() as result:
                     path = export.save_final(result, order.source)
                     shown = Shown(order, result.sampled.start, result.sampled.steps, path, result.report())
-                    self._learn(order, result, analysis)
-                    anew, count = int(result.rendered.sum()), len(result.rendered)
+                    self._learn(known, result, calls, pictures)
                     done = (
-                        f"Done in {time.perf_counter() - began:.1f} s with {html.describe(plan, seed)}. "
-                        f"{anew} of {count} patches were rendered anew."
+                        f"Done in {time.perf_counter() - began:.1f} s with {html.describe(order.plan, order.seed)}. "
+                        f"{int(result.rendered.sum())} of {len(result.rendered)} patches were rendered anew."
                     )
                     view = {
                         "final": path,
@@ -252,40 +245,34 @@ class Runner:
                     }
                     yield Update(view, shown)
                     sampling = time.perf_counter()  # of the baseline
+                    calls.clear()
                 case Baseline(Result() as uniform):
-                    path = export.save_final(uniform, order.source, "uniform")
-                    self._learn(order, uniform, analysis, partial=False)
+                    self._learn(known, uniform, calls, pictures=1)
                     status = html.status(f"{done} The baseline is done too.")
                     view = {**self._baseline(order, result, uniform), "status": status}
-                    yield Update(view, replace(shown, uniform=path))
+                    yield Update(view, replace(shown, uniform=export.save_final(uniform, order.source, "uniform")))
 
     def _baseline(self, order: Order, result: Result, uniform: Result) -> View:
         """What uniform sampling costs more and how it looks different."""
         costs = []
-        for run in (result, uniform):
-            at_once = order.batch_size or self.calibration.at_once
-            todo = work(None, run.plan, run.seed, run.assignment, at_once)
-            # By rates, since either may have taken patches over.
-            costs.append((todo.evaluations, self.calibration.seconds(todo.evaluations, 0, todo.calls)))
+        for run in (result, uniform):  # by rates, since either may have taken patches over
+            work = self.calibration.work(replace(order, plan=run.plan), run.assignment)
+            costs.append((work.evaluations, self.calibration.seconds(work.evaluations, 0, work.calls)))
         image = closeup.difference(result.picture.rgb, uniform.picture.rgb)
         return {
             "baseline": html.baseline(*zip(*costs)),
             "difference": gr.update(value=export.save_preview(image, "difference"), visible=True),
         }
 
-    def _learn(self, order: Order, result: Result, analysis: Analysis, partial: bool = True) -> None:
-        """Have the calibration learn from a run's seconds of the device; `partial`: a picture was made of each group.
+    def _learn(self, known: Known, result: Result, calls: Counter[int], pictures: int) -> None:
+        """Have the calibration learn from a run's seconds of the device, with its calls of the network by group.
 
         What a visitor waited for the device, or a picture for the disk, is none of it.
         """
-        groups = []
-        for group in result.groups:
-            batches = -(-group.evaluations // group.steps // (order.batch_size or self.calibration.at_once))
-            groups.append(Call(batches * group.steps, group.evaluations, group.seconds))
-        before = sum(analysis.seconds.values()) + result.seconds["refine"]
+        groups = [Call(calls[place], each.evaluations, each.seconds) for place, each in enumerate(result.groups)]
+        before = sum(known.analysis.seconds.values()) + result.seconds["refine"]
         rest = max(0.0, sum(result.seconds.values()) - before)
-        pictures = max(1, sum(group.calls > 0 for group in groups)) if partial else 1
-        self.calibration.learn(groups, result.picture.rgb[0].numel(), rest, pictures)
+        self.calibration.learn(groups, known.pixels, rest, pictures)
 
 
 def emptied(source: str | None) -> View:

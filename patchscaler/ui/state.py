@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from patchscaler.figures import grey_preview
+from patchscaler.figures import grey_preview, qmap_overlay
 from patchscaler.plan import PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Sampled
 from patchscaler.ui.html import SettingsError, visible_error
@@ -226,22 +226,31 @@ def flag_of(name: str, value: Any) -> bool:
 
 @dataclass(eq=False)
 class Known:
-    """An image's analysis and the sheet of its texture priors: the same for all visitors, and none of their settings.
+    """What the networks found in an image: the same for all visitors, and none of their settings.
 
-    The priors are kept as rows of the texture memory, without the latents.
+    The priors are kept as rows of the texture memory, without the latents. `draw_priors` makes a picture of them.
     """
 
     analysis: Analysis
-    priors: Image.Image | None
+    draw_priors: Callable[[Analysis], Image.Image]
 
     @property
     def pixels(self) -> int:
         return self.analysis.coarse[0].numel()
 
     @cached_property
+    def priors(self) -> Image.Image:
+        """The sheet of the texture priors."""
+        return self.draw_priors(self.analysis)
+
+    @cached_property
     def grey(self) -> Image.Image:
         """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
         return grey_preview(self.analysis.coarse)
+
+    def overlay(self, assignment: Tensor, by_hand: Collection[int] = ()) -> Image.Image:
+        """The Qmap, with borders around the patches that were set by hand."""
+        return qmap_overlay(self.analysis.coarse, self.analysis.grid, assignment, by_hand, self.grey)
 
 
 class SessionCache:

@@ -13,10 +13,9 @@ import gradio as gr
 import torch
 from torch import Tensor
 
-from patchscaler.figures import qmap_overlay
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
 from patchscaler.ui import closeup, export, html
-from patchscaler.ui.networks import Calibration, Order, work
+from patchscaler.ui.networks import Calibration, Order
 from patchscaler.ui.state import (
     CUSTOM,
     DIALS,
@@ -67,7 +66,23 @@ class Tuner:
         if now.plan is None:
             return {}
         order = Order(now.source, now.plan, now.seed, now.page.by_hand, batch_size=now.batch_size, session=now.session)
-        return {**grouped(known, order, self.cache, self.calibration), "stale": stale(known, now)}
+        return {**self.grouped(known, order), "stale": stale(known, now)}
+
+    def grouped(self, known: Known, order: Order) -> View:
+        """Overlay, legend, histogram, and what a run of the order would cost now."""
+        analysis, plan = known.analysis, order.plan
+        assignment = assign(analysis.patch_confidence, plan, order.by_hand)
+        counts = assignment.bincount(minlength=len(GROUPS)).tolist()
+        height, width = analysis.coarse.shape[-2:]
+        earlier = self.cache.rendered(order.session, order.source).sampled
+        work = self.calibration.work(order, assignment, earlier)
+        expected = self.calibration.seconds(work.evaluations, known.pixels, work.calls, work.pictures)
+        return {
+            "qmap": export.save_preview(known.overlay(assignment, order.by_hand), "qmap"),
+            "legend": html.legend(counts),
+            "cost": html.cost(plan, counts, width, height, work.anew, work.evaluations, expected),
+            "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
+        }
 
     def new_seed(self, now: Settings) -> View:
         seed = secrets.randbelow(2**31)
@@ -169,26 +184,7 @@ class Tuner:
         """
         steps = counts.new_tensor(now.plan.steps).view(-1, *[1] * (counts.dim() - 1))
         calls = steps * -(-counts // (now.batch_size or self.calibration.at_once))
-        pixels = known.analysis.coarse[0].numel()
-        return self.calibration.seconds((steps * counts).sum(0), pixels, calls.sum(0), len(GROUPS))
-
-
-def grouped(known: Known, order: Order, cache: SessionCache, calibration: Calibration) -> View:
-    """Overlay, legend, histogram, and what a run of the order would cost now. No network runs."""
-    analysis, plan = known.analysis, order.plan
-    assignment = assign(analysis.patch_confidence, plan, order.by_hand)
-    counts = assignment.bincount(minlength=len(GROUPS)).tolist()
-    height, width = analysis.coarse.shape[-2:]
-    overlay = qmap_overlay(analysis.coarse, analysis.grid, assignment, by_hand=order.by_hand, grey=known.grey)
-    earlier = cache.rendered(order.session, order.source).sampled
-    todo = work(earlier, plan, order.seed, assignment, order.batch_size or calibration.at_once)
-    expected = calibration.seconds(todo.evaluations, height * width, todo.calls, todo.pictures)
-    return {
-        "qmap": export.save_preview(overlay, "qmap"),
-        "legend": html.legend(counts),
-        "cost": html.cost(plan, counts, width, height, todo.anew, todo.evaluations, expected),
-        "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
-    }
+        return self.calibration.seconds((steps * counts).sum(0), known.pixels, calls.sum(0), len(GROUPS))
 
 
 def stale(known: Known, now: Settings) -> str:
