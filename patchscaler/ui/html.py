@@ -26,20 +26,14 @@ from patchscaler.ui.jobs import JobError
 NO_IMAGE = "Upload an image or choose an example, then press Run."
 NO_PATCH = '<p class="quiet">After a run, click a patch on the Qmap overlay to see what the method knows of it.</p>'
 NO_TIMING = '<p class="quiet">The seconds of every group and stage appear here after a run.</p>'
+# Label and colour. Refinement is drawn by group.
 STAGES = {
-    "encode": "Encode",
-    "restore": "Restore (GRM)",
-    "retrieve": "Retrieve priors",
-    "refine": "Refine",
-    "decode": "Decode",
-    "color": "Colour fix",
-}
-STAGE_COLORS = {
-    "encode": "#5b6b7a",
-    "restore": "#7d8fa3",
-    "retrieve": "#a3b1bf",
-    "decode": "#8a6fb0",
-    "color": "#b9a3d6",
+    "encode": ("Encode", "#5b6b7a"),
+    "restore": ("Restore (GRM)", "#7d8fa3"),
+    "retrieve": ("Retrieve priors", "#a3b1bf"),
+    "refine": ("Refine", ""),
+    "decode": ("Decode", "#8a6fb0"),
+    "color": ("Colour fix", "#b9a3d6"),
 }
 BINS = 50  # of the histogram
 MOST_TEXT = 400  # letters of an error
@@ -214,10 +208,10 @@ def timing(result: Result, reused: bool) -> str:
     if reused:
         notes |= dict.fromkeys(("encode", "restore", "retrieve"), _quiet("reused"))
         notes["decode"] = _quiet("coarse reused")
-    parts = [(label, stages[name], STAGE_COLORS[name]) for name, label in STAGES.items() if name != "refine"]
+    parts = [(label, stages[name], color) for name, (label, color) in STAGES.items() if name != "refine"]
     parts[3:3] = sampling  # in the order of the work
     columns = ("Group", "Patches", "T", "N", "Evaluations", "Seconds", "ms per patch-step")
-    rows = [(label, f"{stages[name]:.2f}{notes.get(name, '')}") for name, label in STAGES.items()]
+    rows = [(label, f"{stages[name]:.2f}{notes.get(name, '')}") for name, (label, _) in STAGES.items()]
     tables = _table("Groups", columns, groups, all_groups) + _table("Stages", ("Stage", "Seconds"), rows)
     return f'{_time_bar(parts)}<div class="tables">{tables}</div>'
 

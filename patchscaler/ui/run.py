@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from threading import Event
 from typing import Any
 
@@ -25,14 +25,6 @@ from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown
 from patchscaler.ui.tune import Tuner
 
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a run gives the page; `shown` goes with a new final picture."""
-
-    view: View
-    shown: Shown | None = None
 
 
 class Runner:
@@ -69,12 +61,12 @@ class Runner:
             now.page.source = order.source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
             shown = None
-            async for update in self._stream(lambda: self._updates(order), stop):
-                if update.shown:
-                    shown = update.shown
+            async for view in self._stream(lambda: self._views(order), stop):
+                if "shown" in view:
+                    shown = view.pop("shown")
                     if now.page.source == order.source:
                         now.page.shown = shown
-                yield update.view
+                yield view
             if shown is None or not shown.complete or shown.uniform is None and uniform:
                 yield {"status": html.status(_stopped(shown))}
 
@@ -89,21 +81,21 @@ class Runner:
             return
         order = now.order()
         with self._looks.of(now.session) as stop:
-            async for update in self._stream(lambda: self._looked(order), stop):
-                # A run that waits, or goes on already, has the status line.
-                running = now.session in self._runs
-                yield {name: value for name, value in update.view.items() if name != "status" or not running}
+            async for view in self._stream(lambda: self._looked(order), stop):
+                if now.session in self._runs:  # a run that waits, or goes on already, has the status line
+                    view.pop("status", None)
+                yield view
             if now.session not in self._runs and not stop.is_set():
                 yield {"status": html.status("Press Run.")}
 
-    async def _stream(self, job: Callable[[], Iterator[Update]], stop: Event) -> AsyncIterator[Update]:
-        """A job's updates, of which the last says why it failed if it did."""
+    async def _stream(self, job: Callable[[], Iterator[View]], stop: Event) -> AsyncIterator[View]:
+        """A job's views, of which the last says why it failed if it did."""
         try:
-            async for update in self.jobs.stream(job, stop):
-                yield update
+            async for view in self.jobs.stream(job, stop):
+                yield view
         except Exception as error:
             visible = explain(error)
-            yield Update({"status": html.status(f"{visible.title}: {visible.message}")})
+            yield {"status": html.status(f"{visible.title}: {visible.message}")}
             raise visible from error
 
     def stop(self, now: Settings) -> None:
@@ -172,10 +164,10 @@ class Runner:
         for _ in self.networks.run(order, read_picture(source)):  # a process is slow at what it does first
             pass
         view = emptied(source)
-        for update in self._updates(order):
-            view |= update.view
+        for update in self._views(order):
+            view |= update
         self.cache.open_with(source)
-        shown, known = update.shown, self.cache.get(source)
+        known, shown = self.cache.get(source), view.pop("shown")
         sides = closeup.SIDES[0], closeup.SIDES[2]
         center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
         view |= {
@@ -186,25 +178,26 @@ class Runner:
         }
         return view, PageState(source, shown, center=center, opened=True)
 
-    def _looked(self, order: Order) -> Iterator[Update]:
+    def _looked(self, order: Order) -> Iterator[View]:
         """What can be said of an image before any run. Its groups too, unless that takes long."""
         picture = None
         if self.cache.get(order.source) is None:
             picture = read_picture(order.source)
             height, width = SCALE * picture.height, SCALE * picture.width
             count = len(PatchGrid.covering(height, width, self.pipeline.transformer.config.size))
-            yield Update({"cost": html.unknown_cost(order.plan, count, width, height)})
+            yield {"cost": html.unknown_cost(order.plan, count, width, height)}
             expected = self.calibration.analysis_seconds(height * width)
             if zero_gpu() or expected is None or expected > LOOK_SECONDS:
                 return
-        yield from self._updates(replace(order, refine=False), picture)
+        yield from self._views(replace(order, refine=False), picture)
 
-    def _updates(self, order: Order, picture: Picture | None = None) -> Iterator[Update]:
+    def _views(self, order: Order, picture: Picture | None = None) -> Iterator[View]:
+        """What the page shows of `events`. With each final picture comes `shown`, which is no component."""
         began = time.perf_counter()
         reused = self.cache.get(order.source) is not None
         calls, pictures = Counter(), 1  # of the network, by group; and what is decoded
         if not reused:
-            yield Update({"status": html.status("Restoring the whole image…")})
+            yield {"status": html.status("Restoring the whole image…")}
         for event in self.events(order, picture):
             match event:
                 case Known() as known:
@@ -212,21 +205,22 @@ class Runner:
                     if not reused:
                         self.calibration.learn_analysis(known.pixels, sum(known.analysis.seconds.values()))
                         view["status"] = html.status("Drawing the texture priors…")
-                    yield Update(view)
-                    yield Update({"priors": export.save_preview(known.priors, "priors")})
+                    yield view
+                    yield {"priors": export.save_preview(known.priors, "priors")}
                     sampling = time.perf_counter()
                 case Progress() | Baseline(Progress()):
                     uniform = isinstance(event, Baseline)
                     step = event.event if uniform else event
                     calls[step.group] += 1
                     left = (time.perf_counter() - sampling) / step.done * (step.total - step.done)
-                    yield Update({"status": html.status(html.step(step, left, uniform), step.done, step.total)})
+                    yield {"status": html.status(html.step(step, left, uniform), step.done, step.total)}
                 case Partial():
                     pictures += 1
                     path = export.save_preview(to_pil(event.picture), "partial")
                     report = {"plan": asdict(order.plan), "seed": order.seed}
                     shown = Shown(order, event.sampled.start, event.sampled.steps, path, report)
-                    yield Update({"final": path, "stale": html.unfinished(shown.refined, len(shown.start))}, shown)
+                    stale = html.unfinished(shown.refined, len(shown.start))
+                    yield {"shown": shown, "final": path, "stale": stale}
                 case Result() as result:
                     path = export.save_final(result, order.source)
                     shown = Shown(order, result.sampled.start, result.sampled.steps, path, result.report())
@@ -235,7 +229,8 @@ class Runner:
                         f"Done in {time.perf_counter() - began:.1f} s with {html.describe(order.plan, order.seed)}. "
                         f"{int(result.rendered.sum())} of {len(result.rendered)} patches were rendered anew."
                     )
-                    view = {
+                    yield {
+                        "shown": shown,
                         "final": path,
                         "timing": html.timing(result, reused),
                         "status": html.status(" ".join([done, *result.picture.notes])),
@@ -243,14 +238,15 @@ class Runner:
                         "baseline": "",
                         "difference": gr.update(value=None, visible=False),
                     }
-                    yield Update(view, shown)
                     sampling = time.perf_counter()  # of the baseline
                     calls.clear()
                 case Baseline(Result() as uniform):
                     self._learn(known, uniform, calls, pictures=1)
-                    status = html.status(f"{done} The baseline is done too.")
-                    view = {**self._baseline(order, result, uniform), "status": status}
-                    yield Update(view, replace(shown, uniform=export.save_final(uniform, order.source, "uniform")))
+                    yield {
+                        "shown": replace(shown, uniform=export.save_final(uniform, order.source, "uniform")),
+                        "status": html.status(f"{done} The baseline is done too."),
+                        **self._baseline(order, result, uniform),
+                    }
 
     def _baseline(self, order: Order, result: Result, uniform: Result) -> View:
         """What uniform sampling costs more and how it looks different."""
