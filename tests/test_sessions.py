@@ -78,7 +78,7 @@ def test_every_visitor_begins_with_the_example_that_was_run_at_start_up(runner, 
         assert f"Run renders {anew} of 9" in runner.tuner.regrouped(other)["cost"]
     # Another image leaves it behind, and it stays for the next visitor.
     assert runner.new_image(replace(now, image={"path": "another"}))["final"] is None and not now.page.opened
-    runner.cache._known.clear()
+    runner.cache._known._values.clear()
     assert runner.cache.get(image["path"]) is known
 
 
@@ -86,9 +86,9 @@ def test_the_cache_of_refined_patches_is_bounded(tiny_pipeline, picture, plan):
     *_, result = tiny_pipeline.refine(tiny_pipeline.analyze(picture), plan)
     cache = SessionCache(kept_bytes=2 * result.sampled.patches.nbytes)
     for session in "abc":
-        cache.keep(session, "image", sampled=result.sampled)
-        cache.rendered("a", "image")  # in use, so "b" is the one that goes
-    assert [cache.rendered(session, "image").sampled is not None for session in "abc"] == [True, False, True]
+        cache.keep(session, "image", result.sampled)
+        cache.sampled("a", "image")  # in use, so "b" is the one that goes
+    assert [cache.sampled(session, "image") is not None for session in "abc"] == [True, False, True]
 
 
 def test_inspected_patches_are_not_kept(runner, image, dials):

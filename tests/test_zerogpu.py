@@ -29,12 +29,10 @@ from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.networks import (
     MOST_SECONDS,
     START_SECONDS,
-    Baseline,
     Calibration,
     Call,
     Networks,
     Order,
-    Rendered,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -52,15 +50,15 @@ def test_every_argument_and_event_of_a_run_pickles(networks, picture):
         arguments = pickle.loads(pickle.dumps(arguments))
         return [pickle.loads(pickle.dumps(event)) for event in networks.here(*arguments)]
 
-    order = Order("", PLAN, 7, {0: 0, 1: 1}, uniform=True)
+    order = Order("", PLAN, 7, {0: 0, 1: 1})
     analysis, *events = there(order, picture)
     assert isinstance(analysis, Analysis) and analysis.priors.values is None
-    assert {type(event) for event in events} == {Progress, Partial, Result, Baseline}
-    result, uniform = (event for event in (getattr(e, "event", e) for e in events) if isinstance(event, Result))
-    *_, plain = networks.here(replace(order, uniform=False), picture)
+    assert {type(event) for event in events} == {Progress, Partial, Result}
+    result = events[-1]
+    *_, plain = networks.here(order, picture)
     assert torch.equal(result.picture.rgb, plain.picture.rgb) and json.dumps(result.report())
     # The second run, of what the first one left.
-    again, _ = there(order, analysis.restored(), Rendered(result.sampled, uniform.sampled))
+    (again,) = there(order, analysis.restored(), result.sampled)
     assert torch.equal(again.picture.rgb, result.picture.rgb) and not again.rendered.any()
 
 
@@ -87,16 +85,16 @@ def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, pict
     networks._calibration.learn([Call(1, 10, 1.0), Call(1, 20, 2.0)], 1000, 0.02, 2)  # 0.1 s a patch, 10 µs a pixel
     analysis = tiny_pipeline.analyze(picture)
     known, pixels = analysis.restored(), 16 * 64 * 80
-    rest = 2 * pixels * 1e-5  # for each picture: one of every group that is sampled, and one of the baseline
+    rest = 2 * pixels * 1e-5  # for each picture: one of every group that is sampled
     order = Order("", PLAN, 7, {index: 2 for index in range(4)} | {index: 0 for index in range(4, 9)})
     assert networks.seconds(order, known) == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * (4 * 3 + 5), abs=1)
     *_, result = tiny_pipeline.refine(known, PLAN, 7, by_hand=order.by_hand)
     longer = replace(order, plan=replace(PLAN, steps=(1, 2, 20)))
-    assert networks.seconds(order, known, Rendered(result.sampled)) == pytest.approx(START_SECONDS + rest, abs=1)
-    more = networks.seconds(longer, known, Rendered(result.sampled))
+    assert networks.seconds(order, known, result.sampled) == pytest.approx(START_SECONDS + rest, abs=1)
+    more = networks.seconds(longer, known, result.sampled)
     assert more == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 4 * 20, abs=1)
-    both = networks.seconds(replace(order, uniform=True), known, Rendered(result.sampled))
-    assert both == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * 9 * 20, abs=1)
+    uniform = networks.seconds(replace(order, plan=SamplingPlan.uniform(), live=False), known, result.sampled)
+    assert uniform == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 9 * 20, abs=1)
 
 
 def test_seconds_count_calls_of_the_network_and_a_picture_for_every_group(networks, picture, tiny_pipeline):
@@ -208,7 +206,6 @@ from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.networks import Order
-from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.page import build_page
 from patchscaler.ui.run import Runner
 
@@ -221,7 +218,7 @@ print({str(parameter.device) for parameter in on_cuda.transformer.parameters()},
 
 runner = Runner(load_pipeline(weights, device="cpu", dtype=torch.float32))
 client.startup_report()
-order = Order(image, SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3)), 7, {0: 0, 1: 1}, uniform=True)
+order = Order(image, SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3)), 7, {0: 0, 1: 1})
 for run in range(2):
     events = list(runner.events(order))
     print(" ".join(dict.fromkeys(type(event).__name__ for event in events)))
@@ -275,7 +272,7 @@ def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
     assert run.returncode == 0, run.stderr
     said = [line for line in run.stdout.splitlines() if "DEBUG" not in line]
     assert said[0] == "{'cuda:0'} True True"
-    assert said[1:] == ["Known Progress Partial Result Baseline", "Known Result Baseline"]
+    assert said[1:] == ["Known Progress Partial Result", "Known Result"]
     tasks = [parse_qs(request.query) for request in requests if request.path == "/schedule"]
     assert len(tasks) == 3 and len({task["taskId"][0] for task in tasks}) == 1
     assert all(START_SECONDS <= int(task["durationSeconds"][0]) <= MOST_SECONDS for task in tasks)

@@ -45,11 +45,12 @@ def status(text: str, done: float = 0, total: int = 0) -> str:
     return f"<p>{escape(text)}</p>{bar}"
 
 
-def step(progress: Progress, left: float, uniform: bool = False) -> str:
-    """What a progress event says, for the status line; `left` is in seconds."""
+def step(progress: Progress, spent: float, uniform: bool = False) -> str:
+    """The status line at a step of sampling, which has taken so many seconds so far."""
     group = "Uniform baseline" if uniform else GROUPS[progress.group].capitalize()
-    done = f"step {progress.step} of {progress.steps}, {_patches(progress.patches)}"
-    return f"{group}: {done}, about {left:.0f} s left"
+    left = spent / progress.done * (progress.total - progress.done)
+    text = f"{group}: step {progress.step} of {progress.steps}, {_patches(progress.patches)}, about {left:.0f} s left"
+    return status(text, progress.done, progress.total)
 
 
 def legend(counts: Sequence[int] = ()) -> str:

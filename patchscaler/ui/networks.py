@@ -21,7 +21,7 @@ from patchscaler.models import decode_latents
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign, times_and_steps
-from patchscaler.results import Analysis, Progress, Restored, Result, Sampled
+from patchscaler.results import Analysis, Restored, Sampled
 from patchscaler.ui.html import explained
 
 REMEMBERED = 8  # runs; the machine's load changes, so old ones are forgotten
@@ -38,29 +38,9 @@ class Order:
     by_hand: dict[int, int]  # patch -> group
     color_fix: bool = True
     batch_size: int | None = None  # what suits the device
-    uniform: bool = False  # also render the baseline
     live: bool = True  # for the page: take over what the visitor has, and give the picture after every group
     refine: bool = True  # or end with the analysis
     session: str | None = None  # the visitor's
-
-
-@dataclass(frozen=True, eq=False)
-class Rendered:
-    """A visitor's latest refined patches of an image, of which the visitor's next run samples only what changed."""
-
-    sampled: Sampled | None = None  # of the plan, finished or stopped
-    uniform: Sampled | None = None  # of the uniform baseline
-
-    @property
-    def bytes(self) -> int:
-        return sum(each.patches.nbytes for each in (self.sampled, self.uniform) if each)
-
-
-@dataclass(frozen=True, eq=False)
-class Baseline:
-    """An event of the uniform baseline's run, which follows the plan's."""
-
-    event: Progress | Result
 
 
 class Call(NamedTuple):
@@ -117,7 +97,8 @@ class Calibration:
         anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
         groups = assignment[anew].bincount(minlength=len(GROUPS)).tolist()
         calls = sum(n * -(-count // batch_size) for n, count in zip(plan.steps, groups))
-        return Work(sum(groups), int(steps[anew].sum()), calls, max(1, sum(count > 0 for count in groups)))
+        pictures = max(1, sum(count > 0 for count in groups)) if order.live else 1
+        return Work(sum(groups), int(steps[anew].sum()), calls, pictures)
 
     def seconds(self, evaluations: Any, pixels: int, calls: Any = 0, pictures: Any = 1) -> Any:
         """What a run over a known analysis is expected to take, or None before the first run.
@@ -189,57 +170,46 @@ class Networks:
             analysis, decode=lambda index: self.prior_images(analysis.priors.indices[index])
         )
 
-    def here(self, order: Order, known: Picture | Restored, done: Rendered | None = None) -> Iterator[Any]:
+    def here(self, order: Order, known: Picture | Restored, earlier: Sampled | None = None) -> Iterator[Any]:
         """Yield the Analysis of a Picture, its priors without latents, and then the events of the refinement.
 
-        `done` are the visitor's patches of it. Errors are made visible here: ZeroGPU passes on no others.
+        `earlier` are patches of it to take over. Errors are made visible here: ZeroGPU passes on no others.
         """
-        done, pipeline = done or Rendered(), self._pipeline
         with explained():
             if isinstance(known, Picture):
-                known = pipeline.analyze(known, order.batch_size)
+                known = self._pipeline.analyze(known, order.batch_size)
                 # The latents of the priors stay here, and their rows in the memory are sent. From another process so
                 # is no prompt, which is most of the bytes: refinement looks it up again.
                 sent = replace(known, priors=replace(known.priors, values=None))
                 yield replace(sent, prompt=None) if zero_gpu() else sent
-            if not order.refine:
-                return
-            usual = {"seed": order.seed, "batch_size": order.batch_size, "color_fix": order.color_fix}
-            own = {"by_hand": order.by_hand, "earlier": done.sampled, "partial": order.live}
-            for event in pipeline.refine(known, order.plan, **usual, **own):
-                yield event
-            if order.uniform:
-                earlier = done.uniform if done.uniform and done.uniform.seed == order.seed else event.sampled
-                for event in pipeline.refine(known, SamplingPlan.uniform(), **usual, earlier=earlier):
-                    yield Baseline(event)
+            if order.refine:
+                settings = order.plan, order.seed, order.batch_size, order.color_fix, order.by_hand
+                yield from self._pipeline.refine(known, *settings, earlier, partial=order.live)
 
-    def seconds(self, order: Order, known: Picture | Restored, done: Rendered | None = None) -> int:
+    def seconds(self, order: Order, known: Picture | Restored, earlier: Sampled | None = None) -> int:
         """For how long `here` with these arguments may need the device, from what runs on it took before.
 
         The patches of a Picture are not grouped yet: they count as hard ones, which cost most, and a picture is
         counted for every group.
         """
-        done = done or Rendered()
         picture = known if isinstance(known, Picture) else known.picture
         height, width = SCALE * picture.height, SCALE * picture.width
-        expected = 0.0
+        pixels, expected = height * width, 0.0
         if isinstance(known, Picture):
-            analysis = self._calibration.analysis_seconds(height * width)
-            expected += height * width * PIXEL_SECONDS if analysis is None else analysis
+            analysis = self._calibration.analysis_seconds(pixels)
+            expected += pixels * PIXEL_SECONDS if analysis is None else analysis
             count = len(PatchGrid.covering(height, width, self._pipeline.transformer.config.size))
             groups = torch.full((count,), len(GROUPS) - 1)
         else:
             groups = assign(known.patch_confidence, order.plan, order.by_hand)
-        runs = [(order, done.sampled)] * order.refine
-        runs += [(replace(order, plan=SamplingPlan.uniform(), live=False), done.uniform)] * order.uniform
-        for run, earlier in runs:
-            todo = self._calibration.work(run, groups, earlier)
+        if order.refine:
+            work = self._calibration.work(order, groups, earlier)
             if isinstance(known, Picture):  # any group may turn out to have patches
-                todo = todo._replace(calls=todo.calls + sum(run.plan.steps[:-1]), pictures=len(GROUPS))
-            pictures = todo.pictures if run.live else 1
-            refined = self._calibration.seconds(todo.evaluations, height * width, todo.calls, pictures)
+                pictures = len(GROUPS) if order.live else 1
+                work = work._replace(calls=work.calls + sum(order.plan.steps[:-1]), pictures=pictures)
+            refined = self._calibration.seconds(work.evaluations, pixels, work.calls, work.pictures)
             if refined is None:
-                refined = todo.evaluations * EVALUATION_SECONDS + pictures * height * width * PIXEL_SECONDS
+                refined = work.evaluations * EVALUATION_SECONDS + work.pictures * pixels * PIXEL_SECONDS
             expected += refined
         return min(MOST_SECONDS, math.ceil(START_SECONDS + MARGIN * expected))
 

@@ -16,11 +16,11 @@ from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import SamplingPlan
-from patchscaler.results import Analysis, Partial, Progress, Result
+from patchscaler.results import Analysis, Partial, Progress, Restored, Result
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.html import explain, visible_error
 from patchscaler.ui.jobs import Jobs, Stops
-from patchscaler.ui.networks import Baseline, Calibration, Call, Networks, Order, zero_gpu
+from patchscaler.ui.networks import Calibration, Call, Networks, Order, zero_gpu
 from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown, View, flag_of
 from patchscaler.ui.tune import Tuner
 
@@ -54,14 +54,14 @@ class Runner:
 
         A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
         """
-        order = replace(now.order(), uniform=flag_of("uniform", uniform))
+        order, uniform = now.order(), flag_of("uniform", uniform)
         if not order.source:
             raise visible_error("No image", html.NO_IMAGE)
         with self._runs.of(now.session) as stop:
             now.page.source = order.source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
             shown = None
-            async for view in self._stream(lambda: self._views(order), stop):
+            async for view in self._stream(lambda: self._views(order, uniform=uniform), stop):
                 if "shown" in view:
                     shown = view.pop("shown")
                     if now.page.source == order.source:
@@ -127,32 +127,28 @@ class Runner:
 
     # Jobs: generators for the thread that works. Nothing here is called on the event loop.
 
-    def events(
-        self, order: Order, picture: Picture | None = None
-    ) -> Iterator[Known | Progress | Partial | Result | Baseline]:
-        """What is Known of the image, Progress of each step, Partial pictures, Result; then the baseline's.
+    def events(self, order: Order, picture: Picture | None = None) -> Iterator[Known | Progress | Partial | Result]:
+        """What is Known of the image, Progress of each step, Partial pictures, and last the Result.
 
         `picture` is the order's, where it is decoded already. Else it is decoded here: a bad one is refused before
         any device is asked for.
         """
-        known, rendered = self.cache.get(order.source), None
+        known, earlier = self.cache.get(order.source), None
         if known:
             yield known
             if not order.refine:
                 return
-            start = known.analysis.restored() if zero_gpu() else known.analysis  # there only what is needed is sent
-            rendered = self.cache.rendered(order.session, order.source) if order.live else None
+            start = _start(known)
+            earlier = self.cache.sampled(order.session, order.source) if order.live else None
         else:
             start = read_picture(order.source) if picture is None else picture
-        for event in self.networks.run(order, start, rendered):
+        for event in self.networks.run(order, start, earlier):
             match event:
                 case Analysis():
                     event = Known(event, self.networks.draw_priors)
                     self.cache.put(order.source, event)
                 case Partial() | Result() if order.live:
-                    self.cache.keep(order.session, order.source, sampled=event.sampled)
-                case Baseline(Result() as uniform):
-                    self.cache.keep(order.session, order.source, uniform=uniform.sampled)
+                    self.cache.keep(order.session, order.source, event.sampled)
             yield event
 
     def first_run(self, source: str) -> tuple[View, PageState]:
@@ -191,7 +187,7 @@ class Runner:
                 return
         yield from self._views(replace(order, refine=False), picture)
 
-    def _views(self, order: Order, picture: Picture | None = None) -> Iterator[View]:
+    def _views(self, order: Order, picture: Picture | None = None, uniform: bool = False) -> Iterator[View]:
         """What the page shows of `events`. With each final picture comes `shown`, which is no component."""
         began = time.perf_counter()
         reused = self.cache.get(order.source) is not None
@@ -208,12 +204,9 @@ class Runner:
                     yield view
                     yield {"priors": export.save_preview(known.priors, "priors")}
                     sampling = time.perf_counter()
-                case Progress() | Baseline(Progress()):
-                    uniform = isinstance(event, Baseline)
-                    step = event.event if uniform else event
-                    calls[step.group] += 1
-                    left = (time.perf_counter() - sampling) / step.done * (step.total - step.done)
-                    yield {"status": html.status(html.step(step, left, uniform), step.done, step.total)}
+                case Progress():
+                    calls[event.group] += 1
+                    yield {"status": html.step(event, time.perf_counter() - sampling)}
                 case Partial():
                     pictures += 1
                     path = export.save_preview(to_pil(event.picture), "partial")
@@ -238,26 +231,32 @@ class Runner:
                         "baseline": "",
                         "difference": gr.update(value=None, visible=False),
                     }
-                    sampling = time.perf_counter()  # of the baseline
-                    calls.clear()
-                case Baseline(Result() as uniform):
-                    self._learn(known, uniform, calls, pictures=1)
-                    yield {
-                        "shown": replace(shown, uniform=export.save_final(uniform, order.source, "uniform")),
-                        "status": html.status(f"{done} The baseline is done too."),
-                        **self._baseline(order, result, uniform),
-                    }
+        if uniform:
+            yield from self._baseline(order, known, result, shown, done)
 
-    def _baseline(self, order: Order, result: Result, uniform: Result) -> View:
-        """What uniform sampling costs more and how it looks different."""
+    def _baseline(self, order: Order, known: Known, result: Result, shown: Shown, done: str) -> Iterator[View]:
+        """What the page shows of uniform sampling, after the result: what it costs more and how it looks different."""
+        began, calls = time.perf_counter(), Counter()
+        uniform = replace(order, plan=SamplingPlan.uniform(), by_hand={}, live=False)
+        earlier = self.cache.sampled(order.session, order.source, uniform=True)
+        if earlier is None or earlier.seed != order.seed:
+            earlier = result.sampled
+        for event in self.networks.run(uniform, _start(known), earlier):
+            if isinstance(event, Progress):
+                calls[event.group] += 1
+                yield {"status": html.step(event, time.perf_counter() - began, uniform=True)}
+        self.cache.keep(order.session, order.source, event.sampled, uniform=True)
+        self._learn(known, event, calls, pictures=1)
         costs = []
-        for run in (result, uniform):  # by rates, since either may have taken patches over
+        for run in (result, event):  # by rates, since either may have taken patches over
             work = self.calibration.work(replace(order, plan=run.plan), run.assignment)
             costs.append((work.evaluations, self.calibration.seconds(work.evaluations, 0, work.calls)))
-        image = closeup.difference(result.picture.rgb, uniform.picture.rgb)
-        return {
+        difference = export.save_preview(closeup.difference(result.picture.rgb, event.picture.rgb), "difference")
+        yield {
+            "shown": replace(shown, uniform=export.save_final(event, order.source, "uniform")),
+            "status": html.status(f"{done} The baseline is done too."),
             "baseline": html.baseline(*zip(*costs)),
-            "difference": gr.update(value=export.save_preview(image, "difference"), visible=True),
+            "difference": gr.update(value=difference, visible=True),
         }
 
     def _learn(self, known: Known, result: Result, calls: Counter[int], pictures: int) -> None:
@@ -283,6 +282,11 @@ def emptied(source: str | None) -> View:
         "status": html.status("Press Run." if source else html.NO_IMAGE),
         "run": gr.update(interactive=source is not None),
     }
+
+
+def _start(known: Known) -> Restored:
+    """What refinement is given: to another process only what it needs is sent."""
+    return known.analysis.restored() if zero_gpu() else known.analysis
 
 
 def _stopped(shown: Shown | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -18,7 +18,7 @@ from patchscaler.figures import grey_preview, qmap_overlay
 from patchscaler.plan import PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Sampled
 from patchscaler.ui.html import SettingsError, visible_error
-from patchscaler.ui.networks import Order, Rendered
+from patchscaler.ui.networks import Order
 
 ByHand = dict[int, int]  # patch -> group
 View = dict[str, Any]  # what the page is to show, by the names of its components
@@ -253,53 +253,60 @@ class Known:
         return qmap_overlay(self.analysis.coarse, self.analysis.grid, assignment, by_hand, self.grey)
 
 
-class SessionCache:
-    """What need not be computed again: analyses by file for everybody, and refined patches by visitor and file.
+class Recent:
+    """Values by key. The least recently used go when all together are above the limit; the newest always stays."""
 
-    Uploads and examples lie under names made from their content, so the file's path is the key. The least recently
-    used go first.
+    def __init__(self, limit: int, size: Callable[[Any], int]) -> None:
+        self._limit, self._size = limit, size
+        self._values: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > 1 and sum(map(self._size, self._values.values())) > self._limit:
+                self._values.popitem(last=False)
+
+
+class SessionCache:
+    """What need not be computed again: what is Known, by file and for everybody, and a visitor's refined patches.
+
+    Uploads and examples lie under names made from their content, so the file's path is the key.
     """
 
     def __init__(self, kept_pixels: int = KEPT_PIXELS, kept_bytes: int = KEPT_BYTES) -> None:
-        self._kept_pixels, self._kept_bytes = kept_pixels, kept_bytes
-        self._known: OrderedDict[str, Known] = OrderedDict()
-        self._rendered: OrderedDict[tuple[str | None, str], Rendered] = OrderedDict()
-        self._opening: dict[str, tuple[Known, Rendered]] = {}
-        self._lock = Lock()
+        self._known = Recent(kept_pixels, lambda known: known.pixels)
+        self._sampled = Recent(kept_bytes, lambda sampled: sampled.patches.nbytes)
+        self._opening: dict[str | None, tuple[Known, Sampled]] = {}
 
     def get(self, source: str | None) -> Known | None:
-        with self._lock:
-            if source in self._known:
-                self._known.move_to_end(source)
-            known, _ = self._opening.get(source, (None, None))
-            return self._known.get(source, known)
+        return self._known.get(source) or self._opening.get(source, (None, None))[0]
 
     def put(self, source: str, known: Known) -> None:
-        with self._lock:
-            self._known[source] = known
-            while len(self._known) > 1 and sum(each.pixels for each in self._known.values()) > self._kept_pixels:
-                self._known.popitem(last=False)
+        self._known.put(source, known)
 
-    def rendered(self, session: str | None, source: str | None) -> Rendered:
-        """What a visitor has had rendered of an image; of the one that the page opens with, what the server has."""
-        with self._lock:
-            if (session, source) in self._rendered:
-                self._rendered.move_to_end((session, source))
-                return self._rendered[session, source]
-            _, rendered = self._opening.get(source, (None, Rendered()))
-            return rendered
+    def sampled(self, session: str | None, source: str | None, uniform: bool = False) -> Sampled | None:
+        """A visitor's latest refined patches of an image, or those of its uniform baseline: a run samples what changed.
 
-    def keep(self, session: str | None, source: str, **sampled: Sampled) -> None:
-        """Keep a visitor's patches: `sampled`, `uniform`, or both."""
-        rendered = replace(self.rendered(session, source), **sampled)
-        with self._lock:
-            self._rendered[session, source] = rendered
-            while len(self._rendered) > 1 and sum(each.bytes for each in self._rendered.values()) > self._kept_bytes:
-                self._rendered.popitem(last=False)
+        For those who have none of the image that the page opens with, what the server has.
+        """
+        opening = None if uniform else self._opening.get(source, (None, None))[1]
+        return self._sampled.get((session, source, uniform)) or opening
+
+    def keep(self, session: str | None, source: str, sampled: Sampled, uniform: bool = False) -> None:
+        """Keep a visitor's refined patches of an image."""
+        self._sampled.put((session, source, uniform), sampled)
 
     def open_with(self, source: str) -> None:
         """Have every visitor begin with this image as it is now, which is kept for as long as the server runs."""
-        self._opening = {source: (self.get(source), self.rendered(None, source))}
+        self._opening = {source: (self.get(source), self.sampled(None, source))}
 
 
 _one_at_a_time = Lock()

@@ -74,7 +74,7 @@ class Tuner:
         assignment = assign(analysis.patch_confidence, plan, order.by_hand)
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
         height, width = analysis.coarse.shape[-2:]
-        earlier = self.cache.rendered(order.session, order.source).sampled
+        earlier = self.cache.sampled(order.session, order.source)
         work = self.calibration.work(order, assignment, earlier)
         expected = self.calibration.seconds(work.evaluations, known.pixels, work.calls, work.pictures)
         return {
