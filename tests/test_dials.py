@@ -77,7 +77,7 @@ def test_the_budget_is_kept_and_nearly_spent():
         return (counts.new_tensor(plan.steps)[:, None, None] * counts).sum(0)
 
     def within(budget, by_hand=None):
-        return thresholds_within(confidence, plan, cost, budget, by_hand)
+        return thresholds_within(confidence, plan, cost, budget, by_hand or {})
 
     for budget in (500, 700, 1000, 1190):
         gammas = within(budget)
@@ -91,4 +91,4 @@ def test_the_budget_is_kept_and_nearly_spent():
     assert within(now) == (plan.gamma1, plan.gamma2)
     everything_hard = within(20, dict.fromkeys(range(59), 2))
     assert everything_hard[0] <= 0.01 or confidence[59] > everything_hard[0]
-    assert thresholds_within(confidence, plan, lambda counts: None, 20) is None
+    assert thresholds_within(confidence, plan, lambda counts: None, 20, {}) is None

@@ -188,7 +188,7 @@ def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
 
 
 def test_small_jobs_cannot_pile_up_without_end(service, image, monkeypatch):
-    """Jobs that do not pass through the queue."""
+    """As they could without Gradio's queue."""
     monkeypatch.setattr(jobs_module, "WAITING", 2)
     with held(service):
         for number in range(3):

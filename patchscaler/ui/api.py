@@ -104,15 +104,13 @@ class Endpoints:
                 raise SettingsError("either analysis or confidence is needed, and not both")
             if analysis is None:
                 return None, _grouped(plan, _assign(_confidences(confidence), plan, by_hand), by_hand)
-            return self._regroup(_path("analysis", analysis), plan, by_hand)
-
-    @whole_pictures()
-    def _regroup(self, path: str, plan: SamplingPlan, by_hand: ByHand) -> tuple[dict, dict]:
-        loaded = read_analysis(path, self._runner.pipeline, self._weights)
-        assignment = _assign(loaded.patch_confidence, plan, by_hand)
-        size = empty(3, SCALE * loaded.picture.height, SCALE * loaded.picture.width, device="meta")
-        overlay = qmap_overlay(size, loaded.grid, assignment, by_hand=by_hand, grey=loaded.grey)
-        return _drawn(overlay, _name(path)), _grouped(plan, assignment, by_hand)
+            path = _path("analysis", analysis)
+            with whole_pictures():
+                loaded = read_analysis(path, self._runner.pipeline, self._weights)
+                assignment = _assign(loaded.patch_confidence, plan, by_hand)
+                coarse = empty(3, SCALE * loaded.picture.height, SCALE * loaded.picture.width, device="meta")
+                overlay = qmap_overlay(coarse, loaded.grid, assignment, by_hand, loaded.grey)
+                return _drawn(overlay, _name(path)), _grouped(plan, assignment, by_hand)
 
     async def refine(
         self,

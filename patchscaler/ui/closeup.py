@@ -19,7 +19,8 @@ from patchscaler.ui.export import save_preview
 from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, choice_of, whole_pictures
 
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
-ZOOMS = ("100 %", "200 %", "400 %")
+ZOOMS = {"100 %": 1, "200 %": 2, "400 %": 4}
+LEFT, RIGHT, ZOOM = "Bicubic input", "Final", "200 %"  # on a new page
 WINDOW = 480  # side of the zoomed crop on the page, in pixels
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -36,17 +37,14 @@ class Closeups:
     @whole_pictures()
     def compared(self, now: Settings, left: str, right: str) -> View:
         """Two whole pictures for the slider."""
-        sides = choice_of("left", left, SIDES), choice_of("right", right, SIDES)
         known = self.cache.get(now.source)
-        return {"compare": pair(known, now.page.shown, sides) if known else None}
+        return {"compare": pair(known, now.page.shown, (left, right)) if known else None}
 
     @whole_pictures()
     def zoomed(self, now: Settings, left: str, right: str, zoom: str) -> View:
         """The same crop of both."""
-        sides = choice_of("left", left, SIDES), choice_of("right", right, SIDES)
-        zoom = choice_of("zoom", zoom, ZOOMS)
         known = self.cache.get(now.source)
-        return {"zoom": zoomed(known, now.page.shown, sides, zoom, now.page.center) if known else None}
+        return {"zoom": zoomed(known, now.page.shown, (left, right), zoom, now.page.center) if known else None}
 
     def centered(self, now: Settings, at: tuple[float, float]) -> None:
         """The place of a click on a panel that shows the picture in its full size."""
@@ -84,7 +82,7 @@ def zoomed(
 ) -> tuple[Path, Path] | None:
     """The same crop of two sides around a pixel, the middle unless given, magnified without smoothing."""
     height, width = known.analysis.coarse.shape[-2:]
-    factor = int(zoom.split()[0]) // 100
+    factor = ZOOMS[choice_of("zoom", zoom, ZOOMS)]
     x, y = center or (width / 2, height / 2)
     (left, right), (top, bottom) = window(x, width, WINDOW // factor), window(y, height, WINDOW // factor)
     crops = [side(known, shown, name, (left, top, right, bottom)) for name in sides]
@@ -102,6 +100,7 @@ def window(center: float, length: int, side: int) -> tuple[int, int]:
 
 def side(known: Known, shown: Shown | None, name: str, box: Box | None = None) -> Image.Image | None:
     """One of SIDES, or a part of it; None if there is no such picture of this image yet."""
+    choice_of("side", name, SIDES)
     if name in ("Bicubic input", "Coarse"):
         image = known.analysis.bicubic if name == "Bicubic input" else known.analysis.coarse
         if box:

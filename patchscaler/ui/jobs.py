@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 _END = object()
 POLL_SECONDS = 0.2  # how soon a reader sees that it was stopped
 RUN_SECONDS = 900  # unless PATCHSCALER_MAX_RUN_SECONDS says something else
-WAITING = 64  # jobs; more than Gradio's queue lets through, since small jobs do not pass through that
+WAITING = 64  # jobs; more than Gradio's queue lets through, which forgets those that were cancelled
 STUCK_SECONDS = 60  # past its deadline, until a job counts as one that nothing but a restart will end
 
 

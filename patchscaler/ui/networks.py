@@ -178,8 +178,8 @@ class Networks:
         with explained():
             if isinstance(known, Picture):
                 known = self._pipeline.analyze(known, order.batch_size)
-                # The latents of the priors stay here, and their rows in the memory are sent. From another process so
-                # is no prompt, which is most of the bytes: refinement looks it up again.
+                # The priors are sent as rows of the memory, without their latents. From another process the prompt,
+                # which is most of the bytes, is not sent either: refinement looks it up again.
                 sent = replace(known, priors=replace(known.priors, values=None))
                 yield replace(sent, prompt=None) if zero_gpu() else sent
             if order.refine:

@@ -139,9 +139,9 @@ def _closeups(view: View) -> None:
     """The before/after slider and its magnified crop."""
     gr.HTML("<h2>Before and after</h2>")
     with gr.Row(elem_id="sides"):
-        gr.Dropdown(list(closeup.SIDES), value="Bicubic input", label="Left", elem_id="left")
-        gr.Dropdown(list(closeup.SIDES), value="Final", label="Right", elem_id="right")
-        gr.Radio(list(closeup.ZOOMS), value="200 %", label="Zoom", elem_id="factor")
+        gr.Dropdown(list(closeup.SIDES), value=closeup.LEFT, label="Left", elem_id="left")
+        gr.Dropdown(list(closeup.SIDES), value=closeup.RIGHT, label="Right", elem_id="right")
+        gr.Radio(list(closeup.ZOOMS), value=closeup.ZOOM, label="Zoom", elem_id="factor")
     with gr.Row(elem_id="closeups"):
         for name, label in (("compare", "Before and after"), ("zoom", "Zoom: click a panel above to move it")):
             gr.ImageSlider(

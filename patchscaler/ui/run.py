@@ -164,12 +164,12 @@ class Runner:
             view |= update
         self.cache.open_with(source)
         known, shown = self.cache.get(source), view.pop("shown")
-        sides = closeup.SIDES[0], closeup.SIDES[2]
+        sides = closeup.LEFT, closeup.RIGHT
         center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
         view |= {
             **self.tuner.grouped(known, order),
             "compare": closeup.pair(known, shown, sides),
-            "zoom": closeup.zoomed(known, shown, sides, closeup.ZOOMS[1], center),
+            "zoom": closeup.zoomed(known, shown, sides, closeup.ZOOM, center),
             "note": "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>",
         }
         return view, PageState(source, shown, center=center, opened=True)

@@ -207,7 +207,7 @@ def batch_of(value: Any) -> int | None:
     return int(value)
 
 
-def choice_of(name: str, value: Any, choices: Sequence[str]) -> str:
+def choice_of(name: str, value: Any, choices: Collection[str]) -> str:
     """One of the choices. Raises SettingsError."""
     if not isinstance(value, str) or value not in choices:
         raise SettingsError(f"{name}={str(value)[:80]!r} is none of {', '.join(choices)}")

@@ -21,6 +21,7 @@ from patchscaler.ui.state import (
     DIALS,
     GAMMA_STEP,
     INSPECT,
+    ByHand,
     Known,
     SessionCache,
     Settings,
@@ -34,6 +35,7 @@ from patchscaler.ui.state import (
     whole_pictures,
 )
 
+MODES = (INSPECT, *GROUPS)
 MAX_STROKE = 1000  # points of a stroke that are looked at
 MOST = 0.95  # share of the evaluations that fit, which is enough if thresholds nearer to the present ones have it
 
@@ -53,10 +55,9 @@ class Tuner:
 
     def preset_chosen(self, now: Settings, preset: str) -> View:
         """Set the dials to the preset's plan; `custom` leaves them where they are."""
-        preset = choice_of("preset", preset, (*PRESETS, CUSTOM))
-        if preset == CUSTOM:
+        if choice_of("preset", preset, (*PRESETS, CUSTOM)) == CUSTOM:
             return self.regrouped(now)
-        return {**self._set(now, dials_of(PRESETS[preset])), "preset": preset}
+        return self._set(now, dials_of(PRESETS[preset]))
 
     def regrouped(self, now: Settings) -> View:
         """Bring groups, cost and the stale mark up to the settings."""
@@ -102,7 +103,7 @@ class Tuner:
 
     def clicked(self, now: Settings, at: tuple[float, float], mode: str) -> View:
         """A click on the Qmap: look at the patch there, or first put it into the group that `mode` names."""
-        choice_of("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, MODES)
         known = self.cache.get(now.source)
         if known is None:
             return {}
@@ -111,7 +112,7 @@ class Tuner:
 
     def numbered(self, now: Settings, index: Any, mode: str) -> View:
         """The same for a patch by its number, for those who do not click."""
-        choice_of("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, MODES)
         known = self.cache.get(now.source)
         if known is None or not isinstance(index, (int, float)) or not 0 <= index < len(known.analysis.grid):
             return {}
@@ -123,7 +124,7 @@ class Tuner:
 
         The page sends a stroke again and again as it grows, so a lost event loses nothing.
         """
-        choice_of("mode", mode, (INSPECT, *GROUPS))
+        choice_of("mode", mode, MODES)
         known = self.cache.get(now.source)
         points = _points(stroke)
         if known is None or mode == INSPECT or not points:
@@ -208,7 +209,7 @@ def thresholds_within(
     plan: SamplingPlan,
     cost: Callable[[Tensor], Tensor | None],
     budget: float,
-    by_hand: dict[int, int] | None = None,
+    by_hand: ByHand,
 ) -> tuple[float, float] | None:
     """γ₁ and γ₂ under which a run of all patches costs at most `budget`.
 
@@ -216,7 +217,6 @@ def thresholds_within(
     plan's. If no thresholds are cheap enough, the cheapest. `confidence` N; `cost` turns the patches in each
     group, 3x..., into costs ...; None if it does.
     """
-    by_hand = by_hand or {}
     free = torch.ones(len(confidence), dtype=torch.bool)
     free[list(by_hand)] = False
     fixed = torch.tensor([list(by_hand.values()).count(group) for group in range(3)])
