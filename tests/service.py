@@ -77,9 +77,9 @@ def serving(pipeline: PatchScalerPipeline, uploads: Path) -> Iterator[Service]:
 class Service:
     """One page on a port of 127.0.0.1, in this process."""
 
-    def __init__(self, pipeline: PatchScalerPipeline, seconds: float | None = None) -> None:
+    def __init__(self, pipeline: PatchScalerPipeline) -> None:
         self.watch = Watch(pipeline)
-        self.jobs = Jobs(seconds)
+        self.jobs = Jobs()
         self.page = build_page(self.watch, self.jobs)
         settings = launch_settings(self.jobs)
         _, self.address, _ = self.page.launch(prevent_thread_lock=True, quiet=True, **settings)

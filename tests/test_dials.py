@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from patchscaler.plan import PRESETS, SamplingPlan, assign
-from patchscaler.ui.networks import Calibration, Call
+from patchscaler.ui.networks import Calibration, Call, Work
 from patchscaler.ui.state import MAX_SEED, RANGES, dials_of, hold_order, in_range, plan_of, preset_of, seed_of
 from patchscaler.ui.tune import thresholds_within
 
@@ -46,17 +46,17 @@ def test_a_seed_may_come_as_a_whole_float():
 
 def test_expected_seconds_are_those_of_calls_patches_and_pixels():
     calibration = Calibration()
-    assert calibration.seconds(10, 100) is None and calibration.analysis_seconds(100) is None
+    assert calibration.seconds(Work(10), 100) is None and calibration.analysis_seconds(100) is None
     # A call takes 0.5 s and 0.25 s more for each of its patches; a pixel of a picture, 1 ms.
     groups = [Call(8, 8 * count, 8 * (0.5 + 0.25 * count)) for count in (2, 20, 40)]
     calibration.learn([*groups, Call(0, 0, 0.0)], 1000, 3.0, pictures=3)
     calibration.learn_analysis(1000, 2.0)
-    assert calibration.seconds(100, 5000, calls=10, pictures=3) == pytest.approx(10 * 0.5 + 100 * 0.25 + 15)
+    assert calibration.seconds(Work(100, calls=10, pictures=3), 5000) == pytest.approx(10 * 0.5 + 100 * 0.25 + 15)
     assert calibration.analysis_seconds(500) == 1.0
     # A run that sampled nothing tells about the rest only: the last picture takes more than the others.
     calibration.learn([], 1000, 1.75)
-    assert calibration.seconds(0, 1000) == pytest.approx(1.75)
-    assert calibration.seconds(0, 2000, pictures=3) == pytest.approx(6.0)
+    assert calibration.seconds(Work(0), 1000) == pytest.approx(1.75)
+    assert calibration.seconds(Work(0, pictures=3), 2000) == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_expected_seconds_are_those_of_calls_patches_and_pixels():
 def test_rates_are_never_negative(groups):
     calibration = Calibration()
     calibration.learn(groups, 100, 0.0)
-    assert min(calibration.seconds(1, 0), calibration.seconds(0, 0, calls=1)) >= 0
-    assert calibration.seconds(160, 0, calls=8) == pytest.approx(groups[-1].seconds, rel=0.75)
+    assert min(calibration.seconds(Work(1), 0), calibration.seconds(Work(0, calls=1), 0)) >= 0
+    assert calibration.seconds(Work(160, calls=8), 0) == pytest.approx(groups[-1].seconds, rel=0.75)
 
 
 def test_the_budget_is_kept_and_nearly_spent():

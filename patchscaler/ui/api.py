@@ -8,7 +8,6 @@ they stand, so annotations are not postponed here, and it takes one line for eac
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +70,7 @@ class Endpoints:
         """  # noqa: E501
         with explained():
             order = Order(_path("image", image), PAPER, 0, {}, live=False, refine=False)
-            return await self._last(lambda: self._runner.events(order), partial(self._analyzed, order))
+            return await self._last(order, self._runner.events, self._analyzed)
 
     def regroup(
         self,
@@ -142,7 +141,7 @@ class Endpoints:
         with explained():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
             order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), color_fix, live=False)
-            return await self._last(lambda: self._refine(order), partial(_result, order))
+            return await self._last(order, self._refined, _result)
 
     async def upscale(
         self,
@@ -172,7 +171,7 @@ class Endpoints:
         with explained():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
             order = Order(_path("image", image), plan, seed, {}, color_fix, live=False)
-            return await self._last(lambda: self._runner.events(order), partial(_result, order))
+            return await self._last(order, self._runner.events, _result)
 
     def _analyzed(self, order: Order, known: Known) -> tuple[dict, dict, dict, dict]:
         analysis, name = known.analysis, _name(order.source)
@@ -192,18 +191,20 @@ class Endpoints:
         }
         return _handed(coarse), _drawn(known.overlay(assignment), name), _handed(file), report
 
-    def _refine(self, order: Order) -> Iterator[Any]:
+    def _refined(self, order: Order) -> Iterator[Any]:
         loaded = read_analysis(order.source, self._runner.pipeline, self._weights)
         _assign(loaded.patch_confidence, order.plan, order.by_hand)
         return self._runner.networks.run(order, loaded.restored())
 
-    async def _last(self, events: Callable[[], Iterator[Any]], returned: Callable[[Any], tuple]) -> tuple:
-        """Go through the events as a job, and return what `returned` makes of the last."""
+    async def _last(
+        self, order: Order, events: Callable[[Order], Iterator[Any]], returned: Callable[[Order, Any], tuple]
+    ) -> tuple:
+        """Go through the order's events as a job, and return what `returned` makes of the last."""
 
         def job() -> Iterator[Any]:
-            for event in events():
+            for event in events(order):
                 yield event
-            yield returned(event)
+            yield returned(order, event)
 
         async for item in self._runner.jobs.stream(job):
             last = item

@@ -15,9 +15,9 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from patchscaler.images import Picture, read_png_text, to_pil, write_png
+from patchscaler.images import Picture, read_png_text, write_png
 from patchscaler.plan import SamplingPlan, assign
-from patchscaler.results import Analysis, Result
+from patchscaler.results import Result
 from patchscaler.ui import html
 from patchscaler.ui.html import visible_error
 from patchscaler.ui.state import (
@@ -34,10 +34,6 @@ from patchscaler.ui.state import (
     seed_of,
     whole_pictures,
 )
-
-
-def coarse_preview(analysis: Analysis) -> Path:
-    return save_preview(to_pil(Picture(analysis.coarse)), "coarse")
 
 
 def save_preview(image: Image.Image, name: str) -> Path:

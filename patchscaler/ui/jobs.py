@@ -37,12 +37,11 @@ class Jobs:
 
     Gradio frees the slot of a cancelled handler at once, while a plain handler's thread would keep running; with one
     thread here, a job that follows a cancelled one waits until that has noticed. `seconds` is the longest that a
-    job may work, PATCHSCALER_MAX_RUN_SECONDS or RUN_SECONDS unless given; waiting for its turn does not count.
+    job may work; waiting for its turn does not count.
     """
 
-    def __init__(self, seconds: float | None = None, threads: int = 1) -> None:
-        given = limit_from_environment("PATCHSCALER_MAX_RUN_SECONDS", RUN_SECONDS)
-        self.seconds = given if seconds is None else seconds
+    def __init__(self, threads: int = 1) -> None:
+        self.seconds = limit_from_environment("PATCHSCALER_MAX_RUN_SECONDS", RUN_SECONDS)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pipeline")
         self._lock = Lock()
         self._waiting = 0

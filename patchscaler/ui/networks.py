@@ -52,12 +52,11 @@ class Call(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a run would do: patches sampled anew, their network evaluations, in how many calls, pictures decoded."""
+    """What a run has to do. Numbers, or tensors for many runs at once."""
 
-    anew: int
-    evaluations: int
-    calls: int
-    pictures: int
+    evaluations: Any  # of the network, counted in patches
+    calls: Any = 0  # of the network, each with a batch of patches
+    pictures: Any = 1  # decoded
 
 
 class Calibration:
@@ -90,25 +89,23 @@ class Calibration:
     def learn_analysis(self, pixels: int, seconds: float) -> None:
         self._analysis.append(seconds / pixels)
 
-    def work(self, order: Order, assignment: Tensor, earlier: Sampled | None = None) -> Work:
-        """What a run of the order has to do after `earlier`, with the patches in these groups."""
+    def work(self, order: Order, assignment: Tensor, earlier: Sampled | None = None) -> tuple[Work, int]:
+        """What a run of the order has to do after `earlier`, with the patches in these groups; how many it samples."""
         plan, seed, batch_size = order.plan, order.seed, order.batch_size or self.at_once
         start, steps = times_and_steps(plan, assignment)
         anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
         groups = assignment[anew].bincount(minlength=len(GROUPS)).tolist()
         calls = sum(n * -(-count // batch_size) for n, count in zip(plan.steps, groups))
         pictures = max(1, sum(count > 0 for count in groups)) if order.live else 1
-        return Work(sum(groups), int(steps[anew].sum()), calls, pictures)
+        return Work(int(steps[anew].sum()), calls, pictures), sum(groups)
 
-    def seconds(self, evaluations: Any, pixels: int, calls: Any = 0, pictures: Any = 1) -> Any:
-        """What a run over a known analysis is expected to take, or None before the first run.
-
-        `pictures`: one for each group that is sampled. Numbers or tensors.
-        """
+    def seconds(self, work: Work, pixels: int) -> Any:
+        """What that is expected to take over a known analysis, or None before the first run."""
         if self._rates is None:
             return None
         each, last = self._rest_rates
-        return calls * self._rates[0] + evaluations * self._rates[1] + pixels * (pictures * each + last)
+        sampling = work.calls * self._rates[0] + work.evaluations * self._rates[1]
+        return sampling + pixels * (work.pictures * each + last)
 
     def analysis_seconds(self, pixels: int) -> float | None:
         """What the analysis of a picture with so many output pixels is expected to take, or None before the first."""
@@ -203,11 +200,11 @@ class Networks:
         else:
             groups = assign(known.patch_confidence, order.plan, order.by_hand)
         if order.refine:
-            work = self._calibration.work(order, groups, earlier)
+            work, _ = self._calibration.work(order, groups, earlier)
             if isinstance(known, Picture):  # any group may turn out to have patches
                 pictures = len(GROUPS) if order.live else 1
                 work = work._replace(calls=work.calls + sum(order.plan.steps[:-1]), pictures=pictures)
-            refined = self._calibration.seconds(work.evaluations, pixels, work.calls, work.pictures)
+            refined = self._calibration.seconds(work, pixels)
             if refined is None:
                 refined = work.evaluations * EVALUATION_SECONDS + work.pictures * pixels * PIXEL_SECONDS
             expected += refined

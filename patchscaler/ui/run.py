@@ -197,7 +197,8 @@ class Runner:
         for event in self.events(order, picture):
             match event:
                 case Known() as known:
-                    view = {"coarse": export.coarse_preview(known.analysis), **self.tuner.grouped(known, order)}
+                    coarse = export.save_preview(to_pil(Picture(known.analysis.coarse)), "coarse")
+                    view = {"coarse": coarse, **self.tuner.grouped(known, order)}
                     if not reused:
                         self.calibration.learn_analysis(known.pixels, sum(known.analysis.seconds.values()))
                         view["status"] = html.status("Drawing the texture priors…")
@@ -249,8 +250,8 @@ class Runner:
         self._learn(known, event, calls, pictures=1)
         costs = []
         for run in (result, event):  # by rates, since either may have taken patches over
-            work = self.calibration.work(replace(order, plan=run.plan), run.assignment)
-            costs.append((work.evaluations, self.calibration.seconds(work.evaluations, 0, work.calls)))
+            work, _ = self.calibration.work(replace(order, plan=run.plan), run.assignment)
+            costs.append((work.evaluations, self.calibration.seconds(work, pixels=0)))
         difference = export.save_preview(closeup.difference(result.picture.rgb, event.picture.rgb), "difference")
         yield {
             "shown": replace(shown, uniform=export.save_final(event, order.source, "uniform")),

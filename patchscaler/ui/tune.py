@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
 from patchscaler.ui import closeup, export, html
-from patchscaler.ui.networks import Calibration, Order
+from patchscaler.ui.networks import Calibration, Order, Work
 from patchscaler.ui.state import (
     CUSTOM,
     DIALS,
@@ -76,12 +76,12 @@ class Tuner:
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
         height, width = analysis.coarse.shape[-2:]
         earlier = self.cache.sampled(order.session, order.source)
-        work = self.calibration.work(order, assignment, earlier)
-        expected = self.calibration.seconds(work.evaluations, known.pixels, work.calls, work.pictures)
+        work, anew = self.calibration.work(order, assignment, earlier)
+        expected = self.calibration.seconds(work, known.pixels)
         return {
             "qmap": export.save_preview(known.overlay(assignment, order.by_hand), "qmap"),
             "legend": html.legend(counts),
-            "cost": html.cost(plan, counts, width, height, work.anew, work.evaluations, expected),
+            "cost": html.cost(plan, counts, width, height, anew, work.evaluations, expected),
             "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
         }
 
@@ -185,7 +185,7 @@ class Tuner:
         """
         steps = counts.new_tensor(now.plan.steps).view(-1, *[1] * (counts.dim() - 1))
         calls = steps * -(-counts // (now.batch_size or self.calibration.at_once))
-        return self.calibration.seconds((steps * counts).sum(0), known.pixels, calls.sum(0), len(GROUPS))
+        return self.calibration.seconds(Work((steps * counts).sum(0), calls.sum(0), len(GROUPS)), known.pixels)
 
 
 def stale(known: Known, now: Settings) -> str:
