@@ -24,6 +24,7 @@ from patchscaler.pipeline import SCALE
 from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.results import Result
 from patchscaler.ui.analysis_file import fingerprint, read_analysis, write_analysis
+from patchscaler.ui.events import HEAVY
 from patchscaler.ui.export import new_folder, save_final, stem
 from patchscaler.ui.html import SettingsError, explained
 from patchscaler.ui.networks import Order
@@ -47,14 +48,13 @@ class Endpoints:
         self._runner = runner
         self._weights = fingerprint(runner.pipeline)
 
-    def publish(self, page: gr.Blocks, waiting: int) -> None:
-        """Add the endpoints to a page that is being built; `waiting` runs may wait together with the page's."""
-        heavy = {"concurrency_id": "pipeline", "concurrency_limit": waiting}
-        _publish(page, self.analyze, **heavy)
+    def publish(self, page: gr.Blocks) -> None:
+        """Add the endpoints to a page that is being built."""
+        _publish(page, self.analyze, **HEAVY)
         # Outside the queue, but for MCP: Gradio gives its tools' files to such endpoints without asking the doorkeeper.
         _publish(page, self.regroup, queue=mcp_wanted())
-        _publish(page, self.refine, **heavy)
-        _publish(page, self.upscale, **heavy)
+        _publish(page, self.refine, **HEAVY)
+        _publish(page, self.upscale, **HEAVY)
 
     async def analyze(self, image: FileData) -> tuple[FileData, FileData, FileData, dict]:
         """Restore an image coarsely at four times its size, and estimate for each patch how sure that restoration is. Once done for an image, regroup tries plans on the result at no cost, and refine renders them.

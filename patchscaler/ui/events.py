@@ -41,11 +41,12 @@ LIVE: dict[str, Any] = {
     "show_progress": "hidden",
     "api_visibility": "private",
 }
+# Runs of the page and calls of the API wait together.
+HEAVY: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": WAITING}
 QUEUED: dict[str, Any] = {
+    **HEAVY,
     "preprocess": False,
     "show_progress": "hidden",  # the status line tells more, and the panel shows what is finished
-    "concurrency_id": "pipeline",
-    "concurrency_limit": WAITING,
     "api_visibility": "private",
 }
 

@@ -282,5 +282,5 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipe
         gr.Textbox(visible="hidden", show_label=False, elem_id="query")
         components = {block.elem_id: block for block in blocks.blocks.values() if block.elem_id}
         events.connect(blocks, {**components, "state": gr.State(state)}, runner)
-        Endpoints(runner).publish(blocks, events.WAITING)
+        Endpoints(runner).publish(blocks)
     return blocks.queue(max_size=events.WAITING, api_open=False, default_concurrency_limit=1)
