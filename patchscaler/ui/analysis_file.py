@@ -119,7 +119,7 @@ def read_analysis(path: str | Path, pipeline: PatchScalerPipeline, weights: str)
         grid=grid,
         patch_confidence=tensors["patch_confidence"],
         grey=Image.fromarray(tensors["grey"].numpy()).convert("RGB"),
-        seconds={stage: facts.seconds[stage] for stage in STAGES},
+        seconds=facts.seconds,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,7 @@ class Batch:
                 order, name = replace(same, source=file["path"]), Path(file.get("orig_name") or file["path"]).name
                 said = f"Image {place + 1} of {len(files)}, {name}"
                 try:
-                    async for event in self._runner.jobs.stream(lambda: self._upscaled(order, name), stop):  # noqa: B023
+                    async for event in self._runner.jobs.stream(partial(self._upscaled, order, name), stop):
                         if isinstance(event, Outcome):
                             outcomes.append(event)
                         elif isinstance(event, Progress):
