@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
         for place in (*args.inputs, args.out):
             if isinstance(place, str):
                 raise UsageError(f"{place} needs --engine ray")
-        if args.large and find_spec("tifffile") is None:
-            raise UsageError("--large needs the extra large: pip install tifffile")
         plan = _plan(args)
         tasks, skipped = files.plan_tasks(
             args.inputs,

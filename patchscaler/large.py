@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tifffile import TiffWriter
 from torch import Tensor
 
 from patchscaler.color import REACH, colored
@@ -233,10 +234,8 @@ def write_tiff(
     S is 3 for RGB or 4 for RGBA. R is a multiple of TIFF_TILE, but for the last band. Tiles are compressed without
     loss; above 2 GB the file is a BigTIFF. It appears whole or not at all. Whatever `bands` raise ends the writing.
     """
-    import tifffile  # here, because it is an extra
-
     path, big = Path(path), np.prod(shape, dtype=np.int64) > 2**31
-    with written_whole(path) as place, tifffile.TiffWriter(place, bigtiff=big) as file:
+    with written_whole(path) as place, TiffWriter(place, bigtiff=big) as file:
         file.write(
             _tiles(bands, shape[1]),
             shape=shape,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -77,11 +77,21 @@ def tiff(tags: dict[int, int], payload: bytes = b"") -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + payload
 
 
-def overlapping() -> bytes:
-    """A TIFF of 5,000 tags that all lie over the same 64 kB: a reader that copies them needs 300 MB."""
-    entries = b"".join(struct.pack("<HHII", tag, 1, 60_000, 8) for tag in range(5000, 10_000))
-    directory = struct.pack("<H", 5000) + entries + bytes(4)
+def overlapping(tags: Sequence[int]) -> bytes:
+    """A TIFF of tags that all lie over the same 60 kB: a reader that copies 4,000 of them needs 240 MB."""
+    entries = b"".join(struct.pack("<HHII", tag, 1, 60_000, 8) for tag in tags)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
     return b"II*\0" + struct.pack("<I", 60_016) + bytes(60_008) + directory
+
+
+def overlapping_strips(count: int) -> bytes:
+    """A TIFF of LZW strips of a row each, that are all the whole file."""
+    entries = {256: 1, 257: count, 258: 8, 259: 5, 262: 1, 273: 146, 277: 1, 278: 1, 279: 146 + 4 * count}
+    entries = [(tag, count if tag in (273, 279) else 1, value) for tag, value in entries.items()]
+    directory = b"".join(struct.pack("<HHII", tag, 4, length, value) for tag, length, value in entries)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory
+    size = 146 + 8 * count
+    return head.ljust(146, b"\0") + struct.pack("<I", 8) * count + struct.pack("<I", size - 8) * count
 
 
 def webp(width: int, height: int) -> bytes:
@@ -204,6 +214,14 @@ def _bombs() -> Iterator[Case]:
     yield Case("many_scans.jpg", with_scans(encoded(_photo(), "JPEG", progressive=True), 101), "scans")
     tiled = {256: 9, 257: 9, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32768, 323: 32768, 324: -1, 325: 9}
     yield Case("tile_bomb.tif", tiff(tiled, zlib.compress(bytes(10**7))), "its tiles are 32768×32768")
+    yield Case("tag_bomb.tif", overlapping(range(5000, 9000)), "its tags have")
+    yield Case("many_tags_bomb.tif", overlapping(range(5000, 10_000)), DAMAGED)
+    yield Case("same_tag_bomb.tif", overlapping([270] * 4000), "overlap")  # a description, which readers take at once
+    yield Case("strip_bomb.tif", overlapping_strips(20_000), "overlap")
+    one = {256: 4, 257: 4, 258: 8, 259: 8, 262: 1, 273: -1, 279: 10**6}
+    yield Case("unpacking_bomb.tif", tiff(one, zlib.compress(bytes(10**8))), DAMAGED)
+    depth = {256: 4, 257: 4, 258: 8, 262: 1, 273: -1, 279: 16, 32997: 2**31}
+    yield Case("depth_bomb.tif", tiff(depth, bytes(16)), "a volume")
 
 
 def _resized_bmp(width: int, height: int) -> bytes:
@@ -277,6 +295,5 @@ def _odd() -> Iterator[Case]:
     tags = {256: 4, 257: 4, 258: 8, 259: 1, 262: 1, 273: -1, 279: 16}
     for tag, value, words in ((258, 24, "24 bits"), (262, 3, ""), (259, 7, ""), (339, 5, "sample format 5")):
         yield Case(f"kind_{tag}_{value}.tif", tiff(tags | {tag: value}, bytes(16)), words)
-    yield Case("overlapping_tags.tif", overlapping(), "its tags have")
     for compression in ("tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"):
         yield Case(f"tiff_{compression}.tif", encoded(_photo(), "TIFF", compression=compression), size=size)

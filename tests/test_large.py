@@ -74,11 +74,3 @@ def test_a_picture_beyond_the_limit_is_written_as_tiff(upscale, tmp_path, monkey
     whole, banded = (read_picture(tmp_path / name) for name in ("whole/photo.png", "out/photo.tif"))
     assert (whole.rgb - banded.rgb).abs().max() <= 1.001 / 127.5
     assert (whole.alpha - banded.alpha).abs().max() <= 1.001 / 255
-
-
-def test_without_tifffile_it_says_what_to_install(upscale, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("patchscaler.cli.find_spec", lambda name: None)
-    Image.fromarray(levels(5, 6, 3)).save(tmp_path / "a.png")
-    with pytest.raises(SystemExit, match="2"):
-        upscale(tmp_path / "a.png", "-o", tmp_path / "out", "--large")
-    assert "pip install tifffile" in capsys.readouterr().err
