@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from io import BytesIO
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 Range = tuple[float, float]
@@ -301,57 +304,18 @@ def _luma(images: Tensor) -> Tensor:
 # JPEG
 
 
-# Annex K of the JPEG standard, row by row: luma, chroma.
-_LUMA_TABLE = (
-    (16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56)
-    + (14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92)
-    + (49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99)
-)
-_CHROMA_TABLE = (
-    (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99)
-    + (47, 66, 99, 99, 99, 99, 99, 99)
-    + (99,) * 32
-)
-_TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
-
-
 def jpeg(images: Tensor, quality: Tensor) -> Tensor:
     """Images Bx3xHxW in [0, 1] after JPEG at `quality` (B values in 1..100), chroma halved (4:2:0).
 
-    Quantisation tables scale with quality as in libjpeg; entropy coding loses nothing and is left out.
+    Pillow's encoder and decoder do it on the CPU, wherever the images are.
     """
-    height, width = images.shape[-2:]
-    padded = F.pad(images * 255, (0, -width % 16, 0, -height % 16), mode="replicate").round()
-    ycc = torch.einsum("dc,bchw->bdhw", torch.tensor(_TO_YCC, device=images.device), padded).round()
-    quality = quality.to(images.device).floor()
-    percent = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)  # [B]
-    luma = _quantise(ycc[:, :1] - 128, _LUMA_TABLE, percent) + 128  # [B, 1, H, W]
-    chroma = _quantise(F.avg_pool2d(ycc[:, 1:], 2).round(), _CHROMA_TABLE, percent)  # [B, 2, H/2, W/2]
-    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear")
-    ycc = torch.cat([luma, chroma], 1)[..., :height, :width].round()
-    rgb = torch.einsum("dc,bchw->bdhw", torch.tensor(_TO_RGB, device=images.device), ycc)
-    return rgb.round().clamp(0, 255) / 255
-
-
-def _quantise(planes: Tensor, table: tuple[int, ...], percent: Tensor) -> Tensor:
-    """Round the 8x8 cosine coefficients of planes BxCxHxW to multiples of the table times `percent` (B)."""
-    batch, channels, height, width = planes.shape
-    steps = torch.tensor(table, device=planes.device, dtype=torch.float32)
-    steps = ((steps * percent.view(-1, 1) + 50) / 100).floor().clamp(1, 255).view(batch, 1, 64, 1)
-    transform = _cosine_transform().to(planes.device)  # [64, 64]
-    blocks = F.pixel_unshuffle(planes.reshape(-1, 1, height, width), 8).view(batch, channels, 64, -1)
-    coefficients = ((transform @ blocks) / steps).round() * steps
-    blocks = (transform.T @ coefficients).view(-1, 64, height // 8, width // 8)
-    return F.pixel_shuffle(blocks, 8).view(planes.shape).round()
-
-
-def _cosine_transform() -> Tensor:
-    """Orthonormal two-dimensional 8x8 cosine transform (DCT-II) as a 64x64 matrix on row-major blocks."""
-    n = torch.arange(8, dtype=torch.float32)
-    rows = torch.cos(math.pi / 8 * (n + 0.5) * n.view(-1, 1)) / 2
-    rows[0] /= math.sqrt(2)
-    return torch.kron(rows, rows)
+    pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]
+    decoded = np.empty_like(pixels)
+    for index, level in enumerate(quality.tolist()):
+        file = BytesIO()
+        Image.fromarray(pixels[index]).save(file, "JPEG", quality=int(level), subsampling="4:2:0")
+        decoded[index] = Image.open(file)
+    return torch.from_numpy(decoded).to(images.device).permute(0, 3, 1, 2) / 255
 
 
 # Drawing
