@@ -35,7 +35,7 @@ MAX_PARTS = 100_000  # strips or tiles
 MAX_TAGS = 2 * 2**20  # bytes of those tags that tifffile reads at once, the places of all parts among them
 FULL = {UNSIGNED: (255, 65535), SIGNED: (255, 65535), FLOAT: (1, 255, 65535)}  # where the file does not say what is 1
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # an ImageError says what matters of a broken file
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # an ImageError says what matters of a broken file
 
 
 @dataclass(frozen=True, eq=False)
