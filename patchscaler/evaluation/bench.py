@@ -39,7 +39,7 @@ REPEATS = {512: 5, 1024: 5, 2048: 2, 4096: 1}  # output pixels along a side -> r
 SIZES = (512, 2048)  # sides at which every preset is measured, not only the paper's plan
 QUICK = 1024  # the largest side of a quick bench
 BUDGET = 8.0  # seconds for the repeats of one part of a stand-in
-STAGES = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
+COLUMNS = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
 NOTES = f"""\
 - Seconds are from the decoded input to the output's pixels, models loaded; the fastest of the runs. Peak memory is the
   largest resident set of the measuring process, Python and PyTorch included; on CUDA, PyTorch's own counter.
@@ -235,8 +235,8 @@ def _stages(found: dict) -> list[str]:
     for side, plans in found["ours"].items():
         for name, row in plans.items():
             about = f"{name}, {side}² ({', '.join(map(str, row['patches']))} patches)"
-            rows.append([about, *(_s(row["stages"][stage]) for stage in STAGES)])
-    return table(["seconds by stage", *STAGES], rows)
+            rows.append([about, *(_s(row["stages"][stage]) for stage in COLUMNS)])
+    return table(["seconds by stage", *COLUMNS], rows)
 
 
 def _scaling(found: dict) -> list[str]:

@@ -25,7 +25,7 @@ from patchscaler.evaluation.pairs import (
     analyses,
     coarse_costs,
     costs,
-    describe_run,
+    describe_setup,
     measure_pairs,
     score,
     score_patches,
@@ -93,7 +93,7 @@ def benchmark(
                 for key, values in score_patches(short, name, shown, truth, analysis.grid, runs["final"].assignment):
                     patches[key].append(values)
             _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{name}.png")
-    lines = ["# Benchmark", "", describe_run(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
+    lines = ["# Benchmark", "", describe_setup(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
     lines += [*_summary(methods, patches if errors else {}, plan), ""]
     if errors:
         confidence, error = torch.cat(confidences), torch.cat(errors)

@@ -25,7 +25,7 @@ from patchscaler.evaluation.pairs import (
     Pair,
     add_options,
     analyses,
-    describe_run,
+    describe_setup,
     measure_pairs,
     score,
     score_patches,
@@ -66,7 +66,7 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0,
         made["final"].append(to_8bit(images[FINAL]))
     meshes = [[name, *(f"{value:.2f}" for value in mesh(images, truths).values())] for name, images in made.items()]
     lines = [
-        describe_run(pipeline, pairs, seed),
+        describe_setup(pipeline, pairs, seed),
         "",
         *means_table(rows, "what, mean of"),
         "",

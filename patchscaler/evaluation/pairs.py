@@ -111,7 +111,7 @@ def costs(result: Result) -> dict[str, float]:
     }
 
 
-def describe_run(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int) -> str:
+def describe_setup(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int) -> str:
     about = f"Images: {len(pairs)} of `{pairs[0][0].parent}`, seed {seed}, {pipeline.device}"
     return f"{about}, {pipeline.transformer.dtype}. All measures on 8-bit images, no border cut."
 

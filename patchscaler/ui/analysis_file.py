@@ -27,7 +27,7 @@ from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.results import Analysis, Restored
 
 FORMAT = "PatchScaler analysis 2"
-STAGES = ("encode", "restore", "retrieve", "decode")
+ANALYSIS_STAGES = ("encode", "restore", "retrieve", "decode")
 MOST_LATENT = 1000.0  # latents have a deviation of about 1
 MOST_SECONDS = 1e6
 MOST_NOTES, NOTE_LENGTH = 8, 200  # `Picture.notes` are a few short sentences
@@ -132,7 +132,7 @@ class Facts(BaseModel, extra="forbid"):
 
     format: Json[Literal[FORMAT]]
     weights: Json[str]  # their fingerprint
-    seconds: Json[Annotated[dict[Literal[STAGES], Seconds], Field(min_length=len(STAGES))]]
+    seconds: Json[Annotated[dict[Literal[ANALYSIS_STAGES], Seconds], Field(min_length=len(ANALYSIS_STAGES))]]
     notes: Json[Annotated[list[Note], Field(max_length=MOST_NOTES)]]
 
 

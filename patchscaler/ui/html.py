@@ -27,7 +27,7 @@ NO_IMAGE = "Upload an image or choose an example, then press Run."
 NO_PATCH = '<p class="quiet">After a run, click a patch on the Qmap overlay to see what the method knows of it.</p>'
 NO_TIMING = '<p class="quiet">The seconds of every group and stage appear here after a run.</p>'
 # Label and colour, in the order of the work. In the bar refinement has the groups' colours.
-STAGES = {
+STAGE_LABELS = {
     "encode": ("Encode", "#5b6b7a"),
     "restore": ("Restore (GRM)", "#7d8fa3"),
     "retrieve": ("Retrieve priors", "#a3b1bf"),
@@ -210,10 +210,10 @@ def timing(result: Result, reused: bool) -> str:
         notes |= dict.fromkeys(("encode", "restore", "retrieve"), _quiet("reused"))
         notes["decode"] = _quiet("coarse reused")
     parts = []
-    for name, (label, color) in STAGES.items():
+    for name, (label, color) in STAGE_LABELS.items():
         parts += sampling if name == "refine" else [(label, stages[name], color)]
     columns = ("Group", "Patches", "T", "N", "Evaluations", "Seconds", "ms per patch-step")
-    rows = [(label, f"{stages[name]:.2f}{notes.get(name, '')}") for name, (label, _) in STAGES.items()]
+    rows = [(label, f"{stages[name]:.2f}{notes.get(name, '')}") for name, (label, _) in STAGE_LABELS.items()]
     tables = _table("Groups", columns, groups, all_groups) + _table("Stages", ("Stage", "Seconds"), rows)
     return f'{_time_bar(parts)}<div class="tables">{tables}</div>'
 
