@@ -17,7 +17,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from service import Service, serving
+from service import PATIENCE, Service, serving
 
 from patchscaler.images import Picture, write_png
 from patchscaler.pipeline import PatchScalerPipeline
@@ -39,7 +39,12 @@ def service(tiny_pipeline, tmp_path_factory) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def call(service, tmp_path_factory):
     """An endpoint's outputs, as gradio_client gives them."""
-    client = Client(service.address, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    client = Client(
+        service.address,
+        verbose=False,
+        download_files=tmp_path_factory.mktemp("downloads"),
+        httpx_kwargs={"timeout": PATIENCE},
+    )
     yield lambda name, *files, **options: client.predict(*map(handle_file, files), **options, api_name=name)
     client.close()
 
@@ -324,7 +329,7 @@ def test_heavy_endpoints_wait_in_line_with_the_pages_runs(service):
 
 
 def test_calls_of_many_clients_run_one_after_another(service, call, image, analysis, plan):
-    client = Client(service.address, verbose=False)
+    client = Client(service.address, verbose=False, httpx_kwargs={"timeout": PATIENCE})
     jobs = [
         client.submit(handle_file(file), **plan, seed=seed, api_name=name)
         for seed in range(2)

@@ -350,7 +350,7 @@ def test_nothing_is_cut_off(page, width):
 
 
 def test_the_api_upscales_and_reads_no_file_but_uploads(address, photo, tmp_path):
-    client = Client(address, verbose=False, download_files=tmp_path)
+    client = Client(address, verbose=False, download_files=tmp_path, httpx_kwargs={"timeout": PATIENCE / 1000})
     arguments = {"start": [100, 200, 300], "steps": [1, 2, 3], "seed": 5, "api_name": "/upscale"}
     path, report = client.predict(handle_file(photo), **arguments)
     with Image.open(path) as final, Image.open(photo) as small:
