@@ -30,7 +30,6 @@ def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monk
     text = (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
     assert "## CUDA\n\nnot measured" in text
-    assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
 
     found = json.loads((tmp_path / "out" / "bench.json").read_text())["devices"]["cpu"]
     plans = found["ours"]["512"]

@@ -52,7 +52,7 @@ NOTES = f"""\
 
 
 def bench(image: Path, weights: str | Path, devices: Sequence[str], out: Path, quick: bool = False) -> str:
-    """Measure everything and write bench.json, bench.png and bench.md, which is returned.
+    """Measure everything and write bench.json and bench.md, which is returned.
 
     A device that is not there has a section that says "not measured". `quick` leaves out the large outputs and the
     stand-ins, whose cost is the same on every machine but its speed.
@@ -63,7 +63,6 @@ def bench(image: Path, weights: str | Path, devices: Sequence[str], out: Path, q
         there = device != "cuda" or torch.cuda.is_available()
         report["devices"][device] = _device(device, image, weights, quick) if there else None
     (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _plot(report, out / "bench.png")
     text = markdown(report)
     (out / "bench.md").write_text(text, encoding="utf-8")
     return text
@@ -258,22 +257,6 @@ def _together(check: dict | None) -> list[str]:
     return [f"{text} ({gain:.2f}x)." + (" Each has half of the cores." if "cpu" in names else "")]
 
 
-def _plot(report: dict, path: Path) -> None:
-    """Seconds and peak memory of the paper's plan against output pixels."""
-    from matplotlib.figure import Figure  # here, because `upscale` starts without it
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = (("seconds", "seconds", 1), ("peak_bytes", "peak memory, GB", 1e9))
-    for axes, (key, label, unit) in zip(figure.subplots(1, 2), panels):
-        for device, found in report["devices"].items():
-            rows = found["scaling"].values() if found else ()
-            axes.plot([row["pixels"] / 1e6 for row in rows], [row[key] / unit for row in rows], "o-", label=device)
-        axes.set(xlabel="output, million pixels", ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
 def _s(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"
 
@@ -287,7 +270,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("bench", help="time, work and memory beside stand-ins for other methods")
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("-o", "--out", type=Path, required=True, help="folder for bench.md, bench.json and bench.png")
+    add("-o", "--out", type=Path, required=True, help="folder for bench.md and bench.json")
     add("--image", type=Path, default=DEFAULT_IMAGE, help="its central 128x128 are upscaled (default: an example)")
     add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
     add("--device", help="auto, cpu or cuda (default: cpu, and cuda if there is one)")
