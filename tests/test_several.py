@@ -150,7 +150,7 @@ def test_the_time_of_several_devices_is_as_the_cost_model_says(tiny_pipeline, on
     for devices in (1, 2):
         predicted = makespan([pause * batch.steps * len(batch) for batch in place(batches, devices)], devices)
         assert predicted < 1.15 * pause * evaluations / devices
-        assert predicted <= fastest(devices, pause) < 1.8 * predicted  # one device takes twice as long as two
+        assert predicted <= fastest(devices, pause) < 1.5 * predicted
 
 
 def test_two_devices_give_the_result_of_one(tiny_pipeline, picture, plan):
