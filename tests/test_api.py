@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from service import PATIENCE, Service, serving
 
+from patchscaler.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
 from patchscaler.images import Picture, write_png
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
-from patchscaler.ui.analysis_file import AnalysisFileError, fingerprint, read_analysis, write_analysis
 from patchscaler.ui.export import restored
 
 pytestmark = pytest.mark.slow  # a real server
@@ -109,7 +109,7 @@ def test_analyze_and_refine_are_upscale_bit_by_bit(call, image, analysis, plan):
     for changed in ({"seed": 8}, {"color_fix": False}, {"by_hand": {"0": "simple", "1": "hard"}}, {"steps": [3, 3, 3]}):
         other, report = call("/refine", analysis, **{**plan, "seed": 7, **changed})
         assert pixels(other) != pixels(final)
-        (name, value), = changed.items()
+        ((name, value),) = changed.items()
         assert report.get(name, report["plan"].get(name)) == value
 
 

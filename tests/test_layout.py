@@ -18,7 +18,7 @@ FLOORS = [
     | {"cancellation", "tiles", "plan"},
     {"models"},
     {"sampling", "retrieval", "adapters"},
-    {"pipeline", "results", "loading", "options", "files", "cluster", "several", "large"},
+    {"pipeline", "results", "loading", "options", "files", "cluster", "several", "large", "analysis_file"},
     {"ui", "cli", "training", "evaluation"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor} | {

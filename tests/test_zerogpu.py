@@ -203,7 +203,7 @@ from patchscaler.loading import load_pipeline
 from patchscaler.plan import SamplingPlan
 from patchscaler.images import write_png
 from patchscaler.results import Result
-from patchscaler.ui.analysis_file import fingerprint
+from patchscaler.analysis_file import fingerprint
 from patchscaler.ui.jobs import Jobs
 from patchscaler.ui.networks import Order
 from patchscaler.ui.page import build_page

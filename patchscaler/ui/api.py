@@ -4,8 +4,6 @@ Gradio makes the documentation of each, and a tool for MCP, from its signature a
 they stand, so annotations are not postponed here, and it takes one line for each argument and result.
 """
 
-
-
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +15,13 @@ from gradio.utils import get_function_description
 from pydantic import ValidationError
 from torch import Tensor, empty, tensor
 
+from patchscaler.analysis_file import fingerprint, read_analysis, write_analysis
 from patchscaler.figures import qmap_overlay
 from patchscaler.images import Picture, write_png
 from patchscaler.patches import LATENT_PIXELS, PatchGrid
 from patchscaler.pipeline import SCALE
 from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.results import Result
-from patchscaler.ui.analysis_file import fingerprint, read_analysis, write_analysis
 from patchscaler.ui.events import HEAVY
 from patchscaler.ui.export import new_folder, save_final, stem
 from patchscaler.ui.html import SettingsError, explained

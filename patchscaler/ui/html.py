@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from patchscaler.analysis_file import AnalysisFileError
 from patchscaler.figures import GROUP_COLORS
 from patchscaler.images import ImageError
 from patchscaler.patches import PatchGrid
 from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.results import NotFiniteError, Progress, Result
-from patchscaler.ui.analysis_file import AnalysisFileError
 from patchscaler.ui.jobs import JobError
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."
