@@ -89,7 +89,7 @@ class Bands:
         self.channels = pipeline.transformer.config.channels
         self.height, self.width = SCALE * picture.height, SCALE * picture.width
         self.grid = PatchGrid.covering(self.height, self.width, pipeline.transformer.config.size)
-        self.counts, self.spent = torch.zeros(len(GROUPS), dtype=torch.long), [0.0] * len(GROUPS)
+        self.counts, self.spent = torch.zeros(len(GROUPS), dtype=torch.long), torch.zeros(len(GROUPS))
         self.clock = Stopwatch(self.device)
 
     @torch.inference_mode()
@@ -110,9 +110,9 @@ class Bands:
 
     def report(self) -> dict:
         """As that of a Result."""
-        counts = self.counts.tolist()
+        counts, spent = self.counts.tolist(), self.spent.tolist()
         evaluations = [steps * count for steps, count in zip(self.plan.steps, counts)]
-        groups = [*map(GroupReport, GROUPS, counts, self.plan.start, self.plan.steps, evaluations, self.spent)]
+        groups = [*map(GroupReport, GROUPS, counts, self.plan.start, self.plan.steps, evaluations, spent)]
         dtype = str(self.pipeline.transformer.dtype).removeprefix("torch.")
         seconds = {name: self.clock.seconds[name] for name in STAGES}
         return describe_run(self.plan, self.seed, self.color_fix, str(self.device), dtype, groups, seconds)
@@ -172,9 +172,10 @@ class Bands:
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
         self.clock.lap("retrieve")
         x0 = torch.empty_like(y0)
-        task = Patches(y0, cut(noise).to(y0.device), prompt, x0)
-        for step in self.pipeline.sample(task, make_batches(assignment, self.plan, self.batch_size)):
-            self.spent[step.batch.group] += step.seconds
+        task = Patches(y0, cut(noise).to(y0.device), prompt, x0, seconds=torch.zeros(len(patches)))
+        for _ in self.pipeline.sample(task, make_batches(assignment, self.plan, self.batch_size)):
+            pass
+        self.spent.index_add_(0, assignment, task.seconds)
         self.counts += assignment.bincount(minlength=len(GROUPS))
         self.clock.lap("refine")
         return x0

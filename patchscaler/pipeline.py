@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchscaler.cancellation import check_cancelled
 from patchscaler.color import colored
-from patchscaler.device import Stopwatch, fitting_batch, halving, raises_out_of_memory
+from patchscaler.device import Stopwatch, batch_for, halving, raises_out_of_memory
 from patchscaler.figures import priors_sheet
 from patchscaler.images import Picture, bicubic, picture_from_pil, read_picture
 from patchscaler.models import (
@@ -52,7 +52,6 @@ from patchscaler.sampling import (
     Step,
     check_schedule,
     make_batches,
-    patch_bytes,
     sample_batches,
 )
 from patchscaler.several import sample_on_several
@@ -113,9 +112,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     def fitting_batch(self, asked: int | None = None) -> int:
         """Patches at once: as many as asked for, or what suits the device. Raises ValueError if that is below 1."""
         if asked is None:
-            tokens = self.texture_encoder.config
-            length = tokens.top_k * (tokens.size // tokens.patch) ** 2
-            return fitting_batch(self._execution_device, patch_bytes(self.transformer, length))
+            return batch_for(self._execution_device)
         if asked < 1:
             raise ValueError(f"batch_size={asked} is below 1")
         return asked
@@ -232,39 +229,37 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 2. Start: y0, the prompts, and one noise for the whole latent, which is drawn on the CPU to be the same for
         # every batch and device.
         y0 = split(analysis.latents.to(device), grid)  # NxCxVxV
-        x0 = y0.clone()
-        if earlier is not None:
-            x0[(~rendered).to(device)] = earlier.patches[~rendered].to(device)
         drawn = torch.randn(analysis.latents.shape, generator=torch.Generator("cpu").manual_seed(seed))
         noise = split(drawn.to(device), grid)  # NxCxVxV
         clock.lap("refine")
         prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else analysis.prompt.to(device)  # NxLxD
         clock.lap("retrieve")
+        patches = Patches(y0, noise, prompt, x0=y0.clone(), seconds=torch.zeros(len(grid)))
+        if earlier is not None:
+            patches.x0[(~rendered).to(device)] = earlier.patches[~rendered].to(device)
+            patches.seconds[~rendered] = earlier.seconds[~rendered]
 
         # 3. Sample each group from its own shortcut (Eq. 6, 7), in its own number of steps.
-        patches = Patches(y0, noise, prompt, x0)
-        done, total, spent = 0, int(steps[rendered].sum()), [0.0] * len(GROUPS)
-        seconds = torch.zeros(len(grid)) if earlier is None else earlier.seconds.clone()  # N
+        done, total = 0, int(steps[rendered].sum())
         for group in range(len(GROUPS)):
-            anew = rendered & (assignment == group)  # N
             for step in self.sample(patches, [batch for batch in batches if batch.group == group]):
                 done += step.evaluations
-                spent[group] += step.seconds
                 clock.lap("refine")
                 if step.evaluations > 0:
                     yield Progress(group, step.step, plan.steps[group], len(step.batch), done, total)
                     clock.lap()  # what the reader of the events does is not counted
-            seconds[anew] = spent[group] / max(1, int(anew.sum()))
-            if partial and anew.any() and done < total:
+            if partial and (rendered & (assignment == group)).any() and done < total:
                 ready = ~rendered | (assignment <= group)  # N
-                sampled = Sampled(x0.cpu().clone(), start * ready, steps * ready, seed, seconds.clone())
-                yield Partial(group, self._assembled(analysis, x0, color_fix, clock), sampled)
+                sampled = Sampled(patches.x0.cpu().clone(), start * ready, steps * ready, seed, patches.seconds.clone())
+                yield Partial(group, self._assembled(analysis, patches.x0, color_fix, clock), sampled)
                 clock.lap()
 
         # 4. to 6. Merge, decode and colour.
-        picture = self._assembled(analysis, x0, color_fix, clock)
+        picture = self._assembled(analysis, patches.x0, color_fix, clock)
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
-        evaluations = [int(steps[rendered & (assignment == group)].sum()) for group in range(len(GROUPS))]
+        members = [rendered & (assignment == group) for group in range(len(GROUPS))]  # N each
+        evaluations = [int(steps[each].sum()) for each in members]
+        spent = [patches.seconds[each].sum().item() for each in members]
         yield Result(
             picture=picture,
             plan=plan,
@@ -274,7 +269,7 @@ class PatchScalerPipeline(DiffusionPipeline):
             seconds={name: analysis.seconds.get(name, 0.0) + clock.seconds[name] for name in STAGES},
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
-            sampled=Sampled(x0.cpu(), start, steps, seed, seconds),
+            sampled=Sampled(patches.x0.cpu(), start, steps, seed, patches.seconds),
             rendered=rendered,
             color_fix=color_fix,
             by_hand=dict(by_hand or {}),

@@ -81,7 +81,7 @@ class Sampled:
     start: Tensor  # LongTensor N, T of each patch; 0 where it is not sampled yet
     steps: Tensor  # LongTensor N
     seed: int
-    seconds: Tensor  # float32 N, each patch's share of what the sampling of its group took, in whichever run that was
+    seconds: Tensor  # float32 N, each patch's share of what the sampling of its batch took, in whichever run that was
 
     def differs(self, start: Tensor, steps: Tensor, seed: int) -> Tensor:
         """Which patches would have to be sampled for these T, N and seed: BoolTensor N."""

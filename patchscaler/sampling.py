@@ -143,12 +143,13 @@ def dpm_solver(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) 
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Patches to be sampled and where their x0 goes, on any device. All NxCxVxV but the prompt NxLxD."""
+    """Patches to be sampled, on any device, and where their x0 and the seconds that these took go."""
 
-    y0: Tensor
-    noise: Tensor
-    prompt: Tensor
-    x0: Tensor
+    y0: Tensor  # N×C×V×V
+    noise: Tensor  # N×C×V×V
+    prompt: Tensor  # N×L×D
+    x0: Tensor  # N×C×V×V
+    seconds: Tensor  # float32 N, on the CPU: each patch's share of the time of its batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +175,6 @@ class Step:
 
     batch: Batch
     step: int  # 1..steps; 0 where memory ran out and the batch is made again, in halves
-    seconds: float
     evaluations: int  # in patches; negative where those of a batch did not count
 
 
@@ -208,7 +208,8 @@ def sample_batches(network: PatchDiT, scheduler: Scheduler, patches: Patches, to
             for done, x_t in enumerate(denoise_batch(network, scheduler, patches, batch), 1):
                 if done == batch.steps:
                     patches.x0[batch.indices.to(patches.x0.device)] = x_t.to(patches.x0.device)
-                yield Step(batch, done, clock.lap(), len(batch))
+                patches.seconds[batch.indices] += clock.lap() / len(batch)
+                yield Step(batch, done, len(batch))
                 clock.lap()
             continue
         except Exception as error:
@@ -219,7 +220,7 @@ def sample_batches(network: PatchDiT, scheduler: Scheduler, patches: Patches, to
             raise out_of_memory(device)
         release(device)
         todo.extendleft(reversed(batch.parts(2)))
-        yield Step(batch, 0, clock.lap(), -done * len(batch))
+        yield Step(batch, 0, -done * len(batch))
 
 
 def denoise_batch(network: PatchDiT, scheduler: Scheduler, patches: Patches, batch: Batch) -> Iterator[Tensor]:
@@ -236,11 +237,3 @@ def denoise_batch(network: PatchDiT, scheduler: Scheduler, patches: Patches, bat
         return network(x_t, y0, torch.full((1,), t, device=device), keys)
 
     return denoise(predict, y0, noise, batch.start, batch.steps, scheduler)
-
-
-def patch_bytes(network: PatchDiT, length: int) -> int:
-    """About what one patch of a batch takes on the device of `network`, for a prompt of `length` tokens."""
-    config = network.config
-    tokens = (config.size // config.patch) ** 2
-    values = 2 * config.depth * length + 16 * tokens  # keys and values; states of a block and what it makes of them
-    return values * config.width * network.dtype.itemsize

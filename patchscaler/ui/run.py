@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from patchscaler.device import most_at_once
+from patchscaler.device import batch_for
 from patchscaler.images import Picture, read_picture, to_pil
 from patchscaler.patches import PatchGrid
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
@@ -41,7 +41,7 @@ class Runner:
         self.pipeline = pipeline
         self.jobs = jobs or Jobs()
         self.cache = cache or SessionCache()
-        self.calibration = Calibration(most_at_once(pipeline._execution_device))
+        self.calibration = Calibration(batch_for(pipeline._execution_device))
         self.tuner = Tuner(self.cache, self.calibration)
         self.networks = Networks(pipeline, self.calibration, lent)
         self.examples: Sequence[str] = ()  # files that run as they are chosen
