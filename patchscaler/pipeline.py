@@ -276,21 +276,21 @@ class PatchScalerPipeline(DiffusionPipeline):
         )
 
     @torch.inference_mode()
-    def decode_priors(self, priors: Tensor) -> Tensor:
-        """Latent patches KxCxVxV (of one patch's priors) as images Kx3x8Vx8V in [-1, 1], on the CPU."""
-        return decode_latents(self.vae, priors.to(self._execution_device)).cpu()
+    def prior_images(self, indices: Tensor) -> Tensor:
+        """Images K×3×8V×8V in [-1, 1] of K rows of the texture memory (one patch's priors), on the CPU."""
+        return decode_latents(self.vae, self.texture_memory.patches(indices.to(self._execution_device))).cpu()
 
     def draw_priors(
-        self, analysis: Analysis, rows: int = 4, decode: Callable[[int], Tensor] | None = None
+        self, analysis: Analysis, rows: int = 4, prior_images: Callable[[Tensor], Tensor] | None = None
     ) -> Image.Image:
         """A sheet of the priors of a few patches, evenly spread from the least to the most confident.
 
-        `decode` gives the images Kx3xHxW of a patch's priors by its index, where the analysis holds no latents of them.
+        `prior_images` takes the place of the method of that name, for instance to decode on another device.
         """
-        decode = decode or (lambda index: self.decode_priors(analysis.priors.values[index]))
+        prior_images = prior_images or self.prior_images
         order = analysis.patch_confidence.argsort()
         chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).round().long()].tolist()
-        pictures = [decode(index) for index in chosen]
+        pictures = [prior_images(analysis.priors.indices[index]) for index in chosen]
         queries = [analysis.grid.patches[index].pixels(analysis.coarse) for index in chosen]
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
@@ -352,10 +352,11 @@ class PatchScalerPipeline(DiffusionPipeline):
             check_cancelled()
             queries = self.texture_classifier.features(batch)  # NxD
             priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
-            prompt = self.texture_encoder(priors.values, priors.similarities, batch).float()  # NxLxD
-            parts.append((priors.indices.cpu(), priors.similarities.cpu(), priors.values.cpu(), prompt))
-        *priors, prompt = map(torch.cat, zip(*parts))
-        return Priors(*priors), prompt
+            values = self.texture_memory.patches(priors.indices)  # N×K×C×V×V
+            prompt = self.texture_encoder(values, priors.similarities, batch).float()  # N×L×D
+            parts.append((priors.indices.cpu(), priors.similarities.cpu(), prompt))
+        indices, similarities, prompt = map(torch.cat, zip(*parts))
+        return Priors(indices, similarities), prompt
 
     def sample(self, patches: Patches, batches: Sequence[Batch]) -> Iterator[Step]:
         """Sample batches of the patches on all devices: see `sample_batches`."""

@@ -16,7 +16,6 @@ class Priors:
 
     indices: Tensor  # NxK, rows of the memory
     similarities: Tensor  # NxK float32 in [-1, 1]
-    values: Tensor  # NxKxCxVxV float32 latents; None where the page keeps the indices only
 
 
 def retrieve(queries: Tensor, memory: TextureMemory, k: int) -> Priors:
@@ -30,4 +29,4 @@ def retrieve(queries: Tensor, memory: TextureMemory, k: int) -> Priors:
     normalised = F.normalize(queries.float(), dim=-1)  # NxD
     scores = normalised @ memory.features.T  # NxM
     similarities, indices = scores.topk(k, dim=-1)  # NxK, sorted
-    return Priors(indices, similarities, memory.patches(indices))
+    return Priors(indices, similarities)

@@ -134,7 +134,7 @@ def test_a_known_image_is_analyzed_once(call, image, analyzed, monkeypatch):
 
 
 def test_regroup_runs_no_network_and_waits_for_nobody(service, call, analysis, analyzed, plan, monkeypatch):
-    for name in ("analyze", "refine", "decode_priors"):
+    for name in ("analyze", "refine", "prior_images"):
         monkeypatch.setattr(PatchScalerPipeline, name, None)
     by_hand = {"4": "hard", "0": "simple"}
     with service.jobs._lock:  # no job can be admitted

@@ -58,7 +58,7 @@ def test_analysis_is_complete_and_on_the_cpu(analysis, picture):
     assert analysis.latents.shape == (4, height // 8, width // 8)
     assert analysis.confidence.shape == (1, height // 8, width // 8)
     assert analysis.bicubic.shape == analysis.coarse.shape == (3, height, width)
-    assert analysis.priors.values.shape == (count, 3, 4, 16, 16)
+    assert analysis.priors.indices.shape == analysis.priors.similarities.shape == (count, 3)
     assert analysis.prompt.shape == (count, 12, 16)
     expected = split(analysis.confidence, analysis.grid).mean((1, 2, 3))
     torch.testing.assert_close(analysis.patch_confidence, expected)
@@ -251,9 +251,13 @@ def test_bfloat16_stays_close(picture):
     assert (result.picture.rgb - reference.picture.rgb).abs().mean() < 0.02
 
 
-def test_decoded_priors_are_images(tiny_pipeline, analysis):
-    images = tiny_pipeline.decode_priors(analysis.priors.values[0])
+def test_prior_images_are_the_decoded_rows_of_the_memory(tiny_pipeline, analysis):
+    indices = analysis.priors.indices[0]
+    images = tiny_pipeline.prior_images(indices)
     assert images.shape == (3, 3, 128, 128) and images.abs().max() <= 1
+    for image, index in zip(images, indices):
+        alone = decode_latents(tiny_pipeline.vae, tiny_pipeline.texture_memory.patches(index)[None])
+        torch.testing.assert_close(image, alone[0], atol=1e-5, rtol=0)
 
 
 # Runs over parts

@@ -139,7 +139,7 @@ def test_nothing_is_float64(picture, plan, scheduler):
         analysis = pipeline.analyze(picture)
         events = pipeline.refine(analysis.restored(), plan, partial=True, by_hand={0: 0})
         assert isinstance([*events][-1], Result)
-        pipeline.decode_priors(analysis.priors.values[0])
+        pipeline.prior_images(analysis.priors.indices[0])
         given = analysis.latents, analysis.confidence, plan, pipeline.scheduler
         group_sample(lambda x_t, t, _: x_t, *given, size=16, stride=12)
 

@@ -20,7 +20,7 @@ from patchscaler.ui.state import DIALS, Known, dials_of, plan_of
 def test_a_moved_threshold_regroups_without_a_network(runner, image, plan, dials, monkeypatch):
     views = run(runner, image, dials)
     confidence = runner.cache.get(image["path"]).analysis.patch_confidence
-    for name in ("analyze", "refine", "decode_priors"):
+    for name in ("analyze", "refine", "prior_images"):
         monkeypatch.delattr(PatchScalerPipeline, name)
     gamma1 = confidence.median().item()
     plan = replace(plan, gamma1=gamma1, gamma2=0.0)

@@ -52,7 +52,7 @@ def test_every_argument_and_event_of_a_run_pickles(networks, picture):
 
     order = Order("", PLAN, 7, {0: 0, 1: 1})
     analysis, *events = there(order, picture)
-    assert isinstance(analysis, Analysis) and analysis.priors.values is None
+    assert isinstance(analysis, Analysis)
     assert {type(event) for event in events} == {Progress, Partial, Result}
     result = events[-1]
     *_, plain = networks.here(order, picture)
@@ -75,7 +75,7 @@ def test_a_patchs_priors_are_drawn_on_the_cpu_and_as_the_pipeline_draws_them(net
     """In the page's own process: on ZeroGPU a click asks for no device."""
     priors = tiny_pipeline.analyze(picture).priors
     images = networks.prior_images(priors.indices[4])
-    assert torch.equal(images, tiny_pipeline.decode_priors(priors.values[4])) and images.shape == (3, 3, 128, 128)
+    assert torch.equal(images, tiny_pipeline.prior_images(priors.indices[4])) and images.shape == (3, 3, 128, 128)
 
 
 # Seconds

@@ -128,9 +128,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     def predict_with(model: nn.Module, y0: Tensor, drop: Tensor) -> Predict:
         with torch.no_grad(), bf16(device):
             priors = retrieve(classifier.features(y0), memory, min(encoder.config.top_k, memory.config.size))
+            values = memory.patches(priors.indices)  # N×K×c×V×V
 
         def predict(x_t: Tensor, t: Tensor, chosen: Tensor) -> Tensor:
-            given = (y0[chosen], t, priors.values[chosen], priors.similarities[chosen], drop[chosen])
+            given = (y0[chosen], t, values[chosen], priors.similarities[chosen], drop[chosen])
             with bf16(device):
                 return model(x_t, *given).float()
 

@@ -163,22 +163,18 @@ class Networks:
 
     def draw_priors(self, analysis: Analysis) -> Image.Image:
         """The sheet of the pipeline; on the CPU."""
-        return self._pipeline.draw_priors(
-            analysis, decode=lambda index: self.prior_images(analysis.priors.indices[index])
-        )
+        return self._pipeline.draw_priors(analysis, prior_images=self.prior_images)
 
     def here(self, order: Order, known: Picture | Restored, earlier: Sampled | None = None) -> Iterator[Any]:
-        """Yield the Analysis of a Picture, its priors without latents, and then the events of the refinement.
+        """Yield the Analysis of a Picture, and then the events of the refinement.
 
         `earlier` are patches of it to take over. Errors are made visible here: ZeroGPU passes on no others.
         """
         with explained():
             if isinstance(known, Picture):
                 known = self._pipeline.analyze(known, order.batch_size)
-                # The priors are sent as rows of the memory, without their latents. From another process the prompt,
-                # which is most of the bytes, is not sent either: refinement looks it up again.
-                sent = replace(known, priors=replace(known.priors, values=None))
-                yield replace(sent, prompt=None) if zero_gpu() else sent
+                # From another process the prompt, which is most of the bytes, is not sent: refinement makes it again.
+                yield replace(known, prompt=None) if zero_gpu() else known
             if order.refine:
                 settings = order.plan, order.seed, order.batch_size, order.color_fix, order.by_hand
                 yield from self._pipeline.refine(known, *settings, earlier, partial=order.live)

@@ -228,7 +228,7 @@ def flag_of(name: str, value: Any) -> bool:
 class Known:
     """What the networks found in an image: the same for all visitors, and none of their settings.
 
-    The priors are kept as rows of the texture memory, without the latents. `draw_priors` makes a picture of them.
+    `draw_priors` makes a picture of its priors.
     """
 
     analysis: Analysis
