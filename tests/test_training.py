@@ -139,12 +139,12 @@ def test_logits_of_a_calibrated_grm_are_those_of_eta_over_the_error_to_a_power()
     class Known(nn.Module):
         def __init__(self):
             super().__init__()
-            self.judge = nn.Sequential(nn.Conv2d(1, 1, 1))
-            nn.init.ones_(self.judge[0].weight)
-            nn.init.zeros_(self.judge[0].bias)
+            self.confidence_head = nn.Sequential(nn.Conv2d(1, 1, 1))
+            nn.init.ones_(self.confidence_head[0].weight)
+            nn.init.zeros_(self.confidence_head[0].bias)
 
         def forward(self, latents):
-            return GRMOutput(latents=latents, confidence_logits=self.judge(middle - latents.square().log()))
+            return GRMOutput(latents=latents, confidence_logits=self.confidence_head(middle - latents.square().log()))
 
         def register_to_config(self, eta):
             self.eta = eta
@@ -154,7 +154,7 @@ def test_logits_of_a_calibrated_grm_are_those_of_eta_over_the_error_to_a_power()
     errors = (1.5 * patches + 0.5 * torch.randn(24, 1, 32, 32, generator=generator)).exp()
     middle = errors.quantile(0.65).log()
     figures = calibrate(model, errors.sqrt(), torch.zeros_like(errors))
-    power = model.judge[0].weight.item()
+    power = model.confidence_head[0].weight.item()
     logits = model(errors.sqrt()).confidence_logits
     assert power != pytest.approx(1, abs=0.05) and model.eta != pytest.approx(middle.exp().item(), rel=0.05)
     assert torch.allclose(logits, power * (model.eta / errors).log(), atol=1e-3)
@@ -318,7 +318,7 @@ def test_training_starts_from_the_weights_of_a_folder(images, trained, tmp_path)
     for name in ("vae", "grm", "texture_classifier", "texture_encoder", "transformer"):
         weights = dict(getattr(old, name).named_parameters())
         for key, value in getattr(new, name).named_parameters():
-            if not key.startswith("judge.2"):  # calibrated again
+            if not key.startswith("confidence_head.2"):  # calibrated again
                 assert torch.allclose(value, weights[key], atol=2e-3), (name, key)
     assert torch.equal(new.transformer.gain, old.transformer.gain)
     assert f"Trained from the weights in `{start}`" in (tmp_path / "README.md").read_text()

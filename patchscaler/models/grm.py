@@ -62,7 +62,7 @@ class GRM(ModelMixin, ConfigMixin):
         self.up = nn.Sequential(nn.Conv2d(half, full * 4, 1), nn.PixelShuffle(2))
         self.after = residual_stack(full, depths[2])
         self.restore = nn.Conv2d(full, channels, 3, padding=1)
-        self.judge = nn.Sequential(
+        self.confidence_head = nn.Sequential(
             nn.Conv2d(full, full // 2, 3, padding=1), nn.SiLU(), nn.Conv2d(full // 2, 1, 3, padding=1)
         )
         nn.init.zeros_(self.restore.weight)
@@ -76,7 +76,7 @@ class GRM(ModelMixin, ConfigMixin):
         deep = self.middle(self.down(wide))  # B×D'×h'/2×w'/2
         features = self.after(wide + self.up(deep))  # B×D×h'×w'
         added = self.restore(features)[..., :height, :width]  # B×c×h×w
-        logits = self.judge(features)[..., :height, :width]  # B×1×h×w
+        logits = self.confidence_head(features)[..., :height, :width]  # B×1×h×w
         return GRMOutput(latents=y_lr + added.to(y_lr.dtype), confidence_logits=logits)
 
 
