@@ -17,7 +17,7 @@ from patchscaler.training import grm
 from patchscaler.training import weights as all_stages
 from patchscaler.training.build_memory import farthest_points
 from patchscaler.training.data import ImageBank, part_of
-from patchscaler.training.fit import fit, learning_rate, make_accelerator, parser, pool_size, step_generator
+from patchscaler.training.fit import fit, learning_rate, parser, pool_size, step_generator
 from patchscaler.training.grm import calibrate, grow
 from patchscaler.training.optimizer import MuonAdamW
 from patchscaler.training.patch_dit import Place, decode_in_place, sampling_inputs
@@ -57,7 +57,7 @@ def run_fit(out, steps) -> dict[str, torch.Tensor]:
         return {"loss": toy_error(model, step_generator(0, step))}
 
     args = options(out, steps=steps)
-    return fit("toy", model, loss, args, make_accelerator(args), batch=16, peak_rate=1e-2).state_dict()
+    return fit("toy", model, loss, args, batch=16, peak_rate=1e-2).state_dict()
 
 
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_the_average_keeps_memory_order_and_follows_buffers(tmp_path):
         return {"loss": model(torch.ones(1, 2, 4, 4))}
 
     args, model = options(tmp_path, steps=5), Counting()
-    average = fit("toy", model, loss, args, make_accelerator(args), batch=1, peak_rate=1e-2)
+    average = fit("toy", model, loss, args, batch=1, peak_rate=1e-2)
     assert average.calls == 5 and not average.layer.weight.requires_grad
     assert average.layer.weight.is_contiguous(memory_format=torch.channels_last)
     behind = (average.layer.bias - model.layer.bias).abs().max()

@@ -21,16 +21,7 @@ from patchscaler.models.autoencoder import decode_unclamped, load_autoencoder
 from patchscaler.models.grm import GRM, confidence_loss, squared_error
 from patchscaler.plan import SamplingPlan, assign, times_and_steps
 from patchscaler.training.data import image_bank
-from patchscaler.training.fit import (
-    bf16,
-    fit,
-    make_accelerator,
-    parser,
-    pool_size,
-    save_component,
-    step_generator,
-    weighted,
-)
+from patchscaler.training.fit import bf16, fit, parser, pool_size, save_component, step_generator, weighted
 from patchscaler.training.pairs import CROP, clean_images, draw_pairs
 from patchscaler.training.perceptual import PictureLoss
 from patchscaler.training.pool import Pool
@@ -52,8 +43,7 @@ HARD = 0.3
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, save to OUT/grm and return its errors on held-out images."""
-    accelerator = make_accelerator(args)
-    device = accelerator.device
+    device = torch.device(args.device)
     batch = 4 if args.dry_run else args.batch or (16 if device.type == "cpu" else 128)
     bank = image_bank(args.data, device)
     vae = load_autoencoder(component(args, "vae")).to(device, memory_format=torch.channels_last)
@@ -71,9 +61,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     on_cpu = device.type == "cpu"
     size, passes = (8, 1) if args.dry_run else (pool_size(args, 1024), 6) if on_cpu else (2048, 6)
     chunk = min(size, 32 if on_cpu else 512)
-    pool = Pool(
-        draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
-    )
+    pool = Pool(draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
@@ -82,7 +70,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             output = model(rows["y_lr"].float().contiguous(memory_format=torch.channels_last))
             decoded = decode_unclamped(vae, output.latents.float())
         error = squared_error(output.latents, target)
-        generator = step_generator(args.seed, step, accelerator.process_index, device)
+        generator = step_generator(args.seed, step, device=device)
         terms = {
             **pictures(decoded, images, step, generator),
             "latents": error.mean(),
@@ -91,7 +79,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         return weighted(terms, WEIGHTS)
 
     begun = copy.deepcopy(model.state_dict()) if start else {}
-    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 5e-4)
+    average = fit("grm", model, loss, args, batch=batch, peak_rate=1e-4 if start else 5e-4)
     if start:
         # Half the way keeps most of what is gained in features and loses nothing in pixels (Wortsman et al. 2022,
         # "Robust fine-tuning of zero-shot models").
@@ -100,8 +88,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     held_out = image_bank(args.data, device, "held-out")
     pairs = draw_pairs(vae, held_out, 4 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())
-    if accelerator.is_main_process:
-        save_component(average, args.out / "grm")
+    save_component(average, args.out / "grm")
     return figures
 
 
