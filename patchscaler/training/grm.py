@@ -25,7 +25,7 @@ from patchscaler.training.fit import bf16, fit, parser, pool_size, save_componen
 from patchscaler.training.pairs import CROP, clean_images, draw_pairs
 from patchscaler.training.perceptual import PictureLoss
 from patchscaler.training.pool import Pool
-from patchscaler.training.start import check_config, component, start_pipeline
+from patchscaler.training.start import component, start_pipeline, take_weights
 
 CONFIGS = {
     "compact": {"widths": (128, 224), "depths": (4, 6, 8)},
@@ -52,7 +52,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     model = GRM(vae.config.latent_channels, **CONFIGS[args.config])
     start = start_pipeline(args)
     if start:
-        grow(model, start.grm)
+        take_weights(model, start.grm)
     model.to(device)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -90,25 +90,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())
     save_component(average, args.out / "grm")
     return figures
-
-
-def grow(model: GRM, start: GRM) -> None:
-    """Give a new `model` the weights of `start`, which may be less deep: both then compute the same.
-
-    The blocks that `start` lacks come last in their stage and begin as the identity.
-
-    Raises:
-        ValueError: `start` is deeper, or differs in anything else.
-    """
-    check_config(model, start, growing=("depths",))
-    depths, wanted = start.config.depths, model.config.depths
-    if any(depth > most for depth, most in zip(depths, wanted, strict=True)):
-        raise ValueError(f"a GRM with depths={tuple(depths)} cannot grow to depths={tuple(wanted)}")
-    model.load_state_dict({**model.state_dict(), **start.state_dict()})
-    for stage, depth in zip((model.before, model.middle, model.after), depths, strict=True):
-        for block in stage[depth:]:
-            nn.init.zeros_(block.conv2.weight)
-            nn.init.zeros_(block.conv2.bias)
 
 
 @torch.inference_mode()
