@@ -31,7 +31,7 @@ from patchscaler.evaluation.pairs import (
     score_patches,
 )
 from patchscaler.evaluation.reliability import draw_reliability, patch_errors, spearman
-from patchscaler.evaluation.scores import METRICS, SHORT, find_scorer
+from patchscaler.evaluation.scores import METRICS, find_scorer
 from patchscaler.evaluation.tables import HEADINGS, differences_table, mean_of, means_table, table
 from patchscaler.figures import contact_sheet, qmap_overlay
 from patchscaler.images import Picture, to_pil
@@ -65,7 +65,7 @@ def benchmark(
     times its input.
     """
     (out / "sheets").mkdir(parents=True, exist_ok=True)
-    scorer, short = find_scorer(pipeline.device), find_scorer(pipeline.device, SHORT)
+    scorer = find_scorer(pipeline.device)
     methods: dict[str, list[dict]] = {}
     patches: dict[str, list[dict]] = {f"{group}: {method}": [] for group in GROUPS for method in ("coarse", "final")}
     confidences, errors = [], []
@@ -90,7 +90,7 @@ def benchmark(
                 confidences.append(analysis.patch_confidence)
                 errors.append(patch_errors(analysis.coarse, truth, analysis.grid))
                 shown = {method: images[method] for method in ("coarse", "final")}
-                for key, values in score_patches(short, name, shown, truth, analysis.grid, runs["final"].assignment):
+                for key, values in score_patches(scorer, name, shown, truth, analysis.grid, runs["final"].assignment):
                     patches[key].append(values)
             _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{name}.png")
     lines = ["# Benchmark", "", describe_setup(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
