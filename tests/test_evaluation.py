@@ -12,8 +12,7 @@ from PIL import Image
 from textures import texture
 
 from patchscaler.__main__ import main
-from patchscaler.evaluation import benchmark as bench
-from patchscaler.evaluation import features, pairs, reliability, scores, tables
+from patchscaler.evaluation import evaluate, features, pairs, reliability, scores, tables
 from patchscaler.evaluation import sweep as sweeps
 from patchscaler.evaluation.metrics import psnr_y, seam_score, to_8bit
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
@@ -55,7 +54,7 @@ def read_rows(out: Path) -> list[dict[str, str]]:
 def measured(tiny_pipeline, folders, tmp_path_factory) -> tuple[str, Path]:
     """The summary of one run with truths, and its folder."""
     out = tmp_path_factory.mktemp("measured")
-    return bench.benchmark(tiny_pipeline, pairs.find_pairs(*folders), out, PLAN, seed=3), out
+    return evaluate.evaluate(tiny_pipeline, pairs.find_pairs(*folders), out, PLAN, seed=3), out
 
 
 def test_every_method_of_every_image_has_its_row(measured):
@@ -145,7 +144,8 @@ def test_groups_and_ratios_are_in_the_summary(measured):
 
 def test_without_scipy_the_correlation_is_skipped(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)  # as if it were not installed
-    assert bench._correlation(torch.arange(3), torch.arange(3)).startswith("- skipped: Spearman (import of scipy.stats")
+    line = evaluate._correlation(torch.arange(3), torch.arange(3))
+    assert line.startswith("- skipped: Spearman (import of scipy.stats")
 
 
 def test_all_measures_have_their_column(measured):
@@ -155,7 +155,7 @@ def test_all_measures_have_their_column(measured):
 
 
 def test_without_truth_only_the_costs_and_seams_are_known(tiny_pipeline, folders, tmp_path):
-    summary = bench.benchmark(tiny_pipeline, pairs.find_pairs(folders[0], None), tmp_path, PLAN)
+    summary = evaluate.evaluate(tiny_pipeline, pairs.find_pairs(folders[0], None), tmp_path, PLAN)
     rows = read_rows(tmp_path)
     assert [row["method"] for row in rows] == METHODS * 2
     assert {row[metric.key] for row in rows for metric in scores.METRICS} == {""}
@@ -196,10 +196,10 @@ def test_reliability_is_of_all_patches(measured, tiny_pipeline, folders):
 
 def test_borders_are_where_patches_begin_and_end():
     # 28x40 cells: patches begin at rows 0 and 12, at columns 0, 12 and 24.
-    rows, columns = bench.seam_borders(PatchGrid(28, 40), height=28 * 8, width=40 * 8)
+    rows, columns = evaluate.seam_borders(PatchGrid(28, 40), height=28 * 8, width=40 * 8)
     assert rows == [96, 128]
     assert columns == [96, 128, 192, 224]
-    assert bench.seam_borders(PatchGrid(28, 16), height=130, width=64) == ([96, 128], [])
+    assert evaluate.seam_borders(PatchGrid(28, 16), height=130, width=64) == ([96, 128], [])
 
 
 def test_means_leave_out_what_a_row_lacks():
@@ -271,7 +271,7 @@ def test_a_truth_of_another_size_is_named(tiny_pipeline, own_folders, tmp_path):
     lr, hr = own_folders
     Image.new("RGB", (43, 32)).save(hr / "dot.png")
     with pytest.raises(ImageError, match=r"dot\.png is 43x32; 4 times its input is 44x32"):
-        bench.benchmark(tiny_pipeline, pairs.find_pairs(lr, hr), tmp_path, PLAN)
+        evaluate.evaluate(tiny_pipeline, pairs.find_pairs(lr, hr), tmp_path, PLAN)
 
 
 @pytest.fixture(scope="module")

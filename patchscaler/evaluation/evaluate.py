@@ -46,7 +46,7 @@ BATCH = 64  # patches that are given random priors at once
 COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")
 
 
-def benchmark(
+def evaluate(
     pipeline: PatchScalerPipeline,
     pairs: Sequence[Pair],
     out: Path,
@@ -201,4 +201,4 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return measure_pairs(args, benchmark, out=args.out, plan=args.plan)
+    return measure_pairs(args, evaluate, out=args.out, plan=args.plan)
