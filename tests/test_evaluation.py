@@ -232,7 +232,7 @@ def test_without_its_network_the_feature_distance_is_skipped(monkeypatch):
             patch.setitem(sys.modules, package, None)  # as if it were not installed
             scorer = scores.find_scorer(torch.device("cpu"), ("feature_distance", "psnr_y"))
         (skipped,) = scorer.skipped_lines()
-        assert skipped.startswith(f"skipped: feature distance ({line}")
+        assert skipped.startswith(f"- skipped: feature distance ({line}")
         image = texture(20, 20, seed=0)
         assert scorer(image, -image) == {"psnr_y": psnr_y(image, -image)}
 
@@ -243,7 +243,7 @@ def test_without_piq_the_rest_is_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "piq", None)  # as if it were not installed
     scorer = scores.find_scorer(torch.device("cpu"), ("psnr_y", "haarpsi", "mdsi"))
     assert [metric.label for metric in scorer.skipped] == ["HaarPSI", "MDSI"]
-    assert all(line.startswith(("skipped: HaarPSI (", "skipped: MDSI (")) for line in scorer.skipped_lines())
+    assert all(line.startswith(("- skipped: HaarPSI (", "- skipped: MDSI (")) for line in scorer.skipped_lines())
     image = texture(20, 20, seed=0)
     assert scorer(image, -image) == {"psnr_y": psnr_y(image, -image)}
 

@@ -77,7 +77,7 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0,
             meshes,
         ),
         "",
-        *(f"- {line}" for line in scorer.skipped_lines()),
+        *scorer.skipped_lines(),
     ]
     if (mean := mean_of(near, "haarpsi")) is not None:
         least = min(row["haarpsi"] for row in near)

@@ -38,10 +38,10 @@ from patchscaler.images import Picture, to_pil
 from patchscaler.options import add_plan_option
 from patchscaler.patches import PatchGrid, split
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
+from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.results import Analysis, Result
 
-UNIFORM = PRESETS["uniform"]
+UNIFORM = SamplingPlan.uniform()
 BATCH = 64  # patches that are given random priors at once
 COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")
 
@@ -99,7 +99,7 @@ def evaluate(
         confidence, error = torch.cat(confidences), torch.cat(errors)
         draw_reliability(confidence, error, plan, out / "reliability.png")
         lines.append(_correlation(confidence, error))
-    lines += [f"- {line}" for line in scorer.skipped_lines()]
+    lines += scorer.skipped_lines()
     summary = "\n".join(lines).rstrip() + "\n"
     (out / "summary.md").write_text(summary, encoding="utf-8")
     return summary

@@ -99,7 +99,8 @@ class Scorer:
         return values
 
     def skipped_lines(self) -> list[str]:
-        return [f"skipped: {metric.label} ({reason})" for metric, reason in self.skipped.items()]
+        """Items of a Markdown list."""
+        return [f"- skipped: {metric.label} ({reason})" for metric, reason in self.skipped.items()]
 
 
 def find_scorer(device: torch.device, keys: tuple[str, ...] | None = None) -> Scorer:
