@@ -106,7 +106,7 @@ def evaluate(
 
 
 def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], list[int]]:
-    """Rows and columns of pixels at which a patch begins or ends, inside an image of H x W."""
+    """Rows and columns of pixels at which a patch begins or ends, inside an image of H×W."""
     rows, columns = grid.borders()
     return [row for row in rows if 0 < row < height], [column for column in columns if 0 < column < width]
 
@@ -114,7 +114,7 @@ def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], l
 def _run_all(
     pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, seed: int, batch_size: int | None
 ) -> dict[str, Result]:
-    null_prompt = pipeline.transformer.null_prompt.detach().float().cpu().expand(len(analysis.grid), -1, -1)  # NxLxD
+    null_prompt = pipeline.transformer.null_prompt.detach().float().cpu().expand(len(analysis.grid), -1, -1)  # N×L×D
     tasks = {
         "final": (analysis, plan),
         "random priors": (replace(analysis, prompt=_random_prompt(pipeline, analysis, seed)), plan),
@@ -126,15 +126,15 @@ def _run_all(
 
 @torch.inference_mode()
 def _random_prompt(pipeline: PatchScalerPipeline, analysis: Analysis, seed: int) -> Tensor:
-    """The prompts NxLxD of random entries of the texture memory, weighed by their own similarities to the patches."""
+    """The prompts N×L×D of random entries of the texture memory, weighed by their own similarities to the patches."""
     memory, encoder = pipeline.texture_memory, pipeline.texture_encoder
-    y0 = split(analysis.latents.to(pipeline.device), analysis.grid)  # NxCxVxV
+    y0 = split(analysis.latents.to(pipeline.device), analysis.grid)  # N×C×V×V
     draws = torch.rand(len(y0), len(memory.features), generator=torch.Generator().manual_seed(seed))
-    drawn = draws.topk(encoder.config.top_k).indices.to(pipeline.device)  # NxK
+    drawn = draws.topk(encoder.config.top_k).indices.to(pipeline.device)  # N×K
     prompts = []
     for patches, entries in zip(y0.split(BATCH), drawn.split(BATCH)):
-        queries = F.normalize(pipeline.texture_classifier.features(patches).float(), dim=-1)  # NxD
-        similarities = torch.einsum("nd,nkd->nk", queries, memory.features[entries])  # NxK
+        queries = F.normalize(pipeline.texture_classifier.features(patches).float(), dim=-1)  # N×D
+        similarities = torch.einsum("nd,nkd->nk", queries, memory.features[entries])  # N×K
         prompts.append(encoder(memory.patches(entries), similarities, patches).float().cpu())
     return torch.cat(prompts)
 

@@ -150,7 +150,7 @@ def fit(
 
 @torch.no_grad()
 def _follow(average: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
-    """The moving average after so many steps: `DECAY`, less at the start, when the weights still move fast."""
+    """The moving average after a number of steps, by `DECAY`, less at the start, when the weights still move fast."""
     done = int(steps)
     torch._foreach_lerp_(average, current, 1 - min(DECAY, (1 + done) / (10 + done)))
 

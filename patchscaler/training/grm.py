@@ -35,8 +35,8 @@ KEPT = 0.5  # share of the weights that a training starts from (`--from`) in wha
 WEIGHTS = {"pixels": 1.0, "features": 1.0, "latents": 0.05, "confidence": 0.02}
 ETA_QUANTILE = 0.65
 VALIDATION_CROP = 256
-# What the paper's plan shall do with held-out patches: its evaluations over those of uniform sampling, and how many
-# patches it takes for hard. Both are less on photographs: a quarter of these crops is degraded more than most of those.
+# Targets for the paper's plan on held-out patches: its evaluations over those of uniform sampling, and the share of
+# hard patches. Both are less on photographs: a quarter of these crops is degraded more than most of those.
 EVALUATIONS = 0.67
 HARD = 0.3
 
@@ -94,7 +94,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 @torch.inference_mode()
 def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
-    """Scale and shift the logits of C by how full the groups shall be; measure errors on held-out pairs B×c×h×w.
+    """Scale and shift the logits of C to the target sizes of the groups; measure errors on held-out pairs B×c×h×w.
 
     As trained, C estimates η₀ / e² where that is well below 1, with η₀ the `ETA_QUANTILE` of e². Logits a times as
     large and shifted by b make (η / e²)ᵃ of it, with η = η₀ exp(b / a): the power a spreads the patches over the

@@ -13,7 +13,7 @@ Samples = dict[str, Tensor]
 
 
 class Pool:
-    """Batches for every step from a pool that is drawn anew every `passes` passes over it.
+    """Batches for every step from a pool that is redrawn every `passes` passes over it.
 
     Which samples a step gets depends on the step and the seed alone: a resumed run draws the pool again that
     it was in the middle of and goes on as if it had never stopped.
@@ -21,7 +21,7 @@ class Pool:
     Args:
         draw: (count, generator) → named tensors with `count` rows; called for `chunk` rows at a time.
         size: rows in the pool.
-        passes: how often each row is used before the pool is drawn anew.
+        passes: how often each row is used before the pool is redrawn.
         batch: rows per step.
     """
 

@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         noise = torch.randn(rows["latents"].shape, generator=generator)
         latents = rows["latents"].flip(flips) + 0.1 * noise.to(device)
         targets = F.one_hot(rows["labels"], len(classes)).float()
-        # Mixup (Zhang et al. 2018): there are few images per class, and they are soon known by heart.
+        # Mixup (Zhang et al. 2018): there are few images per class, which are soon memorised.
         part = torch.rand(batch, generator=generator).to(device)
         latents = torch.lerp(latents, latents.roll(1, 0), part.view(-1, 1, 1, 1))
         targets = torch.lerp(targets, targets.roll(1, 0), part.view(-1, 1))

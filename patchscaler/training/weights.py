@@ -2,8 +2,8 @@
 
 Autoencoder, texture classifier, GRM, texture memory, Patch-DiT: each gets its share of the minutes that are left. Run
 it again after an interruption: it goes on in the stage where it was cut off. With `--from` every network starts from
-its weights in that pipeline folder; the texture memory is built as ever. OUT is then a pipeline folder with a model
-card, and OUT/training, which is not part of it, may be deleted.
+its weights in that pipeline folder; the texture memory is always built from the data. OUT is then a pipeline folder
+with a model card, and OUT/training, which is not part of it, may be deleted.
 """
 
 from __future__ import annotations
