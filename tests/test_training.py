@@ -17,8 +17,8 @@ from patchscaler.training import grm
 from patchscaler.training import weights as all_stages
 from patchscaler.training.build_memory import farthest_points
 from patchscaler.training.data import ImageBank, part_of
-from patchscaler.training.fit import fit, learning_rate, make_accelerator, parser, pool_size, step_generator
-from patchscaler.training.grm import calibrate, grow
+from patchscaler.training.fit import fit, learning_rate, parser, pool_size, step_generator
+from patchscaler.training.grm import calibrate
 from patchscaler.training.optimizer import MuonAdamW
 from patchscaler.training.patch_dit import Place, decode_in_place, sampling_inputs
 from patchscaler.training.start import component, take_weights
@@ -57,7 +57,7 @@ def run_fit(out, steps) -> dict[str, torch.Tensor]:
         return {"loss": toy_error(model, step_generator(0, step))}
 
     args = options(out, steps=steps)
-    return fit("toy", model, loss, args, make_accelerator(args), batch=16, peak_rate=1e-2).state_dict()
+    return fit("toy", model, loss, args, batch=16, peak_rate=1e-2).state_dict()
 
 
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_the_average_keeps_memory_order_and_follows_buffers(tmp_path):
         return {"loss": model(torch.ones(1, 2, 4, 4))}
 
     args, model = options(tmp_path, steps=5), Counting()
-    average = fit("toy", model, loss, args, make_accelerator(args), batch=1, peak_rate=1e-2)
+    average = fit("toy", model, loss, args, batch=1, peak_rate=1e-2)
     assert average.calls == 5 and not average.layer.weight.requires_grad
     assert average.layer.weight.is_contiguous(memory_format=torch.channels_last)
     behind = (average.layer.bias - model.layer.bias).abs().max()
@@ -169,20 +169,6 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_a_deeper_grm_starts_as_the_one_it_grows_from():
-    small, latents = randomised(GRM(4, (8, 16), (1, 1, 2))), torch.randn(2, 4, 9, 7)
-    deep = GRM(4, (8, 16), (3, 2, 2))
-    grow(deep, small)
-    for before, after in zip(small(latents).to_tuple(), deep(latents).to_tuple(), strict=True):
-        assert torch.equal(before, after)
-    deep(latents).latents.sum().backward()
-    assert deep.before[2].conv2.weight.grad.abs().max() > 0  # what is new learns
-    with pytest.raises(ValueError, match=r"depths=\(3, 2, 2\) cannot grow to depths=\(3, 1, 2\)"):
-        grow(GRM(4, (8, 16), (3, 1, 2)), deep)
-    with pytest.raises(ValueError, match=r"GRM has widths=\(8, 16\)"):
-        grow(GRM(4, (16, 16), (1, 1, 2)), small)
-
-
 def test_weights_are_taken_from_the_same_configuration_alone():
     start, model = randomised(TextureClassifier(4, ("brick", "grass"))), TextureClassifier(4, ("brick", "grass"))
     take_weights(model, start)
@@ -193,6 +179,8 @@ def test_weights_are_taken_from_the_same_configuration_alone():
         take_weights(PatchDiT(4, width=32, depth=1, heads=4), PatchDiT(4, width=32, depth=1, heads=2))
     with pytest.raises(ValueError, match="GRM cannot start from TextureClassifier"):
         take_weights(GRM(4), start)
+    with pytest.raises(ValueError, match=r"GRM has depths=\(1, 1, 2\)"):
+        take_weights(GRM(4, (8, 16), (3, 1, 2)), GRM(4, (8, 16), (1, 1, 2)))
 
 
 def test_a_stage_builds_on_what_out_holds_and_else_on_the_folder_to_start_from(tmp_path):

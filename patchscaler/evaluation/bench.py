@@ -35,7 +35,7 @@ from patchscaler.plan import GROUPS, PRESETS
 
 DEFAULT_IMAGE = Path(__file__).parents[2] / "examples" / "1-astronaut.png"
 TILE = 128  # input pixels along a side of the smallest picture; larger ones repeat it
-REPEATS = {512: 5, 1024: 5, 2048: 2, 4096: 1}  # output pixels along a side -> runs of each plan
+REPEATS = {512: 5, 1024: 5, 2048: 2, 4096: 1}  # output pixels along a side → runs of each plan
 SIZES = (512, 2048)  # sides at which every preset is measured, not only the paper's plan
 QUICK = 1024  # the largest side of a quick bench
 BUDGET = 8.0  # seconds for the repeats of one part of a stand-in
@@ -118,8 +118,8 @@ def in_new_process(measure: Callable[..., dict], *arguments: object) -> dict:
 
 
 def tiled(image: Path, tiles: int) -> Picture:
-    """The central TILE x TILE pixels of an image, `tiles` times in each direction, every other one mirrored."""
-    rgb = read_image(image).rgb  # 3xHxW
+    """The central TILE×TILE pixels of an image, `tiles` times in each direction, every other one mirrored."""
+    rgb = read_image(image).rgb  # 3×H×W
     height, width = rgb.shape[-2:]
     if min(height, width) < TILE:
         raise ValueError(f"{image} is {width}x{height}; at least {TILE}x{TILE} is needed")

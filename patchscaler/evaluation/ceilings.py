@@ -30,7 +30,7 @@ from patchscaler.evaluation.pairs import (
     score,
     score_patches,
 )
-from patchscaler.evaluation.scores import SHORT, find_scorer
+from patchscaler.evaluation.scores import find_scorer
 from patchscaler.evaluation.tables import mean_of, means_table, table
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.options import UsageError
@@ -47,7 +47,7 @@ FORCED = {f"T {start}, N {steps}": group for group, (start, steps) in enumerate(
 
 def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0, batch_size: int | None = None) -> str:
     """Markdown tables of means over pairs of inputs and truths. ImageError for a pair that does not fit."""
-    scorer = find_scorer(pipeline.device, SHORT)
+    scorer = find_scorer(pipeline.device)
     rows = defaultdict(list)
     patches = {f"{group}: {setting}": [] for group in GROUPS for setting in ("coarse", *FORCED)}
     near = []  # the image at T 50 against the coarse one
@@ -77,7 +77,7 @@ def measure(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int = 0,
             meshes,
         ),
         "",
-        *(f"- {line}" for line in scorer.skipped_lines()),
+        *scorer.skipped_lines(),
     ]
     if (mean := mean_of(near, "haarpsi")) is not None:
         least = min(row["haarpsi"] for row in near)

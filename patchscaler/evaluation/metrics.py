@@ -1,6 +1,6 @@
 """Weight-free measures of a restored image against the true one, of its patch seams and of meshes in it.
 
-Images are 3xHxW in [-1, 1]; results are Python floats. H W pixels. All sums run in double precision.
+Images are 3×H×W in [-1, 1]; results are Python floats. H W pixels. All sums run in double precision.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def to_8bit(image: Tensor) -> Tensor:
 
 
 def luma(image: Tensor) -> Tensor:
-    """BT.601 luma HxW of an image 3xHxW in [-1, 1], from 16 (black) to 235 (white)."""
+    """BT.601 luma H×W of an image 3×H×W in [-1, 1], from 16 (black) to 235 (white)."""
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image {tuple(image.shape)}: expected 3xHxW")
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=image.device).view(3, 1, 1)
@@ -102,7 +102,7 @@ def mesh(images: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[int, float]
         raise ValueError(f"{len(images)} images for {len(truths)} truths")
     for pair in zip(images, truths):
         check_pair(*pair)
-    ours, true = (torch.cat([_windows(luma(image)) for image in side]) for side in (images, truths))  # MxSxS each
+    ours, true = (torch.cat([_windows(luma(image)) for image in side]) for side in (images, truths))  # M×S×S each
     if not len(true):
         raise ValueError(f"no image holds a window of {MESH_WINDOW}x{MESH_WINDOW}")
     roughness = true.diff(dim=1).abs().mean((1, 2)) + true.diff(dim=2).abs().mean((1, 2))  # M
@@ -122,14 +122,14 @@ def _psnr(a: Tensor, b: Tensor) -> float:
 
 
 def _windows(y: Tensor) -> Tensor:
-    """The whole windows MxSxS of luma HxW, side by side."""
+    """The whole windows M×S×S of luma H×W, side by side."""
     if min(y.shape) < MESH_WINDOW:
         return y.new_empty(0, MESH_WINDOW, MESH_WINDOW)
     return y.unfold(0, MESH_WINDOW, MESH_WINDOW).unfold(1, MESH_WINDOW, MESH_WINDOW).flatten(0, 1)
 
 
 def _peak(windows: Tensor, period: int) -> float:
-    """Power of MxSxS at a period over that of its neighbours: the mean over rows, columns and both diagonals."""
+    """Power of M×S×S at a period over that of its neighbours: the mean over rows, columns and both diagonals."""
     side, k = windows.shape[-1], windows.shape[-1] // period
     line = torch.hann_window(side, dtype=torch.float64, device=windows.device, periodic=False)
     window = torch.outer(line, line)

@@ -29,7 +29,7 @@ Pair = tuple[Path, Path | None]  # an input, and its truth
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Stem -> file of the images directly in a folder, by name. FileNotFoundError if there is none."""
+    """Stem → file of the images directly in a folder, by name. FileNotFoundError if there is none."""
     images, others = files.sort_out(files.listed(folder))
     if not images:
         raise FileNotFoundError(files.no_image(folder, others))
@@ -58,7 +58,7 @@ def read_image(path: Path, max_input_pixels: int = MAX_INPUT_PIXELS) -> Picture:
 
 
 def read_truth(path: Path, bicubic: Tensor) -> Tensor:
-    """The true image 3xHxW, which must be as large as the enlarged input; ImageError if it is not."""
+    """The true image 3×H×W, which must be as large as the enlarged input; ImageError if it is not."""
     truth = read_image(path, MAX_TRUTH_PIXELS).rgb
     if truth.shape != bicubic.shape:
         sizes = [f"{image.shape[2]}x{image.shape[1]}" for image in (truth, bicubic)]
@@ -69,7 +69,7 @@ def read_truth(path: Path, bicubic: Tensor) -> Tensor:
 def analyses(
     pipeline: PatchScalerPipeline, pairs: Sequence[Pair], batch_size: int | None = None
 ) -> Iterator[tuple[str, Analysis, Tensor | None]]:
-    """The name, the analysis and the truth 3xHxW, if there is one, of each pair.
+    """The name, the analysis and the truth 3×H×W, if there is one, of each pair.
 
     ImageError names an image that is unreadable, or not four times its input.
     """
@@ -89,7 +89,7 @@ def score(scorer: Scorer, name: str, image: Tensor, truth: Tensor | None) -> dic
 def score_patches(
     scorer: Scorer, name: str, images: Mapping[str, Tensor], truth: Tensor, grid: PatchGrid, assignment: Tensor
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """What each patch is, "GROUP: METHOD", and its values; the images are methods -> 3xHxW.
+    """What each patch is, "GROUP: METHOD", and its values; the images are methods → 3×H×W.
 
     A patch is cut out of the finished image and scored like a small image of its own: nothing outside of it counts,
     and all groups are scored at one size. So values are those of patches, not parts of the whole image's value.
@@ -128,7 +128,7 @@ def add_options(parser: argparse.ArgumentParser, hr_required: bool = True) -> No
 def measure_pairs(args: argparse.Namespace, measure: Callable[..., str], **options: object) -> int:
     """Print what `measure(pipeline, pairs, seed=, batch_size=, **options)` says, and return the exit status.
 
-    UsageError for folders or a device that there are not.
+    UsageError for a folder or device that does not exist.
     """
     try:
         pairs, device = find_pairs(args.lr, args.hr)[: args.limit], pick_device(args.device)

@@ -17,11 +17,11 @@ BINS = 10
 
 
 def patch_errors(image: Tensor, truth: Tensor, grid: PatchGrid) -> Tensor:
-    """Mean squared error in the pixels of each patch: two images 3xHxW -> N in the grid's order.
+    """Mean squared error in the pixels of each patch: two images 3×H×W → N in the grid's order.
 
     H and W may be less than the grid's, as they are for an output that was padded to whole patches.
     """
-    error = (image - truth).square().mean(0)  # HxW
+    error = (image - truth).square().mean(0)  # H×W
     return torch.stack([patch.pixels(error).mean() for patch in grid.patches])
 
 

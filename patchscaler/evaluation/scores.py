@@ -1,8 +1,7 @@
 """Which measures of an image there are, and which of them can be taken here.
 
 Those of `metrics.py` always can. The feature distance needs the packages of EfficientNet-Lite2: see `features.py`.
-HaarPSI and MDSI are those of the package piq; LPIPS, MANIQA, CLIPIQA and MUSIQ, the paper's, those of pyiqa, which has
-neither of the two and whose networks download their weights. The extra `eval` has them all.
+HaarPSI and MDSI are those of the package piq. The extra `eval` has them all.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from patchscaler.evaluation.features import feature_distance, load_features
 from patchscaler.evaluation.metrics import psnr_y, ssim_y
 
-Score = Callable[..., float]  # of an image and, where it needs that, its truth
+Score = Callable[[Tensor, Tensor], float]  # of an image and its truth
 
 
 def _features(device: torch.device) -> Score:
@@ -45,24 +44,19 @@ def _piq(name: str, device: torch.device) -> Score:
     finally:
         if bare:
             del sys.modules["piq"]  # a later import of piq is to get the whole package
-    return lambda *images: function(*map(_unit, images)).item()
-
-
-def _pyiqa(name: str, device: torch.device) -> Score:
-    network = importlib.import_module("pyiqa").create_metric(name, device=device)
-    return lambda *images: network(*(_unit(image).float() for image in images)).item()
+    return lambda image, truth: function(_unit(image), _unit(truth)).item()
 
 
 def _unit(image: Tensor) -> Tensor:
-    """3xHxW in [-1, 1] -> 1x3xHxW in [0, 1], in double precision."""
+    """3×H×W in [-1, 1] → 1×3×H×W in [0, 1], in double precision."""
     return ((image.double() + 1) / 2).clamp(0, 1)[None]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure: its column, its name, the digits to print, where it gets better, and whether it needs the truth.
+    """A measure against the truth: its column, its name, the digits to print, and where it gets better.
 
-    `load` gives its function, of images 3xHxW in [-1, 1], and fails where its package or weights are missing.
+    `load` gives its function, of images 3×H×W in [-1, 1]; ImportError where its package is missing.
     """
 
     key: str
@@ -70,7 +64,6 @@ class Metric:
     digits: int
     better: str  # ↑ or ↓
     load: Callable[[torch.device], Score]
-    needs_truth: bool = True
 
 
 # In the order of every table: what eyes see comes first.
@@ -80,13 +73,7 @@ METRICS = (
     Metric("mdsi", "MDSI", 4, "↓", partial(_piq, "mdsi")),
     Metric("psnr_y", "PSNR-Y", 2, "↑", lambda device: psnr_y),
     Metric("ssim_y", "SSIM-Y", 4, "↑", lambda device: ssim_y),
-    Metric("lpips", "LPIPS", 4, "↓", partial(_pyiqa, "lpips")),
-    Metric("maniqa_koniq", "MANIQA-KonIQ", 4, "↑", partial(_pyiqa, "maniqa"), needs_truth=False),
-    Metric("clipiqa", "CLIPIQA", 4, "↑", partial(_pyiqa, "clipiqa"), needs_truth=False),
-    Metric("musiq", "MUSIQ", 2, "↑", partial(_pyiqa, "musiq"), needs_truth=False),
 )
-# What single patches and many plans are measured by.
-SHORT = ("feature_distance", "haarpsi", "mdsi", "psnr_y", "ssim_y")
 
 
 @dataclass(frozen=True)
@@ -97,22 +84,23 @@ class Scorer:
     skipped: dict[Metric, str]
 
     def __call__(self, image: Tensor, truth: Tensor | None) -> dict[str, float]:
-        """Column -> value of every measure of an image 3xHxW against its truth; without one, of those that need none.
+        """Column → value of every measure of an image 3×H×W against its truth; nothing without one.
 
         Both are in [-1, 1], as an 8-bit file holds them. ValueError if the image is too small for a measure.
         """
+        if truth is None:
+            return {}
         values = {}
         for metric, score in self.scores.items():
-            if truth is None and metric.needs_truth:
-                continue
             try:
-                values[metric.key] = score(image, truth) if metric.needs_truth else score(image)
+                values[metric.key] = score(image, truth)
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{metric.label}: {error}") from error
         return values
 
     def skipped_lines(self) -> list[str]:
-        return [f"skipped: {metric.label} ({reason})" for metric, reason in self.skipped.items()]
+        """Items of a Markdown list."""
+        return [f"- skipped: {metric.label} ({reason})" for metric, reason in self.skipped.items()]
 
 
 def find_scorer(device: torch.device, keys: tuple[str, ...] | None = None) -> Scorer:
@@ -123,7 +111,6 @@ def find_scorer(device: torch.device, keys: tuple[str, ...] | None = None) -> Sc
             continue
         try:
             scores[metric] = metric.load(device)
-        # Foreign packages fetch weights in here: what can go wrong has no common class.
-        except Exception as error:
-            skipped[metric] = str(error).strip().partition("\n")[0] or type(error).__name__
+        except ImportError as error:
+            skipped[metric] = str(error)
     return Scorer(scores, skipped)

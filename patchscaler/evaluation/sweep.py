@@ -88,7 +88,7 @@ def sweep(
             writer.writerows(own[-1] for own in rows.values())
     named = {f"T {_three(plan.start)}, N {_three(plan.steps)}" if plan else "coarse": rows[plan] for plan in rows}
     lines = ["# Sweep", "", describe_setup(pipeline, pairs, seed), "", *means_table(named, "plan, mean of"), ""]
-    summary = "\n".join([*lines, *(f"- {line}" for line in scorer.skipped_lines())]).rstrip() + "\n"
+    summary = "\n".join([*lines, *scorer.skipped_lines()]).rstrip() + "\n"
     (out / "sweep.md").write_text(summary, encoding="utf-8")
     _plot(rows, [metric.key for metric in scorer.scores], out / "sweep.png")
     return summary

@@ -10,7 +10,7 @@ from patchscaler.evaluation.scores import METRICS
 
 Rows = Sequence[Mapping[str, str | float]]
 
-# Column -> its heading, with an arrow to where it gets better, and the digits of a mean.
+# Column → its heading, with an arrow to where it gets better, and the digits of a mean.
 HEADINGS = {
     **{metric.key: (f"{metric.label} {metric.better}", metric.digits) for metric in METRICS},
     "seam_score": ("seam score", 3),

@@ -15,7 +15,7 @@ from torch import nn
 from patchscaler.models.autoencoder import CompactAutoencoder, decode_latents, encode_latents, load_autoencoder
 from patchscaler.patches import LATENT_PIXELS
 from patchscaler.training.data import DRAWN, ImageBank, image_bank
-from patchscaler.training.fit import bf16, fit, make_accelerator, parser, save_component, step_generator
+from patchscaler.training.fit import bf16, fit, parser, save_component, step_generator
 from patchscaler.training.start import start_pipeline, take_weights
 
 CONFIGS = {"compact": {"latent_channels": 32, "widths": (96, 192), "encoder_depth": (1, 2), "decoder_depth": (2, 3)}}
@@ -31,11 +31,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     An autoencoder that is given (`--vae`, and always for the configuration `paper`) is only copied there.
     """
-    accelerator = make_accelerator(args)
-    device = accelerator.device
+    device = torch.device(args.device)
     if given := args.vae or PRETRAINED.get(args.config):
-        if accelerator.is_main_process:
-            save_component(load_autoencoder(given), args.out / "vae")
+        save_component(load_autoencoder(given), args.out / "vae")
         return {}
     batch = 2 if args.dry_run else args.batch or (16 if device.type == "cpu" else 256)
     bank = image_bank(args.data, device)
@@ -47,7 +45,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     model.to(device)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, torch.Tensor]:
-        generator = step_generator(args.seed, step, accelerator.process_index)
+        generator = step_generator(args.seed, step)
         images, _ = bank.crops(batch, CROP, generator, drawn=DRAWN)
         shape = (batch, CONFIGS[args.config]["latent_channels"], CROP // LATENT_PIXELS, CROP // LATENT_PIXELS)
         noise = LATENT_NOISE * torch.randn(shape, generator=generator).to(device)
@@ -56,10 +54,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         error = (output.float() - images).square().mean((1, 2, 3))
         return {"loss": (error + FLOOR).log().mean(), "squared": error.detach().mean()}
 
-    average = fit("autoencoder", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 1e-3)
+    average = fit("autoencoder", model, loss, args, batch=batch, peak_rate=1e-4 if start else 1e-3)
     measure_statistics(average, bank, args.seed)
-    if accelerator.is_main_process:
-        save_component(average, args.out / "vae")
+    save_component(average, args.out / "vae")
     held_out = image_bank(args.data, device, "held-out")
     images, _ = held_out.crops(4 if args.dry_run else 128, CROP, step_generator(args.seed, 0, 1))
     with torch.inference_mode(), bf16(device):

@@ -17,7 +17,7 @@ from patchscaler.models.autoencoder import encode_latents, load_autoencoder
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_memory import TextureMemory
 from patchscaler.training.data import image_bank
-from patchscaler.training.fit import bf16, make_accelerator, parser, save_component, step_generator
+from patchscaler.training.fit import bf16, parser, save_component, step_generator
 from patchscaler.training.start import component
 
 CROP = 128
@@ -31,16 +31,16 @@ PROJECTED = 64
 
 def build(args: argparse.Namespace) -> dict[str, float]:
     """Draw candidates for at most half of the minutes, sample, save to OUT/texture_memory."""
-    accelerator = make_accelerator(args)
-    bank = image_bank(args.data, accelerator.device, "memory")
-    vae = load_autoencoder(component(args, "vae")).to(accelerator.device)
-    classifier = TextureClassifier.from_pretrained(component(args, "texture_classifier")).to(accelerator.device)
+    device = torch.device(args.device)
+    bank = image_bank(args.data, device, "memory")
+    vae = load_autoencoder(component(args, "vae")).to(device)
+    classifier = TextureClassifier.from_pretrained(component(args, "texture_classifier")).to(device)
     wanted, kept = (64, 16) if args.dry_run else (CANDIDATES, KEPT)
     least = int(kept / (QUANTILES[1] - QUANTILES[0])) + 64
     deadline = time.perf_counter() + 30 * args.minutes
     values, count = [], 0
     while count < least or (count < wanted and time.perf_counter() < deadline):
-        images, _ = bank.crops(32, CROP, step_generator(args.seed, count, accelerator.process_index))
+        images, _ = bank.crops(32, CROP, step_generator(args.seed, count))
         with torch.inference_mode(), bf16(images.device):
             values.append(encode_latents(vae, images).half())
         count += len(images)
@@ -52,8 +52,7 @@ def build(args: argparse.Namespace) -> dict[str, float]:
         keys = torch.cat([classifier.features(part.float()) for part in values.split(256)])  # N×D
     chosen = farthest_points(_points(values, keys, args.seed), kept)
     memory = TextureMemory.from_patches(values[chosen].float().cpu(), keys[chosen].float().cpu())
-    if accelerator.is_main_process:
-        save_component(memory, args.out / "texture_memory")
+    save_component(memory, args.out / "texture_memory")
     return {"texture memory, candidates": count, "texture memory, kept": len(chosen)}
 
 

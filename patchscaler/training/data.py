@@ -25,7 +25,7 @@ PAGE = 320  # their side
 PARTS = ("training", "memory", "held-out")
 HOLD_OUT = 20  # one image of twenty is kept for validation
 RESERVE = 10  # one of ten others is for the texture memory
-ZOOMS = (1.0, 1.3, 1.6, 2.0)  # an image shrunk so many times is sharper than most photographs are at full size
+ZOOMS = (1.0, 1.3, 1.6, 2.0)  # an image shrunk by these factors is sharper than most photographs are at full size
 
 
 class ImageBank:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 Range = tuple[float, float]
 
-# Sizes must agree inside a tensor: resize factors are drawn per group of so many samples, not per sample. A GPU waits
+# Sizes must agree inside a tensor: resize factors are drawn for a group of this many samples, not for each. A GPU waits
 # for the host with small ones.
 GROUP, GPU_GROUP = 8, 64
 RESIZE_MODES = ("area", "bilinear", "bicubic")
@@ -121,7 +121,7 @@ KINDS = (*CONFIGS, BICUBIC)
 
 
 def degrade(images: Tensor, generator: torch.Generator, kind: str = "real-esrgan", scale: int = 4) -> Tensor:
-    """Degrade images Bx3xHxW in [-1, 1] to Bx3x(H/scale)x(W/scale) in [-1, 1], rounded to 8 bits.
+    """Degrade images B×3×H×W in [-1, 1] to B×3×(H/scale)×(W/scale) in [-1, 1], rounded to 8 bits.
 
     `generator` is a CPU generator and decides everything that is random; the same seed gives the same result
     on the same device. ValueError for an unknown kind, or a height or width that `scale` does not divide.
@@ -177,7 +177,7 @@ def _resize(images: Tensor, size: tuple[int, int], generator: torch.Generator) -
 
 
 def blur_kernels(config: Blur, count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` kernels, countxSxS with S the largest size, each summing to 1 (Real-ESRGAN, 3.1 and 3.3).
+    """Draw `count` kernels, count×S×S with S the largest size, each summing to 1 (Real-ESRGAN, 3.1 and 3.3).
 
     A fraction `config.sinc` are ideal low-pass (sinc) kernels, which alone have negative weights; a fraction
     1 - `config.probability` are single pixels, which blur nothing.
@@ -206,7 +206,7 @@ def blur_kernels(config: Blur, count: int, generator: torch.Generator) -> Tensor
 
 
 def sinc_kernels(sizes: tuple[int, int], probability: float, count: int, generator: torch.Generator) -> Tensor:
-    """Draw kernels countxSxS: ideal low-pass (cut-off pi/3 to pi) with `probability`, else single pixels."""
+    """Draw kernels count×S×S: ideal low-pass (cut-off pi/3 to pi) with `probability`, else single pixels."""
     side = _odd_sizes(sizes, count, generator)
     kernels = _normalise(_sinc(_uniform((math.pi / 3, math.pi), count, generator), sizes[1]), side)
     used = _chance(probability, count, generator).view(-1, 1, 1)
@@ -214,7 +214,7 @@ def sinc_kernels(sizes: tuple[int, int], probability: float, count: int, generat
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
-    """Convolve images BxCxHxW, edges replicated, each with its own kernel BxSxS, by Fourier transform."""
+    """Convolve images B×C×H×W, edges replicated, each with its own kernel B×S×S, by Fourier transform."""
     height, width = images.shape[-2:]
     radius = kernels.shape[-1] // 2
     # The transform is fast on sizes with small factors: pad further, to a multiple of 32.
@@ -262,7 +262,7 @@ def _coordinates(side: int) -> tuple[Tensor, Tensor]:
 
 
 def add_noise(images: Tensor, config: Stage, generator: torch.Generator) -> Tensor:
-    """Add Gaussian or Poisson noise, coloured or grey, to images Bx3xHxW in [0, 1]; the result is clamped."""
+    """Add Gaussian or Poisson noise, coloured or grey, to images B×3×H×W in [0, 1]; the result is clamped."""
     count = len(images)
     gaussian = _chance(config.gaussian_probability, count, generator)
     grey = _chance(config.grey_probability, count, generator)
@@ -305,7 +305,7 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def jpeg(images: Tensor, quality: Tensor) -> Tensor:
-    """Images Bx3xHxW in [0, 1] after JPEG at `quality` (B values in 1..100), chroma halved (4:2:0).
+    """Images B×3×H×W in [0, 1] after JPEG at `quality` (B values in 1..100), chroma halved (4:2:0).
 
     Pillow's encoder and decoder do it on the CPU, wherever the images are.
     """

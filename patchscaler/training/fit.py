@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -39,7 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--vae", help="take this diffusers autoencoder (folder or Hub id) and train none")
     options.add_argument("--minutes", type=float, default=30.0, help="time budget")
     options.add_argument("--steps", type=int, help="budget in steps instead of minutes")
-    options.add_argument("--batch", type=int, help="samples per step and device")
+    options.add_argument("--batch", type=int, help="samples per step")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--dry-run", action="store_true", help="two steps on a few samples, no checkpoint")
@@ -51,11 +49,6 @@ def pool_size(args: argparse.Namespace, most: int) -> int:
     return min(most, 128 * max(1, int(args.minutes * most / 2560)))
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The CPU, or one process per GPU under `accelerate launch`."""
-    return Accelerator(cpu=args.device == "cpu")
-
-
 def bf16(device: torch.device) -> torch.autocast:
     """Convolutions and products in bfloat16 where the device is faster in it; for the calls of networks alone.
 
@@ -64,9 +57,12 @@ def bf16(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(device) == torch.bfloat16)
 
 
-def step_generator(seed: int, step: int, rank: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on seed, step and process alone, so that a resumed run draws the same."""
-    return torch.Generator(device).manual_seed((seed << 40) ^ (rank << 32) ^ step)
+def step_generator(seed: int, step: int, stream: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on these numbers alone, so that a resumed run draws the same.
+
+    Stream 0 is for the steps of training, 1 for what is measured beside them.
+    """
+    return torch.Generator(device).manual_seed((seed << 40) ^ (stream << 32) ^ step)
 
 
 def learning_rate(peak: float, progress: float) -> float:
@@ -81,7 +77,6 @@ def fit(
     model: nn.Module,
     loss: Callable[[nn.Module, int, float], dict[str, Tensor]],
     args: argparse.Namespace,
-    accelerator: Accelerator,
     *,
     batch: int,
     peak_rate: float,
@@ -93,20 +88,18 @@ def fit(
             that lies there is resumed; with a budget in steps the result equals that of a run never stopped.
         loss: (model, step, progress in [0, 1]) → named scalar tensors, of which `loss` is minimised. All of
             its randomness must come from `step_generator`.
-        batch: samples per step and process, for the progress bar.
+        batch: samples per step, for the progress bar.
         peak_rate: highest learning rate.
     """
-    set_seed(args.seed)
     folder = args.out / "training"
     model.to(memory_format=torch.channels_last)
     optimizer = MuonAdamW(model, peak_rate)
-    average = AveragedModel(model, accelerator.device, multi_avg_fn=_follow).eval().requires_grad_(False)
-    model = accelerator.prepare(model)
+    average = AveragedModel(model, args.device, multi_avg_fn=_follow).eval().requires_grad_(False)
     state = {"step": 0, "elapsed": 0.0}
     checkpoint = folder / f"{stage}.pt"
     if checkpoint.exists() and not args.dry_run:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        accelerator.unwrap_model(model).load_state_dict(saved["model"])
+        model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
@@ -117,39 +110,36 @@ def fit(
         return state["step"] / args.steps if args.steps else state["elapsed"] / (60 * args.minutes)
 
     def save() -> None:
-        if args.dry_run or not accelerator.is_main_process:
+        if args.dry_run:
             return
         folder.mkdir(parents=True, exist_ok=True)
         temporary = checkpoint.with_suffix(".tmp")
-        weights = accelerator.unwrap_model(model).state_dict()
+        weights = model.state_dict()
         torch.save({"model": weights, "average": average.state_dict(), "optimizer": optimizer.state_dict(),
                     "state": state}, temporary)  # fmt: skip
         os.replace(temporary, checkpoint)
 
-    log = None if args.dry_run or not accelerator.is_main_process else SummaryWriter(folder / "logs" / stage)
-    bar = tqdm(desc=stage, unit=" samples", disable=not accelerator.is_main_process, mininterval=5)
+    log = None if args.dry_run else SummaryWriter(folder / "logs" / stage)
+    bar = tqdm(desc=stage, unit=" samples", mininterval=5)
     saved_at = clock = time.perf_counter()
     while progress() < 1:
         rate = learning_rate(peak_rate, progress())
         optimizer.set_rate(rate)
         values = loss(model, state["step"], progress())
         optimizer.zero_grad()
-        accelerator.backward(values["loss"])
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        values["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state["step"] += 1
-        average.update_parameters(accelerator.unwrap_model(model))
+        average.update_parameters(model)
         if log and state["step"] % 20 == 0:
             figures = {name: float(value.detach()) for name, value in values.items()}
             for name, value in {**figures, "rate": rate}.items():
                 log.add_scalar(name, value, state["step"])
             bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
-        bar.update(batch * accelerator.num_processes)
+        bar.update(batch)
         now = time.perf_counter()
         state["elapsed"], clock = state["elapsed"] + now - clock, now
-        if accelerator.num_processes > 1:  # every process must leave the loop at the same step
-            state["elapsed"] = float(accelerator.reduce(torch.tensor(state["elapsed"], device=accelerator.device),
-                                                        "mean"))  # fmt: skip
         if now - saved_at > CHECKPOINT_SECONDS:
             save()
             saved_at = now
@@ -160,7 +150,7 @@ def fit(
 
 @torch.no_grad()
 def _follow(average: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
-    """The moving average after so many steps: `DECAY`, less at the start, when the weights still move fast."""
+    """The moving average after a number of steps, by `DECAY`, less at the start, when the weights still move fast."""
     done = int(steps)
     torch._foreach_lerp_(average, current, 1 - min(DECAY, (1 + done) / (10 + done)))
 

@@ -21,20 +21,11 @@ from patchscaler.models.autoencoder import decode_unclamped, load_autoencoder
 from patchscaler.models.grm import GRM, confidence_loss, squared_error
 from patchscaler.plan import SamplingPlan, assign, times_and_steps
 from patchscaler.training.data import image_bank
-from patchscaler.training.fit import (
-    bf16,
-    fit,
-    make_accelerator,
-    parser,
-    pool_size,
-    save_component,
-    step_generator,
-    weighted,
-)
+from patchscaler.training.fit import bf16, fit, parser, pool_size, save_component, step_generator, weighted
 from patchscaler.training.pairs import CROP, clean_images, draw_pairs
 from patchscaler.training.perceptual import PictureLoss
 from patchscaler.training.pool import Pool
-from patchscaler.training.start import check_config, component, start_pipeline
+from patchscaler.training.start import component, start_pipeline, take_weights
 
 CONFIGS = {
     "compact": {"widths": (128, 224), "depths": (4, 6, 8)},
@@ -44,16 +35,15 @@ KEPT = 0.5  # share of the weights that a training starts from (`--from`) in wha
 WEIGHTS = {"pixels": 1.0, "features": 1.0, "latents": 0.05, "confidence": 0.02}
 ETA_QUANTILE = 0.65
 VALIDATION_CROP = 256
-# What the paper's plan shall do with held-out patches: its evaluations over those of uniform sampling, and how many
-# patches it takes for hard. Both are less on photographs: a quarter of these crops is degraded more than most of those.
+# Targets for the paper's plan on held-out patches: its evaluations over those of uniform sampling, and the share of
+# hard patches. Both are less on photographs: a quarter of these crops is degraded more than most of those.
 EVALUATIONS = 0.67
 HARD = 0.3
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, save to OUT/grm and return its errors on held-out images."""
-    accelerator = make_accelerator(args)
-    device = accelerator.device
+    device = torch.device(args.device)
     batch = 4 if args.dry_run else args.batch or (16 if device.type == "cpu" else 128)
     bank = image_bank(args.data, device)
     vae = load_autoencoder(component(args, "vae")).to(device, memory_format=torch.channels_last)
@@ -62,7 +52,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     model = GRM(vae.config.latent_channels, **CONFIGS[args.config])
     start = start_pipeline(args)
     if start:
-        grow(model, start.grm)
+        take_weights(model, start.grm)
     model.to(device)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -71,9 +61,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     on_cpu = device.type == "cpu"
     size, passes = (8, 1) if args.dry_run else (pool_size(args, 1024), 6) if on_cpu else (2048, 6)
     chunk = min(size, 32 if on_cpu else 512)
-    pool = Pool(
-        draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
-    )
+    pool = Pool(draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
@@ -82,7 +70,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             output = model(rows["y_lr"].float().contiguous(memory_format=torch.channels_last))
             decoded = decode_unclamped(vae, output.latents.float())
         error = squared_error(output.latents, target)
-        generator = step_generator(args.seed, step, accelerator.process_index, device)
+        generator = step_generator(args.seed, step, device=device)
         terms = {
             **pictures(decoded, images, step, generator),
             "latents": error.mean(),
@@ -91,7 +79,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         return weighted(terms, WEIGHTS)
 
     begun = copy.deepcopy(model.state_dict()) if start else {}
-    average = fit("grm", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 5e-4)
+    average = fit("grm", model, loss, args, batch=batch, peak_rate=1e-4 if start else 5e-4)
     if start:
         # Half the way keeps most of what is gained in features and loses nothing in pixels (Wortsman et al. 2022,
         # "Robust fine-tuning of zero-shot models").
@@ -100,33 +88,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     held_out = image_bank(args.data, device, "held-out")
     pairs = draw_pairs(vae, held_out, 4 if args.dry_run else 96, VALIDATION_CROP, step_generator(args.seed, 0, 1))
     figures = calibrate(average, pairs["y_lr"].float(), pairs["x_hr"].float())
-    if accelerator.is_main_process:
-        save_component(average, args.out / "grm")
+    save_component(average, args.out / "grm")
     return figures
-
-
-def grow(model: GRM, start: GRM) -> None:
-    """Give a new `model` the weights of `start`, which may be less deep: both then compute the same.
-
-    The blocks that `start` lacks come last in their stage and begin as the identity.
-
-    Raises:
-        ValueError: `start` is deeper, or differs in anything else.
-    """
-    check_config(model, start, growing=("depths",))
-    depths, wanted = start.config.depths, model.config.depths
-    if any(depth > most for depth, most in zip(depths, wanted, strict=True)):
-        raise ValueError(f"a GRM with depths={tuple(depths)} cannot grow to depths={tuple(wanted)}")
-    model.load_state_dict({**model.state_dict(), **start.state_dict()})
-    for stage, depth in zip((model.before, model.middle, model.after), depths, strict=True):
-        for block in stage[depth:]:
-            nn.init.zeros_(block.conv2.weight)
-            nn.init.zeros_(block.conv2.bias)
 
 
 @torch.inference_mode()
 def calibrate(model: GRM, y_lr: Tensor, x_hr: Tensor) -> dict[str, float]:
-    """Scale and shift the logits of C by how full the groups shall be; measure errors on held-out pairs B×c×h×w.
+    """Scale and shift the logits of C to the target sizes of the groups; measure errors on held-out pairs B×c×h×w.
 
     As trained, C estimates η₀ / e² where that is well below 1, with η₀ the `ETA_QUANTILE` of e². Logits a times as
     large and shifted by b make (η / e²)ᵃ of it, with η = η₀ exp(b / a): the power a spreads the patches over the

@@ -33,16 +33,7 @@ from patchscaler.patches import LATENT_PIXELS
 from patchscaler.retrieval import retrieve
 from patchscaler.sampling import alphas_cumprod, check_schedule, ddim_step, noised
 from patchscaler.training.data import image_bank
-from patchscaler.training.fit import (
-    bf16,
-    fit,
-    make_accelerator,
-    parser,
-    pool_size,
-    save_component,
-    step_generator,
-    weighted,
-)
+from patchscaler.training.fit import bf16, fit, parser, pool_size, save_component, step_generator, weighted
 from patchscaler.training.pairs import clean_images, draw_restored
 from patchscaler.training.perceptual import PictureLoss, feature_distance
 from patchscaler.training.pool import Pool
@@ -87,8 +78,7 @@ class Prompted(nn.Module):
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, save to OUT/transformer, OUT/texture_encoder and OUT/scheduler; return distances on held-out crops."""
-    accelerator = make_accelerator(args)
-    device = accelerator.device
+    device = torch.device(args.device)
     batch = 4 if args.dry_run else args.batch or (16 if device.type == "cpu" else 256)
     bank = image_bank(args.data, device)
     vae = load_autoencoder(component(args, "vae")).to(device, memory_format=torch.channels_last)
@@ -118,9 +108,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     on_cpu = device.type == "cpu"
     size, passes = (8, 1) if args.dry_run else (pool_size(args, 2048), 8) if on_cpu else (8192, 8)
     chunk = min(size, 32 if on_cpu else 512)
-    pool = Pool(
-        draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed, rank=accelerator.process_index
-    )
+    pool = Pool(draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed)
     if not start:
         first = pool.samples(0)
         transformer.set_filter(alphas, (first["x_hr"].float() - first["y_hr"].float()).square().mean((0, 2, 3)))
@@ -140,7 +128,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
         coarse, truth, images = rows["y_hr"].float(), rows["x_hr"].float(), clean_images(rows)
-        generator = step_generator(args.seed, step, accelerator.process_index, device)
+        generator = step_generator(args.seed, step, device=device)
         place = Place.draw(coarse.shape[-1], transformer.config.size, generator)
         x0, y0 = place.of(truth), place.of(coarse)
         drop = torch.rand(batch, generator=generator, device=device) < DROPPED_PROMPTS
@@ -155,7 +143,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         }
         return weighted(terms, WEIGHTS)
 
-    average = fit("patch_dit", model, loss, args, accelerator, batch=batch, peak_rate=1.5e-4 if start else 5e-4)
+    average = fit("patch_dit", model, loss, args, batch=batch, peak_rate=1.5e-4 if start else 5e-4)
 
     generator = step_generator(args.seed, 0, 1)
     held_out = image_bank(args.data, device, "held-out")
@@ -180,10 +168,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             times = torch.full((len(y0),), start_time, device=device)
             predicted = predict(noised(y0, noise, abar_at(times, alphas)), times, everything)
             figures[f"the same, Patch-DiT, one evaluation from T = {start_time}"] = distance(predicted)
-    if accelerator.is_main_process:
-        save_component(average.transformer, args.out / "transformer")
-        save_component(average.encoder, args.out / "texture_encoder")
-        scheduler.save_pretrained(args.out / "scheduler")
+    save_component(average.transformer, args.out / "transformer")
+    save_component(average.encoder, args.out / "texture_encoder")
+    scheduler.save_pretrained(args.out / "scheduler")
     return figures
 
 

@@ -30,7 +30,7 @@ FILES = {
 # The last block at each of the strides 2, 4, 8, 16 and 32, without the head's own.
 BLOCKS = {"efficientnet-lite0": (0, 2, 4, 10, 14), "efficientnet-lite1": (0, 3, 6, 14, 19)}
 VIEW = 144  # side of what the networks are shown, in pixels
-SHIFT = 4  # a view of an image that is no larger than VIEW leaves out so many rows and columns
+SHIFT = 4  # a view of an image that is no larger than VIEW leaves out this many rows and columns
 ENLARGED = (1.0, 1.0, 1.5, 2.0)
 CONTRAST = 0.02  # in units of [-1, 1]: that of a cell in which errors count half as much as in a flat one
 NOISE = (0.024, 0.096)  # deviations of what covers images that the networks compare, in units of [-1, 1]

@@ -24,25 +24,19 @@ def start_pipeline(args: argparse.Namespace) -> PatchScalerPipeline | None:
 
 
 def take_weights(model: ModelMixin, start: ModelMixin) -> None:
-    """Give a new `model` the weights of `start`. ValueError where `check_config` finds a difference."""
-    check_config(model, start)
-    model.load_state_dict(start.state_dict())
+    """Give a new `model` the weights of `start`; ValueError if that is of another class or config.
 
-
-def check_config(model: ModelMixin, start: ModelMixin, growing: tuple[str, ...] = ()) -> None:
-    """ValueError if `start` is of another class, or of another config than a new `model`.
-
-    What is measured by the training (η, the statistics of latents) is None in a new model's config and may differ, and
-    so may what is `growing`.
+    What is measured by the training (η, the statistics of latents) is None in a new model's config and may differ.
     """
     if type(model) is not type(start):
         raise ValueError(f"training of {type(model).__name__} cannot start from {type(start).__name__}")
     for key, wanted in model.config.items():
-        if key.startswith("_") or key in growing or wanted is None:
+        if key.startswith("_") or wanted is None:
             continue
         if _plain(start.config[key]) != _plain(wanted):
             found = f"{type(start).__name__} has {key}={start.config[key]}"
             raise ValueError(f"{found}, the one to be trained has {key}={wanted}")
+    model.load_state_dict(start.state_dict())
 
 
 def _plain(value: object) -> object:

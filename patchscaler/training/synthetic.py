@@ -67,7 +67,7 @@ def _sketch(image: Image.Image, rng: np.random.Generator) -> None:
 
 @lru_cache
 def _font_files() -> list[Path]:
-    """The DejaVu and STIX faces that matplotlib brings along: sans, serif and mono, upright, bold and slanted."""
+    """The DejaVu and STIX faces that matplotlib ships: sans, serif and mono, upright, bold and slanted."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return sorted([*folder.glob("DejaVuS*.ttf"), *folder.glob("STIXGeneral*.ttf")])
 

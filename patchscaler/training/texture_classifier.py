@@ -18,7 +18,7 @@ from patchscaler.images import bicubic
 from patchscaler.models.autoencoder import encode_latents, load_autoencoder
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.training.data import image_bank
-from patchscaler.training.fit import bf16, fit, make_accelerator, parser, pool_size, save_component, step_generator
+from patchscaler.training.fit import bf16, fit, parser, pool_size, save_component, step_generator
 from patchscaler.training.pool import Pool
 from patchscaler.training.start import component, start_pipeline, take_weights
 
@@ -29,8 +29,7 @@ ZOOM = 1.5
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train, save to OUT/texture_classifier and return its top-1 accuracy on crops of held-out images."""
-    accelerator = make_accelerator(args)
-    device = accelerator.device
+    device = torch.device(args.device)
     batch = 2 if args.dry_run else args.batch or 64
     bank = image_bank(args.data, device)
     classes = bank.classes()
@@ -48,16 +47,16 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         return labelled_latents(vae, bank, classes, count, generator)
 
     size, passes = (64, 1) if args.dry_run else (pool_size(args, 8192), 10)
-    pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed, rank=accelerator.process_index)
+    pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed)
 
     def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
         rows = pool.samples(step)
-        generator = step_generator(args.seed, step, accelerator.process_index)
+        generator = step_generator(args.seed, step)
         flips = [axis for axis in (-1, -2) if torch.rand((), generator=generator) < 0.5]
         noise = torch.randn(rows["latents"].shape, generator=generator)
         latents = rows["latents"].flip(flips) + 0.1 * noise.to(device)
         targets = F.one_hot(rows["labels"], len(classes)).float()
-        # Mixup (Zhang et al. 2018): there are few images per class, and they are soon known by heart.
+        # Mixup (Zhang et al. 2018): there are few images per class, which are soon memorised.
         part = torch.rand(batch, generator=generator).to(device)
         latents = torch.lerp(latents, latents.roll(1, 0), part.view(-1, 1, 1, 1))
         targets = torch.lerp(targets, targets.roll(1, 0), part.view(-1, 1))
@@ -65,15 +64,14 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             logits = model(latents.contiguous(memory_format=torch.channels_last))
         return {"loss": F.cross_entropy(logits.float(), targets)}
 
-    average = fit("texture_classifier", model, loss, args, accelerator, batch=batch, peak_rate=1e-4 if start else 1e-3)
+    average = fit("texture_classifier", model, loss, args, batch=batch, peak_rate=1e-4 if start else 1e-3)
     held_out = image_bank(args.data, device, "held-out")
     generator = step_generator(args.seed, 0, 1)
     rows = labelled_latents(vae, held_out, classes, 32 if args.dry_run else 1024, generator, augmented=False)
     with torch.inference_mode():
         hits = average(rows["latents"]).argmax(1) == rows["labels"]
     accuracy = {"texture classifier, top-1 on held-out crops": hits.float().mean().item()}
-    if accelerator.is_main_process:
-        save_component(average, args.out / "texture_classifier")
+    save_component(average, args.out / "texture_classifier")
     return accuracy
 
 

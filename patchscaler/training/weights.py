@@ -2,8 +2,8 @@
 
 Autoencoder, texture classifier, GRM, texture memory, Patch-DiT: each gets its share of the minutes that are left. Run
 it again after an interruption: it goes on in the stage where it was cut off. With `--from` every network starts from
-its weights in that pipeline folder; the texture memory is built as ever. OUT is then a pipeline folder with a model
-card, and OUT/training, which is not part of it, may be deleted.
+its weights in that pipeline folder; the texture memory is always built from the data. OUT is then a pipeline folder
+with a model card, and OUT/training, which is not part of it, may be deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from patchscaler.models import GRM, PatchDiT, TextureClassifier, TextureEncoder,
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.training import autoencoder, build_memory, grm, patch_dit, texture_classifier
 from patchscaler.training.data import image_bank
-from patchscaler.training.fit import make_accelerator, parser
+from patchscaler.training.fit import parser
 from patchscaler.training.patch_dit import make_scheduler
 
 Stage = Callable[[argparse.Namespace], dict[str, float]]
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the stages that have not ended yet, then write model_index.json and the model card."""
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
-    images = len(image_bank(args.data, make_accelerator(args).device))
+    images = len(image_bank(args.data, torch.device(args.device)))
     records = {name: _read(args.out, name) for name in STAGES}
     # what finished and interrupted stages used counts, so that all runs together keep to the minutes
     started_minutes = {name: 0.0 if records[name] else _elapsed(args.out, name) for name in STAGES}

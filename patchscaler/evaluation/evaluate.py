@@ -31,22 +31,22 @@ from patchscaler.evaluation.pairs import (
     score_patches,
 )
 from patchscaler.evaluation.reliability import draw_reliability, patch_errors, spearman
-from patchscaler.evaluation.scores import METRICS, SHORT, find_scorer
+from patchscaler.evaluation.scores import METRICS, find_scorer
 from patchscaler.evaluation.tables import HEADINGS, differences_table, mean_of, means_table, table
 from patchscaler.figures import contact_sheet, qmap_overlay
 from patchscaler.images import Picture, to_pil
 from patchscaler.options import add_plan_option
 from patchscaler.patches import PatchGrid, split
 from patchscaler.pipeline import PatchScalerPipeline
-from patchscaler.plan import GROUPS, PRESETS, SamplingPlan
+from patchscaler.plan import GROUPS, SamplingPlan
 from patchscaler.results import Analysis, Result
 
-UNIFORM = PRESETS["uniform"]
+UNIFORM = SamplingPlan.uniform()
 BATCH = 64  # patches that are given random priors at once
 COLUMNS = ("image", "method", *(metric.key for metric in METRICS), "seam_score", *GROUPS, "evaluations", "seconds")
 
 
-def benchmark(
+def evaluate(
     pipeline: PatchScalerPipeline,
     pairs: Sequence[Pair],
     out: Path,
@@ -65,7 +65,7 @@ def benchmark(
     times its input.
     """
     (out / "sheets").mkdir(parents=True, exist_ok=True)
-    scorer, short = find_scorer(pipeline.device), find_scorer(pipeline.device, SHORT)
+    scorer = find_scorer(pipeline.device)
     methods: dict[str, list[dict]] = {}
     patches: dict[str, list[dict]] = {f"{group}: {method}": [] for group in GROUPS for method in ("coarse", "final")}
     confidences, errors = [], []
@@ -90,7 +90,7 @@ def benchmark(
                 confidences.append(analysis.patch_confidence)
                 errors.append(patch_errors(analysis.coarse, truth, analysis.grid))
                 shown = {method: images[method] for method in ("coarse", "final")}
-                for key, values in score_patches(short, name, shown, truth, analysis.grid, runs["final"].assignment):
+                for key, values in score_patches(scorer, name, shown, truth, analysis.grid, runs["final"].assignment):
                     patches[key].append(values)
             _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{name}.png")
     lines = ["# Benchmark", "", describe_setup(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
@@ -99,14 +99,14 @@ def benchmark(
         confidence, error = torch.cat(confidences), torch.cat(errors)
         draw_reliability(confidence, error, plan, out / "reliability.png")
         lines.append(_correlation(confidence, error))
-    lines += [f"- {line}" for line in scorer.skipped_lines()]
+    lines += scorer.skipped_lines()
     summary = "\n".join(lines).rstrip() + "\n"
     (out / "summary.md").write_text(summary, encoding="utf-8")
     return summary
 
 
 def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], list[int]]:
-    """Rows and columns of pixels at which a patch begins or ends, inside an image of H x W."""
+    """Rows and columns of pixels at which a patch begins or ends, inside an image of H×W."""
     rows, columns = grid.borders()
     return [row for row in rows if 0 < row < height], [column for column in columns if 0 < column < width]
 
@@ -114,7 +114,7 @@ def seam_borders(grid: PatchGrid, height: int, width: int) -> tuple[list[int], l
 def _run_all(
     pipeline: PatchScalerPipeline, analysis: Analysis, plan: SamplingPlan, seed: int, batch_size: int | None
 ) -> dict[str, Result]:
-    null_prompt = pipeline.transformer.null_prompt.detach().float().cpu().expand(len(analysis.grid), -1, -1)  # NxLxD
+    null_prompt = pipeline.transformer.null_prompt.detach().float().cpu().expand(len(analysis.grid), -1, -1)  # N×L×D
     tasks = {
         "final": (analysis, plan),
         "random priors": (replace(analysis, prompt=_random_prompt(pipeline, analysis, seed)), plan),
@@ -126,15 +126,15 @@ def _run_all(
 
 @torch.inference_mode()
 def _random_prompt(pipeline: PatchScalerPipeline, analysis: Analysis, seed: int) -> Tensor:
-    """The prompts NxLxD of random entries of the texture memory, weighed by their own similarities to the patches."""
+    """The prompts N×L×D of random entries of the texture memory, weighed by their own similarities to the patches."""
     memory, encoder = pipeline.texture_memory, pipeline.texture_encoder
-    y0 = split(analysis.latents.to(pipeline.device), analysis.grid)  # NxCxVxV
+    y0 = split(analysis.latents.to(pipeline.device), analysis.grid)  # N×C×V×V
     draws = torch.rand(len(y0), len(memory.features), generator=torch.Generator().manual_seed(seed))
-    drawn = draws.topk(encoder.config.top_k).indices.to(pipeline.device)  # NxK
+    drawn = draws.topk(encoder.config.top_k).indices.to(pipeline.device)  # N×K
     prompts = []
     for patches, entries in zip(y0.split(BATCH), drawn.split(BATCH)):
-        queries = F.normalize(pipeline.texture_classifier.features(patches).float(), dim=-1)  # NxD
-        similarities = torch.einsum("nd,nkd->nk", queries, memory.features[entries])  # NxK
+        queries = F.normalize(pipeline.texture_classifier.features(patches).float(), dim=-1)  # N×D
+        similarities = torch.einsum("nd,nkd->nk", queries, memory.features[entries])  # N×K
         prompts.append(encoder(memory.patches(entries), similarities, patches).float().cpu())
     return torch.cat(prompts)
 
@@ -201,4 +201,4 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return measure_pairs(args, benchmark, out=args.out, plan=args.plan)
+    return measure_pairs(args, evaluate, out=args.out, plan=args.plan)
