@@ -24,6 +24,7 @@ from patchscaler.ui.networks import Calibration, Call, Networks, Order, zero_gpu
 from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown, View, flag_of
 from patchscaler.ui.tune import Tuner
 
+Update = View | tuple[Shown, View]  # what to show, and if the final picture is in it, how that was made
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
 
@@ -61,12 +62,14 @@ class Runner:
             now.page.source = order.source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
             shown = None
-            async for view in self._stream(lambda: self._views(order, uniform=uniform), stop):
-                if "shown" in view:
-                    shown = view.pop("shown")
-                    if now.page.source == order.source:
-                        now.page.shown = shown
-                yield view
+            async for event in self._stream(lambda: self._views(order, uniform=uniform), stop):
+                match event:
+                    case Shown() as shown, view:
+                        if now.page.source == order.source:
+                            now.page.shown = shown
+                        yield view
+                    case view:
+                        yield view
             if shown is None or not shown.complete or shown.uniform is None and uniform:
                 yield {"status": html.status(_stopped(shown))}
 
@@ -88,11 +91,11 @@ class Runner:
             if now.session not in self._runs and not stop.is_set():
                 yield {"status": html.status("Press Run.")}
 
-    async def _stream(self, job: Callable[[], Iterator[View]], stop: Event) -> AsyncIterator[View]:
-        """A job's views, of which the last says why it failed if it did."""
+    async def _stream(self, job: Callable[[], Iterator[Update]], stop: Event) -> AsyncIterator[Update]:
+        """What a job yields, and last why it failed if it did."""
         try:
-            async for view in self.jobs.stream(job, stop):
-                yield view
+            async for update in self.jobs.stream(job, stop):
+                yield update
         except Exception as error:
             visible = explain(error)
             yield {"status": html.status(f"{visible.title}: {visible.message}")}
@@ -160,10 +163,14 @@ class Runner:
         for _ in self.networks.run(order, read_picture(source)):  # a process is slow at what it does first
             pass
         view = emptied(source)
-        for update in self._views(order):
-            view |= update
+        for event in self._views(order):
+            match event:
+                case Shown() as shown, update:
+                    view |= update
+                case update:
+                    view |= update
         self.cache.open_with(source)
-        known, shown = self.cache.get(source), view.pop("shown")
+        known = self.cache.get(source)
         sides = closeup.LEFT, closeup.RIGHT
         center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
         view |= {
@@ -187,8 +194,8 @@ class Runner:
                 return
         yield from self._views(replace(order, refine=False), picture)
 
-    def _views(self, order: Order, picture: Picture | None = None, uniform: bool = False) -> Iterator[View]:
-        """What the page shows of `events`. With each final picture comes `shown`, which is no component."""
+    def _views(self, order: Order, picture: Picture | None = None, uniform: bool = False) -> Iterator[Update]:
+        """What the page shows of `events`, and with each final picture how it was made."""
         began = time.perf_counter()
         reused = self.cache.get(order.source) is not None
         calls, pictures = Counter(), 1  # of the network, by group; and what is decoded
@@ -214,7 +221,7 @@ class Runner:
                     report = {"plan": asdict(order.plan), "seed": order.seed}
                     shown = Shown(order, event.sampled.start, event.sampled.steps, path, report)
                     stale = html.unfinished(shown.refined, len(shown.start))
-                    yield {"shown": shown, "final": path, "stale": stale}
+                    yield shown, {"final": path, "stale": stale}
                 case Result() as result:
                     path = export.save_final(result, order.source)
                     shown = Shown(order, result.sampled.start, result.sampled.steps, path, result.report())
@@ -223,8 +230,7 @@ class Runner:
                         f"Done in {time.perf_counter() - began:.1f} s with {html.describe(order.plan, order.seed)}. "
                         f"{int(result.rendered.sum())} of {len(result.rendered)} patches were rendered anew."
                     )
-                    yield {
-                        "shown": shown,
+                    yield shown, {
                         "final": path,
                         "timing": html.timing(result, reused),
                         "status": html.status(" ".join([done, *result.picture.notes])),
@@ -235,7 +241,7 @@ class Runner:
         if uniform:
             yield from self._baseline(order, known, result, shown, done)
 
-    def _baseline(self, order: Order, known: Known, result: Result, shown: Shown, done: str) -> Iterator[View]:
+    def _baseline(self, order: Order, known: Known, result: Result, shown: Shown, done: str) -> Iterator[Update]:
         """What the page shows of uniform sampling, after the result: what it costs more and how it looks different."""
         began, calls = time.perf_counter(), Counter()
         uniform = replace(order, plan=SamplingPlan.uniform(), by_hand={}, live=False)
@@ -253,8 +259,7 @@ class Runner:
             work, _ = self.calibration.work(replace(order, plan=run.plan), run.assignment)
             costs.append((work.evaluations, self.calibration.seconds(work, pixels=0)))
         difference = export.save_preview(closeup.difference(result.picture.rgb, event.picture.rgb), "difference")
-        yield {
-            "shown": replace(shown, uniform=export.save_final(event, order.source, "uniform")),
+        yield replace(shown, uniform=export.save_final(event, order.source, "uniform")), {
             "status": html.status(f"{done} The baseline is done too."),
             "baseline": html.baseline(*zip(*costs)),
             "difference": gr.update(value=difference, visible=True),

@@ -21,7 +21,7 @@ from patchscaler.ui.html import SettingsError, visible_error
 from patchscaler.ui.networks import Order
 
 ByHand = dict[int, int]  # patch -> group
-View = dict[str, Any]  # what the page is to show, by the names of its components; of a run also what it is, as "shown"
+View = dict[str, Any]  # what the page is to show, by the names of its components
 
 INSPECT = "inspect"  # what a click on the Qmap does, besides the groups' names
 CUSTOM = "custom"  # the preset's name when the dials match none
