@@ -62,7 +62,7 @@ def slowly(seconds: float):
 
 
 @contextmanager
-def held(service: Service) -> Iterator[threading.Event]:
+def blocked(service: Service) -> Iterator[threading.Event]:
     """Runs that stop at their first step until the event is set, or the block left."""
     gate = threading.Event()
     service.watch.fault = gate.wait
@@ -136,7 +136,7 @@ def test_a_visitor_who_leaves_stops_the_run(service, image, by):
 
 
 def test_a_visitor_who_leaves_while_waiting_never_gets_a_turn(service, image):
-    with held(service):
+    with blocked(service):
         service.join("first", image, QUICK_DIALS)
         event = service.begin(image=image, **SLOW_CALL).json()["event_id"]
         with service.web.stream("GET", f"/gradio_api/call/v2/upscale/{event}"):
@@ -168,7 +168,7 @@ def test_a_large_picture_is_given_up_between_its_tiles(service, image, monkeypat
 
 def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
     service.run("mover", image, QUICK_DIALS)
-    with held(service):
+    with blocked(service):
         accepted = 0
         while (answer := service.join(f"crowd {accepted}", image, QUICK_DIALS)).status_code == 200:
             accepted += 1
@@ -190,7 +190,7 @@ def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
 def test_small_jobs_cannot_pile_up_without_end(service, image, monkeypatch):
     """As they could without Gradio's queue."""
     monkeypatch.setattr(jobs_module, "WAITING", 2)
-    with held(service):
+    with blocked(service):
         for number in range(3):
             service.join(f"small {number}", image, QUICK_DIALS)
             wait_until(lambda: service.jobs.state()["running_seconds"] is not None)
@@ -240,7 +240,7 @@ def test_a_run_past_its_deadline_is_an_error_and_no_zombie(service, image, monke
 def test_the_deadline_does_not_wait_for_a_step_and_health_tells_a_stuck_worker(service, image, monkeypatch):
     monkeypatch.setattr(jobs_module, "STUCK_SECONDS", 0.3)
     before = service.watch.steps
-    with held(service), ThreadPoolExecutor(1) as visitor:
+    with blocked(service), ThreadPoolExecutor(1) as visitor:
         run = visitor.submit(service.run, "stuck", image, QUICK_DIALS)
         wait_until(lambda: service.watch.steps > before)
         monkeypatch.setattr(service.jobs, "seconds", 0.3)
