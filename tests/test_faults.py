@@ -103,12 +103,12 @@ def test_a_hundred_runs_are_joined_and_cancelled(service, image):
             time.sleep(0.1)
         body = {"session_hash": session, "fn_index": run, "event_id": answer.json()["event_id"]}
         assert service.post("cancel", body).json() == {"success": True}
-    left = time.monotonic()
+    steps = service.watch.steps
     service.join("stayer", image, SLOW_DIALS)
     for message in service.messages("stayer"):
         if "step 1 of" in str(message.get("output")):
             break
-    assert time.monotonic() - left < 2
+    assert service.watch.steps - steps < 40  # of the 50 in a group: nobody's run went on before the stayer's
     assert service.watch.most == 1
     assert sum(thread.name.startswith("pipeline") for thread in threading.enumerate()) <= 2  # another test's may linger
     wait_until(lambda: service.watch.running == 0)  # the stayer has left too
@@ -131,8 +131,9 @@ def test_a_visitor_who_leaves_stops_the_run(service, image, by):
     wait_until(lambda: service.watch.running == 0, 3)
     assert service.watch.steps <= seen + 2  # the one it was at, and one for the word to get through
     service.watch.fault = None
-    began = time.monotonic()
-    assert isinstance(service.call(image), list) and time.monotonic() - began < 5
+    stopped = service.watch.steps
+    assert isinstance(service.call(image), list)
+    assert service.watch.steps - stopped <= sum(QUICK.steps) + 1  # its own steps and its result
 
 
 def test_a_visitor_who_leaves_while_waiting_never_gets_a_turn(service, image):
@@ -180,9 +181,9 @@ def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
         assert health["status"] == "ok" and health["queued"] == WAITING
         assert health["worker"]["waiting"] == WAITING - 1 and health["worker"]["running_seconds"] > 0
         for moved in range(5):
-            began = time.monotonic()
             answer = service.light("regrouped", "mover", image, (0.9, moved / 10, *QUICK_DIALS[2:]))
-            assert answer.status_code == 200 and time.monotonic() - began < 3
+            assert answer.status_code == 200
+        assert service.health()["queued"] == WAITING  # answered while the queue was still full
     assert accepted >= WAITING
     wait_until(lambda: service.health()["queued"] == 0)
 
