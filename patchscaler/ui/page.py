@@ -264,6 +264,7 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipe
     if first:
         opener = runner if first is pipeline else Runner(first, jobs, runner.cache, gpu_on_demand=False)
         view, state = opener.first_run(examples[0])
+    # So that Gradio deletes what it took in when the server stops. While it runs, `server.sweep` would do.
     delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
     with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as blocks:
         gr.HTML(HEADING, elem_id="heading")
