@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.request import getproxies
 
 
-def settle_proxies() -> None:
+def configure_proxies() -> None:
     """Have Gradio reach its own page past any proxy, and not fail on a proxy that httpx cannot use.
 
     Its clients read the variables when it is imported, and ask this server whether it has started.
@@ -38,7 +38,7 @@ def settle_proxies() -> None:
             )
 
 
-settle_proxies()
+configure_proxies()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 # Of its own, since it is swept: Gradio's default belongs to all pages of the machine.
 os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"patchscaler-{os.getuid()}"))

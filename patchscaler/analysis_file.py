@@ -46,7 +46,7 @@ class Loaded(NamedTuple):
     confidence: Tensor  # 1xhxw
     grid: PatchGrid
     patch_confidence: Tensor  # N
-    grey: Image.Image  # the ground of the overlay
+    grey: Image.Image  # the image under the overlay's colours
     seconds: dict[str, float]
 
     def restored(self) -> Restored:
@@ -67,7 +67,7 @@ def fingerprint(pipeline: PatchScalerPipeline) -> str:
 
 
 def write_analysis(analysis: Analysis, grey: Image.Image, weights: str, path: Path) -> Path:
-    """Write `path`, with the ground of the overlay and the `fingerprint` of the weights in it."""
+    """Write `path`, with the grey image for the overlay and the `fingerprint` of the weights in it."""
     picture = analysis.picture
     tensors = {
         "rgb": picture.rgb,

@@ -18,7 +18,7 @@ from patchscaler.patches import LATENT_PIXELS, PatchGrid
 # colour-blind, which green, amber and red do not.
 GROUP_COLORS = ("#0a9396", "#e9a800", "#c2185b")
 
-PREVIEW_SIDE = 1024  # pixels
+PREVIEW_SIDE = 1024  # pixels, of what is only looked at
 
 _TINT = 0.5  # share of the group's colour in a cell
 # Of a contact sheet, in pixels: room for a label's width, its height, and the space between pictures.

@@ -9,7 +9,7 @@ import torch
 
 from patchscaler.plan import PRESETS, SamplingPlan, assign
 from patchscaler.ui.networks import Calibration, Call, Work
-from patchscaler.ui.state import MAX_SEED, RANGES, dials_of, hold_order, in_range, plan_of, preset_of, seed_of
+from patchscaler.ui.state import MAX_SEED, RANGES, dials_of, enforce_order, in_range, plan_of, preset_of, seed_of
 from patchscaler.ui.tune import thresholds_within
 
 
@@ -26,11 +26,11 @@ def test_no_move_of_a_dial_crosses_another(moved, to):
     dials = list(dials_of(SamplingPlan.paper()))
     dials[moved] = RANGES[moved][to == "high"]
     assert in_range(dials)
-    held = hold_order(dials, moved)
-    assert held[moved] == dials[moved]
-    plan_of(held)  # raises if anything crossed
-    assert hold_order(held, 8) == held
-    pushed = {i for i in range(8) if held[i] != dials[i]}
+    after = enforce_order(dials, moved)
+    assert after[moved] == dials[moved]
+    plan_of(after)  # raises if anything crossed
+    assert enforce_order(after, 8) == after
+    pushed = {i for i in range(8) if after[i] != dials[i]}
     assert pushed <= ({0, 1} if moved < 2 else {2, 3, 4} if moved < 5 else {5, 6, 7})
 
 

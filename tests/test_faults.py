@@ -62,7 +62,7 @@ def slowly(seconds: float):
 
 
 @contextmanager
-def held(service: Service) -> Iterator[threading.Event]:
+def blocked(service: Service) -> Iterator[threading.Event]:
     """Runs that stop at their first step until the event is set, or the block left."""
     gate = threading.Event()
     service.watch.fault = gate.wait
@@ -103,12 +103,12 @@ def test_a_hundred_runs_are_joined_and_cancelled(service, image):
             time.sleep(0.1)
         body = {"session_hash": session, "fn_index": run, "event_id": answer.json()["event_id"]}
         assert service.post("cancel", body).json() == {"success": True}
-    left = time.monotonic()
+    steps = service.watch.steps
     service.join("stayer", image, SLOW_DIALS)
     for message in service.messages("stayer"):
         if "step 1 of" in str(message.get("output")):
             break
-    assert time.monotonic() - left < 2
+    assert service.watch.steps - steps < 40  # of the 50 in a group: nobody's run went on before the stayer's
     assert service.watch.most == 1
     assert sum(thread.name.startswith("pipeline") for thread in threading.enumerate()) <= 2  # another test's may linger
     wait_until(lambda: service.watch.running == 0)  # the stayer has left too
@@ -131,12 +131,13 @@ def test_a_visitor_who_leaves_stops_the_run(service, image, by):
     wait_until(lambda: service.watch.running == 0, 3)
     assert service.watch.steps <= seen + 2  # the one it was at, and one for the word to get through
     service.watch.fault = None
-    began = time.monotonic()
-    assert isinstance(service.call(image), list) and time.monotonic() - began < 5
+    stopped = service.watch.steps
+    assert isinstance(service.call(image), list)
+    assert service.watch.steps - stopped <= sum(QUICK.steps) + 1  # its own steps and its result
 
 
 def test_a_visitor_who_leaves_while_waiting_never_gets_a_turn(service, image):
-    with held(service):
+    with blocked(service):
         service.join("first", image, QUICK_DIALS)
         event = service.begin(image=image, **SLOW_CALL).json()["event_id"]
         with service.web.stream("GET", f"/gradio_api/call/v2/upscale/{event}"):
@@ -168,7 +169,7 @@ def test_a_large_picture_is_given_up_between_its_tiles(service, image, monkeypat
 
 def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
     service.run("mover", image, QUICK_DIALS)
-    with held(service):
+    with blocked(service):
         accepted = 0
         while (answer := service.join(f"crowd {accepted}", image, QUICK_DIALS)).status_code == 200:
             accepted += 1
@@ -180,9 +181,9 @@ def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
         assert health["status"] == "ok" and health["queued"] == WAITING
         assert health["worker"]["waiting"] == WAITING - 1 and health["worker"]["running_seconds"] > 0
         for moved in range(5):
-            began = time.monotonic()
             answer = service.light("regrouped", "mover", image, (0.9, moved / 10, *QUICK_DIALS[2:]))
-            assert answer.status_code == 200 and time.monotonic() - began < 3
+            assert answer.status_code == 200
+        assert service.health()["queued"] == WAITING  # answered while the queue was still full
     assert accepted >= WAITING
     wait_until(lambda: service.health()["queued"] == 0)
 
@@ -190,7 +191,7 @@ def test_a_full_queue_says_so_and_the_dials_still_answer(service, image):
 def test_small_jobs_cannot_pile_up_without_end(service, image, monkeypatch):
     """As they could without Gradio's queue."""
     monkeypatch.setattr(jobs_module, "WAITING", 2)
-    with held(service):
+    with blocked(service):
         for number in range(3):
             service.join(f"small {number}", image, QUICK_DIALS)
             wait_until(lambda: service.jobs.state()["running_seconds"] is not None)
@@ -240,7 +241,7 @@ def test_a_run_past_its_deadline_is_an_error_and_no_zombie(service, image, monke
 def test_the_deadline_does_not_wait_for_a_step_and_health_tells_a_stuck_worker(service, image, monkeypatch):
     monkeypatch.setattr(jobs_module, "STUCK_SECONDS", 0.3)
     before = service.watch.steps
-    with held(service), ThreadPoolExecutor(1) as visitor:
+    with blocked(service), ThreadPoolExecutor(1) as visitor:
         run = visitor.submit(service.run, "stuck", image, QUICK_DIALS)
         wait_until(lambda: service.watch.steps > before)
         monkeypatch.setattr(service.jobs, "seconds", 0.3)

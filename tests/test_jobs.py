@@ -14,7 +14,7 @@ import torch
 from patchscaler.images import read_picture
 from patchscaler.ui.html import explain
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.state import Known, SessionCache
+from patchscaler.ui.state import CachedAnalysis, SessionCache
 
 
 def test_a_job_whose_reader_leaves_stops_at_its_next_item_and_never_two_run_at_once():
@@ -85,7 +85,7 @@ def test_what_a_failed_job_held_is_free_once_its_error_was_handled(fault, no_col
 
 def test_the_oldest_images_go_first_and_the_newest_always_stays(tiny_pipeline, image):
     analysis = tiny_pipeline.analyze(read_picture(image["path"]))
-    known = Known(analysis, None)
+    known = CachedAnalysis(analysis, None)
     pixels = analysis.coarse[0].numel()
     cache = SessionCache(kept_pixels=2 * pixels)
     for name in "abc":

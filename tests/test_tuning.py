@@ -14,7 +14,7 @@ from visitor import click, last, moved, run, settings
 from patchscaler.images import read_picture
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.plan import SamplingPlan, assign
-from patchscaler.ui.state import DIALS, Known, dials_of, plan_of
+from patchscaler.ui.state import DIALS, CachedAnalysis, dials_of, plan_of
 
 
 def test_a_moved_threshold_regroups_without_a_network(runner, image, plan, dials, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_regroup_is_quick(runner, dials):
     """The bar is 100 ms for 512 x 512."""
     source = sorted((Path(__file__).parent.parent / "examples").glob("*.png"))[0]
     analysis = runner.pipeline.analyze(read_picture(source))
-    runner.cache.put(str(source), Known(analysis, runner.networks.draw_priors))
+    runner.cache.put(str(source), CachedAnalysis(analysis, runner.networks.draw_priors))
     spent = []
     for gamma in (0.3, 0.4, 0.5, 0.6, 0.7):
         began = time.thread_time()  # what the machine does besides is not counted
@@ -92,15 +92,15 @@ def test_dials_that_are_crossed_for_a_moment_are_waited_for(runner, image, dials
     shown = last(run(runner, image, dials), "shown")
     crossed = settings(image, (*dials[:5], 8, 14, 1, dials[8]), shown)  # N3 is typed, its neighbours not yet pushed
     assert runner.tuner.regrouped(crossed) == runner.tuner.budget_known(crossed) == {}
-    held = runner.tuner.dial_moved(crossed, 7)
-    assert (held["steps1"], held["steps2"]) == (1, 1)
+    pushed = runner.tuner.dial_moved(crossed, 7)
+    assert (pushed["steps1"], pushed["steps2"]) == (1, 1)
 
 
 @pytest.fixture
 def analysed(runner, image):
     """`runner` that know `image` as if it had just been analysed."""
     analysis = runner.pipeline.analyze(read_picture(image["path"]))
-    runner.cache.put(image["path"], Known(analysis, runner.networks.draw_priors))
+    runner.cache.put(image["path"], CachedAnalysis(analysis, runner.networks.draw_priors))
     return runner
 
 

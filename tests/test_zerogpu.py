@@ -32,7 +32,7 @@ from patchscaler.ui.networks import (
     Calibration,
     Call,
     Networks,
-    Order,
+    RunRequest,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -50,22 +50,22 @@ def test_every_argument_and_event_of_a_run_pickles(networks, picture):
         arguments = pickle.loads(pickle.dumps(arguments))
         return [pickle.loads(pickle.dumps(event)) for event in networks.here(*arguments)]
 
-    order = Order("", PLAN, 7, {0: 0, 1: 1})
-    analysis, *events = there(order, picture)
+    request = RunRequest("", PLAN, 7, {0: 0, 1: 1})
+    analysis, *events = there(request, picture)
     assert isinstance(analysis, Analysis)
     assert {type(event) for event in events} == {Progress, Partial, Result}
     result = events[-1]
-    *_, plain = networks.here(order, picture)
+    *_, plain = networks.here(request, picture)
     assert torch.equal(result.picture.rgb, plain.picture.rgb) and json.dumps(result.report())
     # The second run, of what the first one left.
-    (again,) = there(order, analysis.restored(), result.sampled)
+    (again,) = there(request, analysis.restored(), result.sampled)
     assert torch.equal(again.picture.rgb, result.picture.rgb) and not again.rendered.any()
 
 
 def test_errors_are_made_visible_before_they_leave(networks, picture, monkeypatch):
     monkeypatch.setattr(networks._pipeline, "analyze", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(gr.Error) as caught:
-        list(networks.here(Order("", PLAN, 7, {}), picture))
+        list(networks.here(RunRequest("", PLAN, 7, {}), picture))
     arrived = pickle.loads(pickle.dumps(caught.value))
     assert (arrived.title, arrived.message) == (caught.value.title, caught.value.message)
     assert arrived.title == "Out of memory"
@@ -86,14 +86,14 @@ def test_seconds_follow_from_the_groups_and_only_from_what_is_new(networks, pict
     analysis = tiny_pipeline.analyze(picture)
     known, pixels = analysis.restored(), 16 * 64 * 80
     rest = 2 * pixels * 1e-5  # for each picture: one of every group that is sampled
-    order = Order("", PLAN, 7, {index: 2 for index in range(4)} | {index: 0 for index in range(4, 9)})
-    assert networks.seconds(order, known) == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * (4 * 3 + 5), abs=1)
-    *_, result = tiny_pipeline.refine(known, PLAN, 7, by_hand=order.by_hand)
-    longer = replace(order, plan=replace(PLAN, steps=(1, 2, 20)))
-    assert networks.seconds(order, known, result.sampled) == pytest.approx(START_SECONDS + rest, abs=1)
+    request = RunRequest("", PLAN, 7, {index: 2 for index in range(4)} | {index: 0 for index in range(4, 9)})
+    assert networks.seconds(request, known) == pytest.approx(START_SECONDS + 2 * rest + 2 * 0.1 * (4 * 3 + 5), abs=1)
+    *_, result = tiny_pipeline.refine(known, PLAN, 7, by_hand=request.by_hand)
+    longer = replace(request, plan=replace(PLAN, steps=(1, 2, 20)))
+    assert networks.seconds(request, known, result.sampled) == pytest.approx(START_SECONDS + rest, abs=1)
     more = networks.seconds(longer, known, result.sampled)
     assert more == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 4 * 20, abs=1)
-    uniform = networks.seconds(replace(order, plan=SamplingPlan.uniform(), live=False), known, result.sampled)
+    uniform = networks.seconds(replace(request, plan=SamplingPlan.uniform(), live=False), known, result.sampled)
     assert uniform == pytest.approx(START_SECONDS + rest + 2 * 0.1 * 9 * 20, abs=1)
 
 
@@ -101,29 +101,29 @@ def test_seconds_count_calls_of_the_network_and_a_picture_for_every_group(networ
     networks._calibration.learn([Call(1, 10, 1.5), Call(1, 20, 2.5)], 1000, 0.2, 2)  # 0.5 s a call, 0.1 ms a pixel
     networks._calibration.learn([], 1000, 0.1)
     known, pixels = tiny_pipeline.analyze(picture).restored(), 16 * 64 * 80
-    order = Order("", PLAN, 7, dict.fromkeys(range(4), 2) | dict.fromkeys(range(4, 9), 0), batch_size=2)
+    request = RunRequest("", PLAN, 7, dict.fromkeys(range(4), 2) | dict.fromkeys(range(4, 9), 0), batch_size=2)
     calls, evaluations = 3 * 2 + 1 * 3, 3 * 4 + 5  # hard ones in two batches, simple ones in three
     expected = 0.5 * calls + 0.1 * evaluations + 2 * pixels * 1e-4
-    assert networks.seconds(order, known) == pytest.approx(START_SECONDS + 2 * expected, abs=1)
+    assert networks.seconds(request, known) == pytest.approx(START_SECONDS + 2 * expected, abs=1)
     # Before the analysis: all nine hard, and a call and a picture for the groups that may be there.
     networks._calibration.learn_analysis(pixels, 3.0)
     expected = 3.0 + 0.5 * (3 * 5 + 1 + 2) + 0.1 * 27 + 3 * pixels * 1e-4
-    assert networks.seconds(order, picture) == pytest.approx(min(MOST_SECONDS, START_SECONDS + 2 * expected), abs=1)
+    assert networks.seconds(request, picture) == pytest.approx(min(MOST_SECONDS, START_SECONDS + 2 * expected), abs=1)
 
 
 def test_before_the_analysis_all_patches_count_as_hard(networks, picture, tiny_pipeline):
     networks._calibration.learn([Call(1, 10, 1.0), Call(1, 20, 2.0)], 1000, 0.0)
-    order = Order("", PLAN, 7, {})
+    request = RunRequest("", PLAN, 7, {})
     assert len(PatchGrid.covering(256, 320)) == len(tiny_pipeline.analyze(picture).grid) == 9
-    assert networks.seconds(order, picture) == pytest.approx(START_SECONDS + 2 * 0.1 * 9 * 3, abs=1)
+    assert networks.seconds(request, picture) == pytest.approx(START_SECONDS + 2 * 0.1 * 9 * 3, abs=1)
     networks._calibration.learn_analysis(1000, 0.0)
-    assert networks.seconds(replace(order, refine=False), picture) == START_SECONDS
+    assert networks.seconds(replace(request, refine=False), picture) == START_SECONDS
 
 
 @pytest.mark.parametrize("side", [1, 16, 128, 512, 2000])
 def test_seconds_are_whole_and_never_above_the_limit(networks, side):
     large = Picture(torch.zeros(1).expand(3, side, side))
-    asked = [networks.seconds(Order("", plan, 0, {}), large) for plan in (PLAN, SamplingPlan.uniform())]
+    asked = [networks.seconds(RunRequest("", plan, 0, {}), large) for plan in (PLAN, SamplingPlan.uniform())]
     assert all(type(value) is int and START_SECONDS < value <= MOST_SECONDS for value in asked)
     assert asked[0] <= asked[1]
 
@@ -134,26 +134,26 @@ def test_the_first_estimate_is_within_three_times_that_of_measured_runs(networks
     plan = SamplingPlan.paper()
     for side in (128, 256, 512):
         picture = Picture(torch.zeros(3, side, side))
-        first = Networks(tiny_pipeline, Calibration()).seconds(Order("", plan, 0, {}), picture)
+        first = Networks(tiny_pipeline, Calibration()).seconds(RunRequest("", plan, 0, {}), picture)
         for evaluation, pixel in ((2e-5, 2e-8), (2e-4, 2e-7)):
             learned = Networks(tiny_pipeline, calibration := Calibration())
             calibration.learn([Call(8, 800, 800 * evaluation), Call(8, 80, 80 * evaluation)], 10**6, pixel * 10**6)
             calibration.learn_analysis(10**6, pixel * 10**6)
-            later = learned.seconds(Order("", plan, 0, {}), picture)
+            later = learned.seconds(RunRequest("", plan, 0, {}), picture)
             assert later / 3 <= first <= 3 * later, (side, evaluation, first, later)
 
 
 def test_a_wait_for_a_device_holds_up_nobody_and_is_not_learned(runner, image, dials):
     """On ZeroGPU: one visitor waits for a device, another's run goes through meanwhile."""
-    waiting, lent = threading.Event(), threading.Event()
+    waiting, granted = threading.Event(), threading.Event()
     runner.jobs = Jobs(threads=2)
     here = runner.networks.run
 
-    def run_for(order, *arguments):
-        if order.session == "first":
+    def run_for(request, *arguments):
+        if request.session == "first":
             waiting.set()
-            assert lent.wait(60)
-        yield from here(order, *arguments)
+            assert granted.wait(60)
+        yield from here(request, *arguments)
 
     runner.networks.run = run_for
 
@@ -165,7 +165,7 @@ def test_a_wait_for_a_device_holds_up_nobody_and_is_not_learned(runner, image, d
         took = time.perf_counter() - began
         assert not first.done() and "Done in" in last(second, "status")
         await asyncio.sleep(3 * took)  # a long wait, measured in runs
-        lent.set()
+        granted.set()
         assert "Done in" in last(await first, "status")
         return took
 
@@ -205,7 +205,7 @@ from patchscaler.images import write_png
 from patchscaler.results import Result
 from patchscaler.analysis_file import fingerprint
 from patchscaler.ui.jobs import Jobs
-from patchscaler.ui.networks import Order
+from patchscaler.ui.networks import RunRequest
 from patchscaler.ui.page import build_page
 from patchscaler.ui.run import Runner
 
@@ -218,13 +218,13 @@ print({str(parameter.device) for parameter in on_cuda.transformer.parameters()},
 
 runner = Runner(load_pipeline(weights, device="cpu", dtype=torch.float32))
 client.startup_report()
-order = Order(image, SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3)), 7, {0: 0, 1: 1})
+request = RunRequest(image, SamplingPlan(0.95, 0.75, (100, 200, 300), (1, 2, 3)), 7, {0: 0, 1: 1})
 for run in range(2):
-    events = list(runner.events(order))
+    events = list(runner.events(request))
     print(" ".join(dict.fromkeys(type(event).__name__ for event in events)))
 result = next(event for event in events if isinstance(event, Result))
 write_png(result.picture, output)
-stopped = runner.events(Order(image, SamplingPlan.uniform(), 8, {}))
+stopped = runner.events(RunRequest(image, SamplingPlan.uniform(), 8, {}))
 next(stopped), next(stopped)
 stopped.close()
 """
@@ -272,7 +272,7 @@ def test_a_run_through_zerogpu_is_the_run(tiny_pipeline, picture, tmp_path):
     assert run.returncode == 0, run.stderr
     said = [line for line in run.stdout.splitlines() if "DEBUG" not in line]
     assert said[0] == "{'cuda:0'} True True"
-    assert said[1:] == ["Known Progress Partial Result", "Known Result"]
+    assert said[1:] == ["CachedAnalysis Progress Partial Result", "CachedAnalysis Result"]
     tasks = [parse_qs(request.query) for request in requests if request.path == "/schedule"]
     assert len(tasks) == 3 and len({task["taskId"][0] for task in tasks}) == 1
     assert all(START_SECONDS <= int(task["durationSeconds"][0]) <= MOST_SECONDS for task in tasks)

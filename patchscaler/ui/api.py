@@ -25,10 +25,10 @@ from patchscaler.results import Result
 from patchscaler.ui.events import HEAVY
 from patchscaler.ui.export import new_folder, save_final, stem
 from patchscaler.ui.html import SettingsError, explained
-from patchscaler.ui.networks import Order
+from patchscaler.ui.networks import RunRequest
 from patchscaler.ui.run import Runner
 from patchscaler.ui.server import mcp_wanted
-from patchscaler.ui.state import ByHand, Known, flag_of, plan_of, seed_of, whole_pictures
+from patchscaler.ui.state import ByHand, CachedAnalysis, flag_of, plan_of, seed_of, whole_pictures
 from patchscaler.version import __version__
 
 PAPER = SamplingPlan.paper()
@@ -49,7 +49,7 @@ class Endpoints:
     def publish(self, page: gr.Blocks) -> None:
         """Add the endpoints to a page that is being built."""
         _publish(page, self.analyze, **HEAVY)
-        # Outside the queue, but for MCP: Gradio gives its tools' files to such endpoints without asking the doorkeeper.
+        # Outside the queue, but for MCP: Gradio gives its tools' files to such endpoints past the request filter.
         _publish(page, self.regroup, queue=mcp_wanted())
         _publish(page, self.refine, **HEAVY)
         _publish(page, self.upscale, **HEAVY)
@@ -67,8 +67,8 @@ class Endpoints:
             report: size, patch grid, each patch's confidence row by row, its group, seconds of each stage, notes
         """  # noqa: E501
         with explained():
-            order = Order(_path("image", image), PAPER, 0, {}, live=False, refine=False)
-            return await self._last(order, self._runner.events, self._analyzed)
+            request = RunRequest(_path("image", image), PAPER, 0, {}, live=False, refine=False)
+            return await self._last(request, self._runner.events, self._analyzed)
 
     def regroup(
         self,
@@ -138,8 +138,8 @@ class Endpoints:
         """
         with explained():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
-            order = Order(_path("analysis", analysis), plan, seed, _by_hand(by_hand), color_fix, live=False)
-            return await self._last(order, self._refined, _result)
+            request = RunRequest(_path("analysis", analysis), plan, seed, _by_hand(by_hand), color_fix, live=False)
+            return await self._last(request, self._refined, _result)
 
     async def upscale(
         self,
@@ -168,11 +168,11 @@ class Endpoints:
         """  # noqa: E501
         with explained():
             plan, seed, color_fix = _plan(gamma1, gamma2, start, steps), seed_of(seed), flag_of("color_fix", color_fix)
-            order = Order(_path("image", image), plan, seed, {}, color_fix, live=False)
-            return await self._last(order, self._runner.events, _result)
+            request = RunRequest(_path("image", image), plan, seed, {}, color_fix, live=False)
+            return await self._last(request, self._runner.events, _result)
 
-    def _analyzed(self, order: Order, known: Known) -> tuple[dict, dict, dict, dict]:
-        analysis, name = known.analysis, _name(order.source)
+    def _analyzed(self, request: RunRequest, known: CachedAnalysis) -> tuple[dict, dict, dict, dict]:
+        analysis, name = known.analysis, _name(request.source)
         assignment = assign(analysis.patch_confidence, PAPER)
         coarse = write_png(Picture(analysis.coarse), new_folder() / f"{name}_coarse.png")
         file = write_analysis(analysis, known.grey, self._weights, new_folder() / f"{name}{ANALYSIS}")
@@ -189,20 +189,23 @@ class Endpoints:
         }
         return _handed(coarse), _drawn(known.overlay(assignment), name), _handed(file), report
 
-    def _refined(self, order: Order) -> Iterator[Any]:
-        loaded = read_analysis(order.source, self._runner.pipeline, self._weights)
-        _assign(loaded.patch_confidence, order.plan, order.by_hand)
-        return self._runner.networks.run(order, loaded.restored())
+    def _refined(self, request: RunRequest) -> Iterator[Any]:
+        loaded = read_analysis(request.source, self._runner.pipeline, self._weights)
+        _assign(loaded.patch_confidence, request.plan, request.by_hand)
+        return self._runner.networks.run(request, loaded.restored())
 
     async def _last(
-        self, order: Order, events: Callable[[Order], Iterator[Any]], returned: Callable[[Order, Any], tuple]
+        self,
+        request: RunRequest,
+        events: Callable[[RunRequest], Iterator[Any]],
+        returned: Callable[[RunRequest, Any], tuple],
     ) -> tuple:
-        """Go through the order's events as a job, and return what `returned` makes of the last."""
+        """Go through the request's events as a job, and return what `returned` makes of the last."""
 
         def job() -> Iterator[Any]:
-            for event in events(order):
+            for event in events(request):
                 yield event
-            yield returned(order, event)
+            yield returned(request, event)
 
         async for item in self._runner.jobs.stream(job):
             last = item
@@ -281,16 +284,16 @@ def _drawn(overlay: Any, name: str) -> dict:
     return _handed(path)
 
 
-def _result(order: Order, result: Result) -> tuple[dict, dict]:
+def _result(request: RunRequest, result: Result) -> tuple[dict, dict]:
     picture = result.picture
     report = {
         "width": picture.width,
         "height": picture.height,
         **result.report(),
-        "by_hand": _named(order.by_hand),
+        "by_hand": _named(request.by_hand),
         "notes": list(picture.notes),
     }
-    return _handed(save_final(result, _name(order.source))), report
+    return _handed(save_final(result, _name(request.source))), report
 
 
 def _grouped(plan: SamplingPlan, assignment: Tensor, by_hand: ByHand) -> dict[str, Any]:

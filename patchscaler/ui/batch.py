@@ -14,19 +14,18 @@ from zipfile import ZIP_STORED, ZipFile
 import gradio as gr
 from PIL import Image
 
+from patchscaler.figures import PREVIEW_SIDE
 from patchscaler.images import read_picture, to_pil
 from patchscaler.plan import GROUPS
 from patchscaler.results import Progress, Result
 from patchscaler.ui import html
 from patchscaler.ui.export import new_folder, save_final, save_preview, stem
 from patchscaler.ui.html import explain, visible_error
-from patchscaler.ui.jobs import Stops
-from patchscaler.ui.networks import Order
+from patchscaler.ui.jobs import StopEvents
+from patchscaler.ui.networks import RunRequest
 from patchscaler.ui.run import Runner
 from patchscaler.ui.server import MAX_FILES
 from patchscaler.ui.state import Settings, View
-
-PREVIEW_SIDE = 1024  # of the pictures in the gallery, in pixels
 
 
 class Outcome(NamedTuple):
@@ -44,11 +43,11 @@ class Batch:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._batches = Stops()
+        self._batches = StopEvents()
 
     async def run_all(self, now: Settings, files: list | None) -> AsyncIterator[View]:
         """Upscale file by file. A bad one is reported and the rest go on; Stop keeps what is finished."""
-        files, same = files or [], replace(now.order(), by_hand={}, live=False)
+        files, same = files or [], replace(now.request(), by_hand={}, live=False)
         if not 1 <= len(files) <= MAX_FILES:
             raise visible_error("Too many images" if files else "No images", f"1 to {MAX_FILES} are taken.")
         with self._batches.of(now.session) as stop:
@@ -56,10 +55,10 @@ class Batch:
             waiting, stoppable = html.status("Waiting for the pipeline…", 0, len(files)), gr.update(interactive=True)
             yield {"batch-status": waiting, "gallery": [], "outcomes": "", "batch-zip": None, "stop-all": stoppable}
             for place, file in enumerate(files):
-                order, name = replace(same, source=file["path"]), Path(file.get("orig_name") or file["path"]).name
+                request, name = replace(same, source=file["path"]), Path(file.get("orig_name") or file["path"]).name
                 said = f"Image {place + 1} of {len(files)}, {name}"
                 try:
-                    async for event in self._runner.jobs.stream(partial(self._upscaled, order, name), stop):
+                    async for event in self._runner.jobs.stream(partial(self._upscaled, request, name), stop):
                         if isinstance(event, Outcome):
                             outcomes.append(event)
                         elif isinstance(event, Progress):
@@ -82,17 +81,17 @@ class Batch:
         """Have the visitor's batch stop at its next step."""
         self._batches.stop(now.session)
 
-    def _upscaled(self, order: Order, name: str) -> Iterator[Progress | Outcome | None]:
+    def _upscaled(self, request: RunRequest, name: str) -> Iterator[Progress | Outcome | None]:
         """A file's progress, and last its Outcome. Nothing of it is cached: no dial will be turned for it."""
-        for event in self._runner.networks.run(order, read_picture(order.source)):
+        for event in self._runner.networks.run(request, read_picture(request.source)):
             if isinstance(event, Result):
-                picture = save_final(event, order.source)
+                picture = save_final(event, request.source)
                 preview = to_pil(event.picture)
                 preview.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
                 seconds = sum(event.seconds.values())
                 size = f"{event.picture.width} × {event.picture.height} pixels in {seconds:.1f} s"
                 text = " ".join([size, *event.picture.notes])
-                yield Outcome(name, text, picture, save_preview(preview, stem(order.source)), event.report())
+                yield Outcome(name, text, picture, save_preview(preview, stem(request.source)), event.report())
             else:
                 yield event if isinstance(event, Progress) else None
 

@@ -16,7 +16,7 @@ from patchscaler.patches import LATENT_PIXELS, Patch
 from patchscaler.plan import SamplingPlan, assign
 from patchscaler.ui import html
 from patchscaler.ui.export import save_preview
-from patchscaler.ui.state import ByHand, Known, SessionCache, Settings, Shown, View, choice_of, whole_pictures
+from patchscaler.ui.state import ByHand, CachedAnalysis, SessionCache, Settings, Shown, View, choice_of, whole_pictures
 
 SIDES = ("Bicubic input", "Coarse", "Final", "Uniform")
 ZOOMS = {"100 %": 1, "200 %": 2, "400 %": 4}
@@ -71,14 +71,14 @@ class Closeups:
         return {"grid": html.seams(known.analysis.grid, width, height)}
 
 
-def pair(known: Known, shown: Shown | None, sides: tuple[str, str]) -> tuple[Path, Path] | None:
+def pair(known: CachedAnalysis, shown: Shown | None, sides: tuple[str, str]) -> tuple[Path, Path] | None:
     """Previews of two sides for the slider, or None while one of them does not exist yet."""
     pictures = [side(known, shown, name) for name in sides]
     return None if None in pictures else tuple(save_preview(picture, "side") for picture in pictures)
 
 
 def zoomed(
-    known: Known, shown: Shown | None, sides: tuple[str, str], zoom: str, center: tuple[float, float] | None
+    known: CachedAnalysis, shown: Shown | None, sides: tuple[str, str], zoom: str, center: tuple[float, float] | None
 ) -> tuple[Path, Path] | None:
     """The same crop of two sides around a pixel, the middle unless given, magnified without smoothing."""
     height, width = known.analysis.coarse.shape[-2:]
@@ -98,7 +98,7 @@ def window(center: float, length: int, side: int) -> tuple[int, int]:
     return first, first + side
 
 
-def side(known: Known, shown: Shown | None, name: str, box: Box | None = None) -> Image.Image | None:
+def side(known: CachedAnalysis, shown: Shown | None, name: str, box: Box | None = None) -> Image.Image | None:
     """One of SIDES, or a part of it; None if there is no such picture of this image yet."""
     choice_of("side", name, SIDES)
     if name in ("Bicubic input", "Coarse"):
@@ -120,13 +120,13 @@ def difference(a: Tensor, b: Tensor) -> Image.Image:
     return Image.fromarray((ramp * 255).round().astype(np.uint8))
 
 
-def clicked(known: Known, at: tuple[float, float]) -> tuple[float, float]:
+def clicked(known: CachedAnalysis, at: tuple[float, float]) -> tuple[float, float]:
     """A pixel of the upscaled picture for a place on the Qmap overlay, which may be smaller."""
     scale = max(known.analysis.coarse.shape[-2:]) / max(known.grey.size)
     return at[0] * scale, at[1] * scale
 
 
-def touched(known: Known, points: list[tuple[float, float]]) -> list[int]:
+def touched(known: CachedAnalysis, points: list[tuple[float, float]]) -> list[int]:
     """The patches nearest to points, in shares of the picture's width and height."""
     height, width = known.analysis.coarse.shape[-2:]
     middles = torch.tensor([middle(patch) for patch in known.analysis.grid.patches])  # Nx2
@@ -139,7 +139,7 @@ def middle(patch: Patch) -> tuple[float, float]:
 
 
 def patch_views(
-    known: Known, shown: Shown | None, index: int, plan: SamplingPlan, by_hand: ByHand
+    known: CachedAnalysis, shown: Shown | None, index: int, plan: SamplingPlan, by_hand: ByHand
 ) -> tuple[str, str]:
     """A line about one patch, and the same with its pictures. Its priors come later: a network must decode them."""
     analysis = known.analysis
@@ -155,5 +155,5 @@ def patch_views(
     ]
     confidence = analysis.patch_confidence[index].item()
     facts = html.patch(index, box, confidence, group, plan, index in by_hand)
-    closer = html.picked(box, width, height) + '<a href="#inspector">Inspect it below</a>'
+    closer = html.patch_frame(box, width, height) + '<a href="#inspector">Inspect it below</a>'
     return facts + closer, facts + html.figures(pictures)

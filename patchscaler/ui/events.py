@@ -95,12 +95,12 @@ def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
 
     # Patches by hand, and one patch closely.
     picking = ("facts", "inspector", "number", *TUNED)
-    for picked in (
+    for selected in (
         on(page["qmap"].select, tuner.clicked, picking, own=["mode"], at=True),
         on(page["number"].input, tuner.numbered, picking, own=["number", "mode"]),
     ):
-        on(picked.then, closeups.inspected, ["inspected"])
-        on(picked.then, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
+        on(selected.then, closeups.inspected, ["inspected"])
+        on(selected.then, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
     stroke = "(_, ...others) => [window.patchscalerStroke, ...others]"
     on(page["stroke"].click, tuner.brushed, TUNED, own=["stroke", "mode"], js=stroke)
     on(page["reset"].click, tuner.reset_by_hand, TUNED)

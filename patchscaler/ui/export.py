@@ -21,13 +21,13 @@ from patchscaler.results import Result
 from patchscaler.ui import html
 from patchscaler.ui.html import visible_error
 from patchscaler.ui.state import (
-    Known,
+    CachedAnalysis,
     SessionCache,
     Settings,
     Shown,
     View,
     batch_of,
-    dialled,
+    dial_view,
     dials_of,
     in_range,
     plan_of,
@@ -86,7 +86,7 @@ def linked(now: Settings, query: Any) -> View:
         return {}
     if not in_range(dials):
         return {}
-    return {**dialled(plan, seed), "color-fix": color_fix, "uniform": uniform, "batch": batch}
+    return {**dial_view(plan, seed), "color-fix": color_fix, "uniform": uniform, "batch": batch}
 
 
 def restored(source: str) -> View:
@@ -104,7 +104,7 @@ def restored(source: str) -> View:
     if by_hand:
         note += f" Not so {by_hand} of its patches that were set by hand: they belong to the image it was made from."
     color_fix = text.get("color_fix") != "off"
-    return {"note": f"<p>{note} Run upscales it once more.</p>", "color-fix": color_fix, **dialled(plan, seed)}
+    return {"note": f"<p>{note} Run upscales it once more.</p>", "color-fix": color_fix, **dial_view(plan, seed)}
 
 
 def packed(cache: SessionCache, now: Settings) -> View:
@@ -116,17 +116,17 @@ def packed(cache: SessionCache, now: Settings) -> View:
         return {"zip": gr.update(value=str(stages_zip(known, shown)), visible=True)}
 
 
-def stages_zip(known: Known, shown: Shown) -> Path:
+def stages_zip(known: CachedAnalysis, shown: Shown) -> Path:
     """All stages of the shown picture as lossless PNGs, with a report. FileNotFoundError if it is gone."""
-    analysis, order, name = known.analysis, shown.order, stem(shown.order.source)
+    analysis, request, name = known.analysis, shown.request, stem(shown.request.source)
     path = new_folder() / f"{name}_patchscaler.zip"
-    assignment = assign(analysis.patch_confidence, order.plan, order.by_hand)
+    assignment = assign(analysis.patch_confidence, request.plan, request.by_hand)
     report = {
         "image": name,
         "complete": shown.complete,
-        "color_fix": order.color_fix,
+        "color_fix": request.color_fix,
         **shown.report,
-        "by_hand": {str(index): group for index, group in order.by_hand.items()},
+        "by_hand": {str(index): group for index, group in request.by_hand.items()},
         "patches": [
             {"left": patch.left, "top": patch.top, "confidence": confidence, "group": group, "start": start, "steps": n}
             for patch, confidence, group, start, n in zip(
@@ -142,7 +142,7 @@ def stages_zip(known: Known, shown: Shown) -> Path:
     with TemporaryDirectory() as folder, ZipFile(path, "w", ZIP_STORED) as archive:
         for stage, pixels in (("bicubic", analysis.bicubic), ("coarse", analysis.coarse)):
             archive.write(write_png(Picture(pixels), Path(folder) / f"{stage}.png"), f"{stage}.png")
-        for stage, image in (("qmap", known.overlay(assignment, order.by_hand)), ("priors", known.priors)):
+        for stage, image in (("qmap", known.overlay(assignment, request.by_hand)), ("priors", known.priors)):
             image.save(Path(folder) / f"{stage}.png")
             archive.write(Path(folder) / f"{stage}.png", f"{stage}.png")
         archive.write(shown.final, f"final{shown.final.suffix}")

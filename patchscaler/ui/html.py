@@ -46,7 +46,7 @@ def status(text: str, done: float = 0, total: int = 0) -> str:
 
 
 def step(progress: Progress, spent: float, uniform: bool = False) -> str:
-    """The status line at a step of sampling, which has taken so many seconds so far."""
+    """The status line at a step of sampling, which has taken `spent` seconds up to now."""
     group = "Uniform baseline" if uniform else GROUPS[progress.group].capitalize()
     left = spent / progress.done * (progress.total - progress.done)
     text = f"{group}: step {progress.step} of {progress.steps}, {_patches(progress.patches)}, about {left:.0f} s left"
@@ -67,20 +67,20 @@ def cost(
     counts: Sequence[int],
     width: int,
     height: int,
-    anew: int,
+    to_sample: int,
     evaluations: int,
     seconds: float | None,
 ) -> str:
     """What `plan` costs, against every patch at T 1000, N 20, and what a run would do now.
 
-    `anew` patches with `evaluations` are not known from the last run; `seconds` is None before any run.
+    `to_sample` patches with `evaluations` are not known from the last run; `seconds` is None before any run.
     """
     total = plan.evaluations(counts)
     share = total / SamplingPlan.uniform().evaluations(counts)
     expected = "" if seconds is None else f", about <b>{seconds:.1f} s</b> on this device"
     return (
         f"<p>{width} × {height} pixels, {_patches(sum(counts))}, <b>{total:,}</b> network evaluations: "
-        f"{share:.0%} of uniform sampling. Run renders {anew:,} of {_patches(sum(counts))} anew: "
+        f"{share:.0%} of uniform sampling. Run renders {to_sample:,} of {_patches(sum(counts))} anew: "
         f"{evaluations:,} evaluations{expected}.</p>"
     )
 
@@ -159,7 +159,7 @@ def seams(grid: PatchGrid, width: int, height: int) -> str:
     return _drawn(places, path, width, height, max(width, height) / 500)
 
 
-def picked(box: tuple[int, int, int, int], width: int, height: int) -> str:
+def patch_frame(box: tuple[int, int, int, int], width: int, height: int) -> str:
     """A style that frames the inspected patch on the Qmap."""
     left, top, right, bottom = box
     path = f"M{left} {top}H{right}V{bottom}H{left}Z"

@@ -140,7 +140,7 @@ class Jobs:
             raise JobError(f"It took too long; {limit}. Try a smaller image or fewer steps.")
 
 
-class Stops:
+class StopEvents:
     """Visitors' means to stop what goes on for them, by their session: the latest of one kind of work counts."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the page runs on the device, as one generator (on ZeroGPU one that is lent), and the seconds it may take."""
+"""What the page runs on the device, as one generator that on ZeroGPU asks for a GPU, and the seconds it may take."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FADING = 0.85  # weight of a measurement against the next one
 
 
 @dataclass(frozen=True)
-class Order:
+class RunRequest:
     """What a run is to do."""
 
     source: str
@@ -77,7 +77,7 @@ class Calibration:
         self._rest_rates = (0.0, 0.0)
 
     def learn(self, groups: Iterable[Call], pixels: int, rest: float, pictures: int = 1) -> None:
-        """Take in a finished run: its groups, and the seconds of all else but the analysis, for so many pictures."""
+        """Take in a finished run: its groups, and the seconds of all else but the analysis, for its pictures."""
         self._groups.extend(group for group in groups if group.evaluations and group.seconds > 0)
         if rest > 0:
             self._rest.append((pictures * pixels, pixels, rest))
@@ -89,15 +89,15 @@ class Calibration:
     def learn_analysis(self, pixels: int, seconds: float) -> None:
         self._analysis.append(seconds / pixels)
 
-    def work(self, order: Order, assignment: Tensor, earlier: Sampled | None = None) -> tuple[Work, int]:
-        """What a run of the order has to do after `earlier`, with the patches in these groups; how many it samples."""
-        plan, seed, batch_size = order.plan, order.seed, order.batch_size or self.at_once
+    def work(self, request: RunRequest, assignment: Tensor, earlier: Sampled | None = None) -> tuple[Work, int]:
+        """What a requested run has to do after `earlier`, with the patches in these groups; how many it samples."""
+        plan, seed, batch_size = request.plan, request.seed, request.batch_size or self.at_once
         start, steps = times_and_steps(plan, assignment)
-        anew = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
-        groups = assignment[anew].bincount(minlength=len(GROUPS)).tolist()
+        to_sample = torch.ones(len(steps), dtype=torch.bool) if earlier is None else earlier.differs(start, steps, seed)
+        groups = assignment[to_sample].bincount(minlength=len(GROUPS)).tolist()
         calls = sum(n * -(-count // batch_size) for n, count in zip(plan.steps, groups))
-        pictures = max(1, sum(count > 0 for count in groups)) if order.live else 1
-        return Work(int(steps[anew].sum()), calls, pictures), sum(groups)
+        pictures = max(1, sum(count > 0 for count in groups)) if request.live else 1
+        return Work(int(steps[to_sample].sum()), calls, pictures), sum(groups)
 
     def seconds(self, work: Work, pixels: int) -> Any:
         """What that is expected to take over a known analysis, or None before the first run."""
@@ -108,7 +108,7 @@ class Calibration:
         return sampling + pixels * (work.pictures * each + last)
 
     def analysis_seconds(self, pixels: int) -> float | None:
-        """What the analysis of a picture with so many output pixels is expected to take, or None before the first."""
+        """What an analysis is expected to take, by the pixels of the output, or None before the first."""
         return pixels * median(self._analysis) if self._analysis else None
 
 
@@ -139,7 +139,7 @@ EVALUATION_SECONDS, PIXEL_SECONDS = 2e-4, 2e-7
 
 
 def zero_gpu() -> bool:
-    """Whether devices are lent for stated seconds, which count against the visitor."""
+    """Whether GPUs are allocated for stated seconds, which count against the visitor."""
     return bool(spaces.config.Config.zero_gpu)
 
 
@@ -150,11 +150,11 @@ class Networks:
     for all kinds of work.
     """
 
-    def __init__(self, pipeline: PatchScalerPipeline, calibration: Calibration, lent: bool = True) -> None:
+    def __init__(self, pipeline: PatchScalerPipeline, calibration: Calibration, gpu_on_demand: bool = True) -> None:
         self._pipeline = pipeline
         self._calibration = calibration
         self._vae, self._memory = _on_cpu(pipeline.vae), _on_cpu(pipeline.texture_memory)
-        self.run = spaces.GPU(self.here, duration=self.seconds) if lent else self.here
+        self.run = spaces.GPU(self.here, duration=self.seconds) if gpu_on_demand else self.here
 
     @torch.inference_mode()
     def prior_images(self, indices: Tensor) -> Tensor:
@@ -165,21 +165,21 @@ class Networks:
         """The sheet of the pipeline; on the CPU."""
         return self._pipeline.draw_priors(analysis, prior_images=self.prior_images)
 
-    def here(self, order: Order, known: Picture | Restored, earlier: Sampled | None = None) -> Iterator[Any]:
+    def here(self, request: RunRequest, known: Picture | Restored, earlier: Sampled | None = None) -> Iterator[Any]:
         """Yield the Analysis of a Picture, and then the events of the refinement.
 
         `earlier` are patches of it to take over. Errors are made visible here: ZeroGPU passes on no others.
         """
         with explained():
             if isinstance(known, Picture):
-                known = self._pipeline.analyze(known, order.batch_size)
+                known = self._pipeline.analyze(known, request.batch_size)
                 # From another process the prompt, which is most of the bytes, is not sent: refinement makes it again.
                 yield replace(known, prompt=None) if zero_gpu() else known
-            if order.refine:
-                settings = order.plan, order.seed, order.batch_size, order.color_fix, order.by_hand
-                yield from self._pipeline.refine(known, *settings, earlier, partial=order.live)
+            if request.refine:
+                settings = request.plan, request.seed, request.batch_size, request.color_fix, request.by_hand
+                yield from self._pipeline.refine(known, *settings, earlier, partial=request.live)
 
-    def seconds(self, order: Order, known: Picture | Restored, earlier: Sampled | None = None) -> int:
+    def seconds(self, request: RunRequest, known: Picture | Restored, earlier: Sampled | None = None) -> int:
         """For how long `here` with these arguments may need the device, from what runs on it took before.
 
         The patches of a Picture are not grouped yet: they count as hard ones, which cost most, and a picture is
@@ -194,12 +194,12 @@ class Networks:
             count = len(PatchGrid.covering(height, width, self._pipeline.transformer.config.size))
             groups = torch.full((count,), len(GROUPS) - 1)
         else:
-            groups = assign(known.patch_confidence, order.plan, order.by_hand)
-        if order.refine:
-            work, _ = self._calibration.work(order, groups, earlier)
+            groups = assign(known.patch_confidence, request.plan, request.by_hand)
+        if request.refine:
+            work, _ = self._calibration.work(request, groups, earlier)
             if isinstance(known, Picture):  # any group may turn out to have patches
-                pictures = len(GROUPS) if order.live else 1
-                work = work._replace(calls=work.calls + sum(order.plan.steps[:-1]), pictures=pictures)
+                pictures = len(GROUPS) if request.live else 1
+                work = work._replace(calls=work.calls + sum(request.plan.steps[:-1]), pictures=pictures)
             refined = self._calibration.seconds(work, pixels)
             if refined is None:
                 refined = work.evaluations * EVALUATION_SECONDS + work.pictures * pixels * PIXEL_SECONDS

@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PRESET_NAMES = {"paper": "Paper", "fast": "Fast", "balanced": "Balanced", "uniform": "Uniform 20", CUSTOM: "Custom"}
 
 
-def _start(view: View) -> None:
+def _input(view: View) -> None:
     """The image, and the buttons that have it upscaled."""
     image = gr.Image(
         label="Input image",
@@ -262,15 +262,16 @@ def build_page(pipeline: PatchScalerPipeline, jobs: Jobs, first: PatchScalerPipe
     runner.examples = examples
     view, state = emptied(None), PageState()
     if first:
-        opener = runner if first is pipeline else Runner(first, jobs, runner.cache, lent=False)
+        opener = runner if first is pipeline else Runner(first, jobs, runner.cache, gpu_on_demand=False)
         view, state = opener.first_run(examples[0])
+    # So that Gradio deletes what it took in when the server stops. While it runs, `server.sweep` would do.
     delete_cache = (server.SWEEP_SECONDS, server.KEPT_SECONDS)
     with gr.Blocks(title="PatchScaler", fill_width=True, delete_cache=delete_cache) as blocks:
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="controls", scale=0, min_width=300):
                 with gr.Column(elem_id="start", min_width=280):
-                    _start(view)
+                    _input(view)
                 with gr.Column(elem_id="plan", min_width=280):
                     _plan()
             with gr.Column(elem_id="results", min_width=280), gr.Tabs():

@@ -19,11 +19,12 @@ from patchscaler.plan import SamplingPlan
 from patchscaler.results import Analysis, Partial, Progress, Restored, Result
 from patchscaler.ui import closeup, export, html
 from patchscaler.ui.html import explain, visible_error
-from patchscaler.ui.jobs import Jobs, Stops
-from patchscaler.ui.networks import Calibration, Call, Networks, Order, zero_gpu
-from patchscaler.ui.state import Known, PageState, SessionCache, Settings, Shown, View, flag_of
+from patchscaler.ui.jobs import Jobs, StopEvents
+from patchscaler.ui.networks import Calibration, Call, Networks, RunRequest, zero_gpu
+from patchscaler.ui.state import CachedAnalysis, PageState, SessionCache, Settings, Shown, View, flag_of
 from patchscaler.ui.tune import Tuner
 
+Update = View | tuple[Shown, View]  # what to show, and if the final picture is in it, how that was made
 LOOK_SECONDS = 5  # an image whose analysis is expected to take longer waits for Run
 
 
@@ -35,17 +36,17 @@ class Runner:
         pipeline: PatchScalerPipeline,
         jobs: Jobs | None = None,
         cache: SessionCache | None = None,
-        lent: bool = True,
+        gpu_on_demand: bool = True,
     ) -> None:
-        """`lent`: on ZeroGPU, the pipeline is on a device that is asked for."""
+        """`gpu_on_demand`: on ZeroGPU, every run asks for a GPU; not so for a pipeline on the CPU."""
         self.pipeline = pipeline
         self.jobs = jobs or Jobs()
         self.cache = cache or SessionCache()
         self.calibration = Calibration(batch_for(pipeline._execution_device))
         self.tuner = Tuner(self.cache, self.calibration)
-        self.networks = Networks(pipeline, self.calibration, lent)
+        self.networks = Networks(pipeline, self.calibration, gpu_on_demand)
         self.examples: Sequence[str] = ()  # files that run as they are chosen
-        self._runs, self._looks = Stops(), Stops()
+        self._runs, self._looks = StopEvents(), StopEvents()
 
     # Events of the page
 
@@ -54,19 +55,21 @@ class Runner:
 
         A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
         """
-        order, uniform = now.order(), flag_of("uniform", uniform)
-        if not order.source:
+        request, uniform = now.request(), flag_of("uniform", uniform)
+        if not request.source:
             raise visible_error("No image", html.NO_IMAGE)
         with self._runs.of(now.session) as stop:
-            now.page.source = order.source
+            now.page.source = request.source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
             shown = None
-            async for view in self._stream(lambda: self._views(order, uniform=uniform), stop):
-                if "shown" in view:
-                    shown = view.pop("shown")
-                    if now.page.source == order.source:
-                        now.page.shown = shown
-                yield view
+            async for event in self._stream(lambda: self._views(request, uniform=uniform), stop):
+                match event:
+                    case Shown() as shown, view:
+                        if now.page.source == request.source:
+                            now.page.shown = shown
+                        yield view
+                    case view:
+                        yield view
             if shown is None or not shown.complete or shown.uniform is None and uniform:
                 yield {"status": html.status(_stopped(shown))}
 
@@ -79,20 +82,20 @@ class Runner:
             async for view in self.run(now, False):
                 yield view
             return
-        order = now.order()
+        request = now.request()
         with self._looks.of(now.session) as stop:
-            async for view in self._stream(lambda: self._looked(order), stop):
+            async for view in self._stream(lambda: self._looked(request), stop):
                 if now.session in self._runs:  # a run that waits, or goes on already, has the status line
                     view.pop("status", None)
                 yield view
             if now.session not in self._runs and not stop.is_set():
                 yield {"status": html.status("Press Run.")}
 
-    async def _stream(self, job: Callable[[], Iterator[View]], stop: Event) -> AsyncIterator[View]:
-        """A job's views, of which the last says why it failed if it did."""
+    async def _stream(self, job: Callable[[], Iterator[Update]], stop: Event) -> AsyncIterator[Update]:
+        """What a job yields, and last why it failed if it did."""
         try:
-            async for view in self.jobs.stream(job, stop):
-                yield view
+            async for update in self.jobs.stream(job, stop):
+                yield update
         except Exception as error:
             visible = explain(error)
             yield {"status": html.status(f"{visible.title}: {visible.message}")}
@@ -127,28 +130,30 @@ class Runner:
 
     # Jobs: generators for the thread that works. Nothing here is called on the event loop.
 
-    def events(self, order: Order, picture: Picture | None = None) -> Iterator[Known | Progress | Partial | Result]:
-        """What is Known of the image, Progress of each step, Partial pictures, and last the Result.
+    def events(
+        self, request: RunRequest, picture: Picture | None = None
+    ) -> Iterator[CachedAnalysis | Progress | Partial | Result]:
+        """The image's CachedAnalysis, Progress of each step, Partial pictures, and last the Result.
 
-        `picture` is the order's, where it is decoded already. Else it is decoded here: a bad one is refused before
+        `picture` is the request's, where it is decoded already. Else it is decoded here: a bad one is refused before
         any device is asked for.
         """
-        known, earlier = self.cache.get(order.source), None
+        known, earlier = self.cache.get(request.source), None
         if known:
             yield known
-            if not order.refine:
+            if not request.refine:
                 return
-            start = _start(known)
-            earlier = self.cache.sampled(order.session, order.source) if order.live else None
+            start = _refinement_input(known)
+            earlier = self.cache.sampled(request.session, request.source) if request.live else None
         else:
-            start = read_picture(order.source) if picture is None else picture
-        for event in self.networks.run(order, start, earlier):
+            start = read_picture(request.source) if picture is None else picture
+        for event in self.networks.run(request, start, earlier):
             match event:
                 case Analysis():
-                    event = Known(event, self.networks.draw_priors)
-                    self.cache.put(order.source, event)
-                case Partial() | Result() if order.live:
-                    self.cache.keep(order.session, order.source, event.sampled)
+                    event = CachedAnalysis(event, self.networks.draw_priors)
+                    self.cache.put(request.source, event)
+                case Partial() | Result() if request.live:
+                    self.cache.keep(request.session, request.source, event.sampled)
             yield event
 
     def first_run(self, source: str) -> tuple[View, PageState]:
@@ -156,49 +161,53 @@ class Runner:
 
         Later runs are expected to take as long.
         """
-        order = Order(source, SamplingPlan.paper(), 0, {})
-        for _ in self.networks.run(order, read_picture(source)):  # a process is slow at what it does first
+        request = RunRequest(source, SamplingPlan.paper(), 0, {})
+        for _ in self.networks.run(request, read_picture(source)):  # a process is slow at what it does first
             pass
         view = emptied(source)
-        for update in self._views(order):
-            view |= update
+        for event in self._views(request):
+            match event:
+                case Shown() as shown, update:
+                    view |= update
+                case update:
+                    view |= update
         self.cache.open_with(source)
-        known, shown = self.cache.get(source), view.pop("shown")
+        known = self.cache.get(source)
         sides = closeup.LEFT, closeup.RIGHT
         center = closeup.middle(known.analysis.grid.patches[int(known.analysis.patch_confidence.argmin())])
         view |= {
-            **self.tuner.grouped(known, order),
+            **self.tuner.grouped(known, request),
             "compare": closeup.pair(known, shown, sides),
             "zoom": closeup.zoomed(known, shown, sides, closeup.ZOOM, center),
             "note": "<p>An example is shown. Upload a photograph, or choose another example, to see its result.</p>",
         }
         return view, PageState(source, shown, center=center, opened=True)
 
-    def _looked(self, order: Order) -> Iterator[View]:
+    def _looked(self, request: RunRequest) -> Iterator[View]:
         """What can be said of an image before any run. Its groups too, unless that takes long."""
         picture = None
-        if self.cache.get(order.source) is None:
-            picture = read_picture(order.source)
+        if self.cache.get(request.source) is None:
+            picture = read_picture(request.source)
             height, width = SCALE * picture.height, SCALE * picture.width
             count = len(PatchGrid.covering(height, width, self.pipeline.transformer.config.size))
-            yield {"cost": html.unknown_cost(order.plan, count, width, height)}
+            yield {"cost": html.unknown_cost(request.plan, count, width, height)}
             expected = self.calibration.analysis_seconds(height * width)
             if zero_gpu() or expected is None or expected > LOOK_SECONDS:
                 return
-        yield from self._views(replace(order, refine=False), picture)
+        yield from self._views(replace(request, refine=False), picture)
 
-    def _views(self, order: Order, picture: Picture | None = None, uniform: bool = False) -> Iterator[View]:
-        """What the page shows of `events`. With each final picture comes `shown`, which is no component."""
+    def _views(self, request: RunRequest, picture: Picture | None = None, uniform: bool = False) -> Iterator[Update]:
+        """What the page shows of `events`, and with each final picture how it was made."""
         began = time.perf_counter()
-        reused = self.cache.get(order.source) is not None
+        reused = self.cache.get(request.source) is not None
         calls, pictures = Counter(), 1  # of the network, by group; and what is decoded
         if not reused:
             yield {"status": html.status("Restoring the whole image…")}
-        for event in self.events(order, picture):
+        for event in self.events(request, picture):
             match event:
-                case Known() as known:
+                case CachedAnalysis() as known:
                     coarse = export.save_preview(to_pil(Picture(known.analysis.coarse)), "coarse")
-                    view = {"coarse": coarse, **self.tuner.grouped(known, order)}
+                    view = {"coarse": coarse, **self.tuner.grouped(known, request)}
                     if not reused:
                         self.calibration.learn_analysis(known.pixels, sum(known.analysis.seconds.values()))
                         view["status"] = html.status("Drawing the texture priors…")
@@ -211,20 +220,20 @@ class Runner:
                 case Partial():
                     pictures += 1
                     path = export.save_preview(to_pil(event.picture), "partial")
-                    report = {"plan": asdict(order.plan), "seed": order.seed}
-                    shown = Shown(order, event.sampled.start, event.sampled.steps, path, report)
+                    report = {"plan": asdict(request.plan), "seed": request.seed}
+                    shown = Shown(request, event.sampled.start, event.sampled.steps, path, report)
                     stale = html.unfinished(shown.refined, len(shown.start))
-                    yield {"shown": shown, "final": path, "stale": stale}
+                    yield shown, {"final": path, "stale": stale}
                 case Result() as result:
-                    path = export.save_final(result, order.source)
-                    shown = Shown(order, result.sampled.start, result.sampled.steps, path, result.report())
+                    path = export.save_final(result, request.source)
+                    shown = Shown(request, result.sampled.start, result.sampled.steps, path, result.report())
                     self._learn(known, result, calls, pictures)
+                    settings = html.describe(request.plan, request.seed)
                     done = (
-                        f"Done in {time.perf_counter() - began:.1f} s with {html.describe(order.plan, order.seed)}. "
+                        f"Done in {time.perf_counter() - began:.1f} s with {settings}. "
                         f"{int(result.rendered.sum())} of {len(result.rendered)} patches were rendered anew."
                     )
-                    yield {
-                        "shown": shown,
+                    yield shown, {
                         "final": path,
                         "timing": html.timing(result, reused),
                         "status": html.status(" ".join([done, *result.picture.notes])),
@@ -233,34 +242,35 @@ class Runner:
                         "difference": gr.update(value=None, visible=False),
                     }
         if uniform:
-            yield from self._baseline(order, known, result, shown, done)
+            yield from self._baseline(request, known, result, shown, done)
 
-    def _baseline(self, order: Order, known: Known, result: Result, shown: Shown, done: str) -> Iterator[View]:
+    def _baseline(
+        self, request: RunRequest, known: CachedAnalysis, result: Result, shown: Shown, done: str
+    ) -> Iterator[Update]:
         """What the page shows of uniform sampling, after the result: what it costs more and how it looks different."""
         began, calls = time.perf_counter(), Counter()
-        uniform = replace(order, plan=SamplingPlan.uniform(), by_hand={}, live=False)
-        earlier = self.cache.sampled(order.session, order.source, uniform=True)
-        if earlier is None or earlier.seed != order.seed:
+        uniform = replace(request, plan=SamplingPlan.uniform(), by_hand={}, live=False)
+        earlier = self.cache.sampled(request.session, request.source, uniform=True)
+        if earlier is None or earlier.seed != request.seed:
             earlier = result.sampled
-        for event in self.networks.run(uniform, _start(known), earlier):
+        for event in self.networks.run(uniform, _refinement_input(known), earlier):
             if isinstance(event, Progress):
                 calls[event.group] += 1
                 yield {"status": html.step(event, time.perf_counter() - began, uniform=True)}
-        self.cache.keep(order.session, order.source, event.sampled, uniform=True)
+        self.cache.keep(request.session, request.source, event.sampled, uniform=True)
         self._learn(known, event, calls, pictures=1)
         costs = []
         for run in (result, event):  # by rates, since either may have taken patches over
-            work, _ = self.calibration.work(replace(order, plan=run.plan), run.assignment)
+            work, _ = self.calibration.work(replace(request, plan=run.plan), run.assignment)
             costs.append((work.evaluations, self.calibration.seconds(work, pixels=0)))
         difference = export.save_preview(closeup.difference(result.picture.rgb, event.picture.rgb), "difference")
-        yield {
-            "shown": replace(shown, uniform=export.save_final(event, order.source, "uniform")),
+        yield replace(shown, uniform=export.save_final(event, request.source, "uniform")), {
             "status": html.status(f"{done} The baseline is done too."),
             "baseline": html.baseline(*zip(*costs)),
             "difference": gr.update(value=difference, visible=True),
         }
 
-    def _learn(self, known: Known, result: Result, calls: Counter[int], pictures: int) -> None:
+    def _learn(self, known: CachedAnalysis, result: Result, calls: Counter[int], pictures: int) -> None:
         """Have the calibration learn from a run's seconds of the device, with its calls of the network by group.
 
         What a visitor waited for the device, or a picture for the disk, is none of it.
@@ -285,7 +295,7 @@ def emptied(source: str | None) -> View:
     }
 
 
-def _start(known: Known) -> Restored:
+def _refinement_input(known: CachedAnalysis) -> Restored:
     """What refinement is given: to another process only what it needs is sent."""
     return known.analysis.restored() if zero_gpu() else known.analysis
 

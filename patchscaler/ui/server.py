@@ -76,7 +76,7 @@ def forget_components(app: Any) -> None:
     page = app.get_blocks()
     live = list(page.blocks.values())
     for session in app.state_holder.session_data.values():
-        session.config_values.clear()  # only /deep_link reads them; the doorkeeper keeps that closed
+        session.config_values.clear()  # only /deep_link reads them; the request filter keeps that closed
         listed = session.blocks_config.blocks
         for number in listed.keys() - page.blocks.keys():
             del listed[number]
@@ -143,7 +143,7 @@ OWN = re.compile(r"https?://[^?#]*/gradio_api/file=([^?#]+)", re.I)  # the addre
 BOUNDARY = re.compile(rb'multipart/form-data;.*boundary="?([^";,]+)', re.I)
 
 
-class Doorkeeper:
+class RequestFilter:
     """Middleware that answers
 
     403 for routes that the page does not use and for addresses in place of uploads, 413 for bodies over the limit,
@@ -268,7 +268,7 @@ def launch_settings(jobs: Jobs) -> dict[str, Any]:
         "run_history": False,
         "state_session_capacity": 200,
         "app_kwargs": {
-            "middleware": [Middleware(Doorkeeper, max_upload=largest + MAX_JSON)],
+            "middleware": [Middleware(RequestFilter, max_upload=largest + MAX_JSON)],
             "routes": [Route("/health", health_endpoint(jobs))],
             "lifespan": sweeping,
             "openapi_url": None,

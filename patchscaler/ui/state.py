@@ -18,10 +18,10 @@ from patchscaler.figures import grey_preview, qmap_overlay
 from patchscaler.plan import PRESETS, SamplingPlan
 from patchscaler.results import Analysis, Sampled
 from patchscaler.ui.html import SettingsError, visible_error
-from patchscaler.ui.networks import Order
+from patchscaler.ui.networks import RunRequest
 
 ByHand = dict[int, int]  # patch -> group
-View = dict[str, Any]  # what the page is to show, by the names of its components; of a run also what it is, as "shown"
+View = dict[str, Any]  # what the page is to show, by the names of its components
 
 INSPECT = "inspect"  # what a click on the Qmap does, besides the groups' names
 CUSTOM = "custom"  # the preset's name when the dials match none
@@ -50,7 +50,7 @@ WAIT_SECONDS = 20
 class Shown:
     """How the final picture on a visitor's page was made, and its file."""
 
-    order: Order
+    request: RunRequest
     start: Tensor  # LongTensor N, T of each patch; 0 where it is still the coarse one
     steps: Tensor  # LongTensor N
     final: Path
@@ -109,11 +109,11 @@ class Settings:
         """The image's path; that of the example that the page opened with until another image is chosen."""
         return (self.image or {}).get("path") or (self.page.source if self.page.opened else None)
 
-    def order(self) -> Order:
+    def request(self) -> RunRequest:
         """What a run with these settings is to do. Raises SettingsError."""
         plan, seed, color_fix = plan_of(self.dials), seed_of(self.seed), flag_of("color_fix", self.color_fix)
         batch_size, session = batch_of(self.batch), self.session
-        return Order(self.source, plan, seed, self.page.by_hand, color_fix, batch_size, session=session)
+        return RunRequest(self.source, plan, seed, self.page.by_hand, color_fix, batch_size, session=session)
 
     @property
     def plan(self) -> SamplingPlan | None:
@@ -157,7 +157,7 @@ def preset_of(plan: SamplingPlan) -> str:
     return next((name for name, preset in PRESETS.items() if preset == plan), CUSTOM)
 
 
-def dialled(plan: SamplingPlan, seed: int) -> View:
+def dial_view(plan: SamplingPlan, seed: int) -> View:
     """Dials and preset as they show a plan and a seed."""
     return {"preset": preset_of(plan), **dict(zip(DIALS, (*dials_of(plan), seed)))}
 
@@ -173,21 +173,21 @@ def in_range(dials: Sequence[Any]) -> bool:
     )
 
 
-def hold_order(dials: Sequence[float], moved: int) -> list[float]:
+def enforce_order(dials: Sequence[float], moved: int) -> list[float]:
     """Eight dials with the neighbours of the one at `moved` pushed along: gamma1 > gamma2, T and N never falling.
 
     The seed, at 8, pushes nothing.
     """
-    held = list(dials)
+    pushed = list(dials)
     if moved == 0:
-        held[1] = min(held[1], round(held[0] - GAMMA_STEP, 2))
+        pushed[1] = min(pushed[1], round(pushed[0] - GAMMA_STEP, 2))
     elif moved == 1:
-        held[0] = max(held[0], round(held[1] + GAMMA_STEP, 2))
+        pushed[0] = max(pushed[0], round(pushed[1] + GAMMA_STEP, 2))
     elif moved < 8:
         first = 2 if moved < 5 else 5
         for i in range(first, first + 3):
-            held[i] = (min if i < moved else max)(held[i], held[moved])
-    return held
+            pushed[i] = (min if i < moved else max)(pushed[i], pushed[moved])
+    return pushed
 
 
 def _whole(value: Any) -> Any:
@@ -225,7 +225,7 @@ def flag_of(name: str, value: Any) -> bool:
 
 
 @dataclass(eq=False)
-class Known:
+class CachedAnalysis:
     """What the networks found in an image: the same for all visitors, and none of their settings.
 
     `draw_priors` makes a picture of its priors.
@@ -245,7 +245,7 @@ class Known:
 
     @cached_property
     def grey(self) -> Image.Image:
-        """The ground of the Qmap's overlay, drawn once and not for every move of a dial."""
+        """The grey image under the Qmap's colours, drawn once and not for every move of a dial."""
         return grey_preview(self.analysis.coarse)
 
     def overlay(self, assignment: Tensor, by_hand: Collection[int] = ()) -> Image.Image:
@@ -253,7 +253,7 @@ class Known:
         return qmap_overlay(self.analysis.coarse, self.analysis.grid, assignment, by_hand, self.grey)
 
 
-class Recent:
+class LRUCache:
     """Values by key. The least recently used go when all together are above the limit; the newest always stays."""
 
     def __init__(self, limit: int, size: Callable[[Any], int]) -> None:
@@ -276,20 +276,20 @@ class Recent:
 
 
 class SessionCache:
-    """What need not be computed again: what is Known, by file and for everybody, and a visitor's refined patches.
+    """What need not be computed again: analyses, by file and for everybody, and a visitor's refined patches.
 
     Uploads and examples lie under names made from their content, so the file's path is the key.
     """
 
     def __init__(self, kept_pixels: int = KEPT_PIXELS, kept_bytes: int = KEPT_BYTES) -> None:
-        self._known = Recent(kept_pixels, lambda known: known.pixels)
-        self._sampled = Recent(kept_bytes, lambda sampled: sampled.patches.nbytes)
-        self._opening: dict[str | None, tuple[Known, Sampled]] = {}
+        self._known = LRUCache(kept_pixels, lambda known: known.pixels)
+        self._sampled = LRUCache(kept_bytes, lambda sampled: sampled.patches.nbytes)
+        self._opening: dict[str | None, tuple[CachedAnalysis, Sampled]] = {}
 
-    def get(self, source: str | None) -> Known | None:
+    def get(self, source: str | None) -> CachedAnalysis | None:
         return self._known.get(source) or self._opening.get(source, (None, None))[0]
 
-    def put(self, source: str, known: Known) -> None:
+    def put(self, source: str, known: CachedAnalysis) -> None:
         self._known.put(source, known)
 
     def sampled(self, session: str | None, source: str | None, uniform: bool = False) -> Sampled | None:

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from patchscaler.plan import GROUPS, PRESETS, SamplingPlan, assign, times_and_steps
 from patchscaler.ui import closeup, export, html
-from patchscaler.ui.networks import Calibration, Order, Work
+from patchscaler.ui.networks import Calibration, RunRequest, Work
 from patchscaler.ui.state import (
     CUSTOM,
     DIALS,
     GAMMA_STEP,
     INSPECT,
     ByHand,
-    Known,
+    CachedAnalysis,
     SessionCache,
     Settings,
     View,
     choice_of,
     dials_of,
-    hold_order,
+    enforce_order,
     in_range,
     plan_of,
     preset_of,
@@ -48,10 +48,10 @@ class Tuner:
         self.calibration = calibration
 
     def dial_moved(self, now: Settings, moved: int) -> View:
-        """Hold the dials' order and regroup. `moved` is the dial's place."""
+        """Keep the dials in order and regroup. `moved` is the dial's place."""
         if not in_range(now.dials):
             return {}
-        return self._set(now, tuple(hold_order(now.dials, moved)))
+        return self._set(now, tuple(enforce_order(now.dials, moved)))
 
     def preset_chosen(self, now: Settings, preset: str) -> View:
         """Set the dials to the preset's plan; `custom` leaves them where they are."""
@@ -66,22 +66,23 @@ class Tuner:
             return {"stale": ""}
         if now.plan is None:
             return {}
-        order = Order(now.source, now.plan, now.seed, now.page.by_hand, batch_size=now.batch_size, session=now.session)
-        return {**self.grouped(known, order), "stale": stale(known, now)}
+        by_hand, batch_size, session = now.page.by_hand, now.batch_size, now.session
+        request = RunRequest(now.source, now.plan, now.seed, by_hand, batch_size=batch_size, session=session)
+        return {**self.grouped(known, request), "stale": stale(known, now)}
 
-    def grouped(self, known: Known, order: Order) -> View:
-        """Overlay, legend, histogram, and what a run of the order would cost now."""
-        analysis, plan = known.analysis, order.plan
-        assignment = assign(analysis.patch_confidence, plan, order.by_hand)
+    def grouped(self, known: CachedAnalysis, request: RunRequest) -> View:
+        """Overlay, legend, histogram, and what the requested run would cost now."""
+        analysis, plan = known.analysis, request.plan
+        assignment = assign(analysis.patch_confidence, plan, request.by_hand)
         counts = assignment.bincount(minlength=len(GROUPS)).tolist()
         height, width = analysis.coarse.shape[-2:]
-        earlier = self.cache.sampled(order.session, order.source)
-        work, anew = self.calibration.work(order, assignment, earlier)
+        earlier = self.cache.sampled(request.session, request.source)
+        work, to_sample = self.calibration.work(request, assignment, earlier)
         expected = self.calibration.seconds(work, known.pixels)
         return {
-            "qmap": export.save_preview(known.overlay(assignment, order.by_hand), "qmap"),
+            "qmap": export.save_preview(known.overlay(assignment, request.by_hand), "qmap"),
             "legend": html.legend(counts),
-            "cost": html.cost(plan, counts, width, height, anew, work.evaluations, expected),
+            "cost": html.cost(plan, counts, width, height, to_sample, work.evaluations, expected),
             "histogram": html.histogram(analysis.patch_confidence, assignment, plan),
         }
 
@@ -108,7 +109,7 @@ class Tuner:
         if known is None:
             return {}
         center = closeup.clicked(known, at)
-        return self._picked(known, known.analysis.grid.nearest(*center).index, center, mode, now)
+        return self._select_patch(known, known.analysis.grid.nearest(*center).index, center, mode, now)
 
     def numbered(self, now: Settings, index: Any, mode: str) -> View:
         """The same for a patch by its number, for those who do not click."""
@@ -117,7 +118,7 @@ class Tuner:
         if known is None or not isinstance(index, (int, float)) or not 0 <= index < len(known.analysis.grid):
             return {}
         patch = known.analysis.grid.patches[int(index)]
-        return self._picked(known, patch.index, closeup.middle(patch), mode, now)
+        return self._select_patch(known, patch.index, closeup.middle(patch), mode, now)
 
     def brushed(self, now: Settings, stroke: str, mode: str) -> View:
         """A stroke over the Qmap, as JSON [[x, y], ...] in shares of its width and height: patches under it change.
@@ -136,7 +137,9 @@ class Tuner:
         return self.regrouped(now)
 
     @whole_pictures()
-    def _picked(self, known: Known, index: int, center: tuple[float, float], mode: str, now: Settings) -> View:
+    def _select_patch(
+        self, known: CachedAnalysis, index: int, center: tuple[float, float], mode: str, now: Settings
+    ) -> View:
         if now.plan is None:
             return {}
         page, view = now.page, {}
@@ -165,7 +168,7 @@ class Tuner:
         return {"budget": gr.update(minimum=low, maximum=high, value=value, interactive=True)}
 
     def budget_set(self, now: Settings, seconds: Any) -> View:
-        """Move both thresholds so that a run of all patches is expected to take at most so many seconds."""
+        """Move both thresholds so that a run of all patches is expected to take at most these seconds."""
         known = self.cache.get(now.source)
         if known is None or now.plan is None or not isinstance(seconds, (int, float)):
             return {}
@@ -178,8 +181,8 @@ class Tuner:
         )
         return {} if gammas is None else self._set(now, (*gammas, *now.dials[2:]))
 
-    def _seconds(self, known: Known, now: Settings, counts: Tensor) -> Tensor | None:
-        """Expected seconds of full runs with so many patches in each group: 3x... -> ..., or None before any run.
+    def _seconds(self, known: CachedAnalysis, now: Settings, counts: Tensor) -> Tensor | None:
+        """Expected seconds of full runs for the patches in each group: 3×... -> ..., or None before any run.
 
         With a picture for every group, even an empty one.
         """
@@ -188,14 +191,14 @@ class Tuner:
         return self.calibration.seconds(Work((steps * counts).sum(0), calls.sum(0), len(GROUPS)), known.pixels)
 
 
-def stale(known: Known, now: Settings) -> str:
+def stale(known: CachedAnalysis, now: Settings) -> str:
     """What to say about a final picture that is unfinished, or not the one that these settings give."""
     shown = now.page.shown
-    if shown is None or shown.order.source != now.source:
+    if shown is None or shown.request.source != now.source:
         return ""
     if not shown.complete:
         return html.unfinished(shown.refined, len(shown.start))
-    made = shown.order
+    made = shown.request
     start, steps = times_and_steps(now.plan, assign(known.analysis.patch_confidence, now.plan, now.page.by_hand))
     other = (shown.start != start) | (shown.steps != steps)
     changed = int(other.sum()) if now.seed == made.seed else len(start)
