@@ -28,7 +28,7 @@ INK = (32, 36, 48)
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (uint8 HxW or HxWx3), how far it is shrunk, and the seed of its degradation."""
+    """A picture (uint8 H×W or H×W×3), how far it is shrunk, and the seed of its degradation."""
 
     name: str
     picture: Callable[[], np.ndarray]

@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     rows, columns = (max(SIZE, -(-side // LATENT_PIXELS)) for side in (height, width))
     fill = (0, columns * LATENT_PIXELS - width, 0, rows * LATENT_PIXELS - height)
     with torch.inference_mode():
-        y0 = encode_latents(vae, F.pad(analysis.coarse[None], fill, mode="replicate").to(device))[0]  # Cxhxw
+        y0 = encode_latents(vae, F.pad(analysis.coarse[None], fill, mode="replicate").to(device))[0]  # C×h×w
     h, w = analysis.confidence.shape[-2:]
     more = (0, max(0, columns - w), 0, max(0, rows - h))
-    confidence = F.pad(analysis.confidence[None], more, mode="replicate")[0, :, :rows, :columns]  # 1xhxw
+    confidence = F.pad(analysis.confidence[None], more, mode="replicate")[0, :, :rows, :columns]  # 1×h×w
     print(f"restored and encoded in {time.perf_counter() - begin:.1f} s, loading included")
 
     # 3. Both ways of sampling, with the same denoiser.

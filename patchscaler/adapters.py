@@ -19,7 +19,7 @@ from patchscaler.patches import PatchGrid, merge, split
 from patchscaler.plan import GROUPS, MAX_TIMESTEP, SamplingPlan, assign
 from patchscaler.sampling import Scheduler, denoise, make_batches
 
-Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t NxCxVxV, t in 1..1000, the patches' indices N) -> x0 NxCxVxV
+Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t N×C×V×V, t in 1..1000, the patches' indices N) -> x0 N×C×V×V
 
 _TO_X0 = {  # prediction type -> x0 from x_t, what the network gave, sqrt(abar) and sqrt(1 - abar)
     "epsilon": lambda x_t, output, signal, noise: (x_t - noise * output) / signal,
@@ -30,7 +30,7 @@ _TO_X0 = {  # prediction type -> x0 from x_t, what the network gave, sqrt(abar) 
 
 @dataclass(frozen=True, eq=False)
 class GroupSampled:
-    """Latents Cxhxw on the CPU, the group of each patch, and the evaluations made for them, in patches."""
+    """Latents C×h×w on the CPU, the group of each patch, and the evaluations made for them, in patches."""
 
     latents: Tensor
     assignment: Tensor
@@ -59,7 +59,7 @@ def unet_denoiser(unet: nn.Module, scheduler: SchedulerMixin, **conditions: Tens
     Args:
         unet: called as `unet(x_t, t, **conditions).sample`, in its own dtype; t counts from 0, as diffusers does.
         scheduler: the one that the network was trained with: its `prediction_type` and `alphas_cumprod` count.
-        conditions: such as `encoder_hidden_states` 1xLxD, for all patches alike.
+        conditions: such as `encoder_hidden_states` 1×L×D, for all patches alike.
     """
     kind = scheduler.config.prediction_type
     if kind not in _TO_X0:
@@ -69,7 +69,7 @@ def unet_denoiser(unet: nn.Module, scheduler: SchedulerMixin, **conditions: Tens
     def denoise(x_t: Tensor, t: int, indices: Tensor) -> Tensor:
         given = {name: value.to(unet.dtype).expand(len(x_t), *value.shape[1:]) for name, value in conditions.items()}
         time = torch.tensor([t - 1], device=x_t.device).expand(len(x_t))
-        output = unet(x_t.to(unet.dtype), time, **given).sample.float()  # NxCxVxV
+        output = unet(x_t.to(unet.dtype), time, **given).sample.float()  # N×C×V×V
         abar = alphas[t - 1].item()
         if abar == 0 and kind == "epsilon":
             raise ValueError(f"x0 cannot be told from epsilon at t={t}, where abar is 0")
@@ -96,8 +96,8 @@ def group_sample(
     A patch's result depends on its content, its group's (T, N) and the seed only.
 
     Args:
-        y0: coarse latents Cxhxw, at least V cells in each direction.
-        confidence: 1xhxw in [0, 1].
+        y0: coarse latents C×h×w, at least V cells in each direction.
+        confidence: 1×h×w in [0, 1].
         scheduler: as `x0_scheduler` gives it.
         size, stride: V of a patch, and how far apart patches begin at most. Stable Diffusion works best at V = 64.
         device: of the denoiser.
@@ -105,8 +105,8 @@ def group_sample(
     grid = PatchGrid(*y0.shape[-2:], size=size, stride=stride)
     assignment = assign(split(confidence, grid).mean((1, 2, 3)), plan)  # N
     generator = torch.Generator("cpu").manual_seed(seed)
-    noise = split(torch.randn(y0.shape, generator=generator), grid)  # NxCxVxV
-    patches = split(y0.float().cpu(), grid)  # NxCxVxV
+    noise = split(torch.randn(y0.shape, generator=generator), grid)  # N×C×V×V
+    patches = split(y0.float().cpu(), grid)  # N×C×V×V
     x0 = torch.empty_like(patches)
     for batch in make_batches(assignment, plan, batch_size):
         start = patches[batch.indices].to(device), noise[batch.indices].to(device)

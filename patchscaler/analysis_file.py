@@ -42,8 +42,8 @@ class Loaded(NamedTuple):
     """What a file says."""
 
     picture: Picture
-    latents: Tensor  # Cxhxw
-    confidence: Tensor  # 1xhxw
+    latents: Tensor  # C×h×w
+    confidence: Tensor  # 1×h×w
     grid: PatchGrid
     patch_confidence: Tensor  # N
     grey: Image.Image  # the image under the overlay's colours

@@ -13,7 +13,7 @@ BAND = 256  # rows at a time: what is made of them stays in a CPU's cache, and m
 
 
 def colored(output: Tensor, upscaled: Tensor, color_fix: bool, grey: bool) -> Tensor:
-    """The decoded picture 3xHxW with the colours of the bicubic upscale, or as it is; grey where the input is."""
+    """The decoded picture 3×H×W with the colours of the bicubic upscale, or as it is; grey where the input is."""
     if color_fix:
         output = wavelet_color_fix(output[None], upscaled[None].to(output.device))[0].clamp_(-1, 1)
     return output.mean(0, keepdim=True).expand_as(output) if grey else output
@@ -22,7 +22,7 @@ def colored(output: Tensor, upscaled: Tensor, color_fix: bool, grey: bool) -> Te
 def wavelet_color_fix(output: Tensor, reference: Tensor) -> Tensor:
     """Give `output` the low frequencies, and so the colours, of `reference` and keep its own detail.
 
-    This is StableSR's wavelet fix: the highs of the output plus the low of the reference. Both are Bx3xHxW in
+    This is StableSR's wavelet fix: the highs of the output plus the low of the reference. Both are B×3×H×W in
     [-1, 1], of any size from 1x1. The result is not clamped and may overshoot slightly. A pixel depends on
     those at most 31 rows or columns away. Raises ValueError if the shapes differ.
     """
@@ -40,7 +40,7 @@ def wavelet_color_fix(output: Tensor, reference: Tensor) -> Tensor:
 
 
 def _low(image: Tensor) -> Tensor:
-    """Blur repeatedly with [1 2 1]x[1 2 1]/16, its places ever farther apart, edges replicated: BxCxHxW still."""
+    """Blur repeatedly with [1 2 1]×[1 2 1]/16, its places ever farther apart, edges replicated: B×C×H×W still."""
     for distance in LEVELS:
         for axis in (-2, -1):
             image = _blur(image, distance, axis)

@@ -38,7 +38,7 @@ def qmap_overlay(
     patch's; the cells tile the image.
 
     Args:
-        coarse: 3xHxW in [-1, 1], its top left corner at the grid's; H and W may be less than the grid's.
+        coarse: 3×H×W in [-1, 1], its top left corner at the grid's; H and W may be less than the grid's.
         assignment: N group numbers 0, 1, 2 in the grid's order.
         grey: what `grey_preview(coarse)` gives, where it is kept for many drawings.
         by_hand: indices of patches whose group a person chose; their cells get a border.
@@ -54,7 +54,7 @@ def qmap_overlay(
     columns = _cell_edges([patch.left for patch in grid.patches], grid.size, size[0], scale)
     groups = assignment.cpu().numpy().reshape(len(rows) - 1, len(columns) - 1)
     colors = np.array([ImageColor.getrgb(color) for color in GROUP_COLORS], dtype=np.uint8)[groups]
-    tint = colors.repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1)  # HxWx3
+    tint = colors.repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1)  # H×W×3
     pixels = np.array(Image.blend(grey, Image.fromarray(tint), _TINT))
     borders = [edge for edge in rows[1:-1] if edge < size[1]]
     pixels[borders] = tint[borders]  # thin, in the cell's own colour
@@ -72,7 +72,7 @@ def qmap_overlay(
 
 
 def grey_preview(coarse: Tensor) -> Image.Image:
-    """The coarse image 3xHxW in grey, so that every colour drawn on it is a group's, of `preview_size`."""
+    """The coarse image 3×H×W in grey, so that every colour drawn on it is a group's, of `preview_size`."""
     image = to_pil(Picture(coarse.float().cpu()))
     return image.convert("L").resize(preview_size(*image.size), Image.Resampling.LANCZOS).convert("RGB")
 
@@ -87,9 +87,9 @@ def priors_sheet(priors: Sequence[Tensor], similarities: Tensor, queries: Sequen
     """A contact sheet of retrieved priors (Algorithm 1): a row per patch, the similarity under each prior.
 
     Args:
-        priors: N tensors of Kx3xhxw in [-1, 1].
-        similarities: NxK.
-        queries: N pictures 3xhxw of the patches themselves, drawn at the start of their rows.
+        priors: N tensors of K×3×h×w in [-1, 1].
+        similarities: N×K.
+        queries: N pictures 3×h×w of the patches themselves, drawn at the start of their rows.
     """
     rows = []
     for query, images, values in zip(queries, priors, similarities.tolist()):

@@ -45,7 +45,7 @@ TRANSPOSED = (5, 6, 7, 8)  # transposition that these begin with
 class Picture:
     """An upright sRGB picture.
 
-    rgb: 3xHxW float32 in [-1, 1]. alpha: 1xHxW float32 in [0, 1], or None for a picture without transparency.
+    rgb: 3×H×W float32 in [-1, 1]. alpha: 1×H×W float32 in [0, 1], or None for a picture without transparency.
     notes: one short sentence for each thing that reading the picture lost or guessed.
     """
 
@@ -67,7 +67,7 @@ class Picture:
 
     def is_grey(self) -> bool:
         """Whether the channels of every visible pixel are alike, to one of 255 levels, as profiles round."""
-        spread = self.rgb.amax(0) - self.rgb.amin(0)  # HxW
+        spread = self.rgb.amax(0) - self.rgb.amin(0)  # H×W
         if self.alpha is not None:
             spread = spread[self.alpha[0] > 0]
         return bool((spread < 1.01 / 127.5).all())
@@ -140,7 +140,7 @@ def to_pil(picture: Picture) -> Image.Image:
     if not torch.isfinite(levels).all():
         raise ImageError("the picture has values that are not finite")
     levels = levels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(levels.contiguous().numpy())  # HxWx3 becomes RGB, HxWx4 RGBA
+    return Image.fromarray(levels.contiguous().numpy())  # H×W×3 becomes RGB, H×W×4 RGBA
 
 
 def write_png(picture: Picture, path: str | Path, text: dict[str, str] | None = None) -> Path:
@@ -185,7 +185,7 @@ def read_png_text(source: str | Path) -> dict[str, str]:
 
 
 def bicubic(image: Tensor, scale: float = 4) -> Tensor:
-    """Resize BxCxHxW in [-1, 1] to BxCxsHxsW, clamped to [-1, 1]; sides are rounded and at least 1 pixel."""
+    """Resize B×C×H×W in [-1, 1] to B×C×sH×sW, clamped to [-1, 1]; sides are rounded and at least 1 pixel."""
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
     return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
@@ -290,7 +290,7 @@ def _orientation(image: Image.Image, notes: list[str]) -> int:
 
 
 def _picture(rgb: Tensor, alpha: Tensor | None, orientation: int, notes: list[str]) -> Picture:
-    """Upright, with three channels: of rgb CxHxW, where C may be 1 for grey, and alpha 1xHxW."""
+    """Upright, with three channels: of rgb C×H×W, where C may be 1 for grey, and alpha 1×H×W."""
 
     def upright(planes: Tensor) -> Tensor:
         planes = planes.transpose(-2, -1) if orientation in TRANSPOSED else planes
@@ -302,7 +302,7 @@ def _picture(rgb: Tensor, alpha: Tensor | None, orientation: int, notes: list[st
 
 def _picture_from_samples(samples: Samples) -> Picture:
     notes = list(samples.notes)
-    rgb = torch.from_numpy(samples.values).permute(2, 0, 1) * 2 - 1  # CxHxW
+    rgb = torch.from_numpy(samples.values).permute(2, 0, 1) * 2 - 1  # C×H×W
     if samples.mode == "CMYK" or samples.profile:  # converted by LittleCMS, in 8 bits
         levels = np.rint(samples.values * 255).astype(np.uint8)
         image = Image.fromarray(levels[..., 0] if samples.mode == "L" else levels, samples.mode)
@@ -318,7 +318,7 @@ def _is_wide_grey(image: Image.Image) -> bool:
 
 
 def _wide_grey(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | None]:
-    """Grey of more than 8 bits, which Pillow would clip to 255, as 1xHxW in [-1, 1], and its alpha."""
+    """Grey of more than 8 bits, which Pillow would clip to 255, as 1×H×W in [-1, 1], and its alpha."""
     values = np.asarray(image).astype(np.float32)  # a 32-bit integer rounds, by less than any limit here
     if not np.isfinite(values).all():
         raise ImageError("the image has values that are not finite (NaN or infinity)")
@@ -342,7 +342,7 @@ def _wide_grey(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | N
 
 
 def _colour(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | None]:
-    """Any 8-bit mode as sRGB, 1xHxW for grey and else 3xHxW in [-1, 1], and its alpha 1xHxW in [0, 1]."""
+    """Any 8-bit mode as sRGB, 1×H×W for grey and else 3×H×W in [-1, 1], and its alpha 1×H×W in [0, 1]."""
     coding, alpha = coding_of(image, notes), None
     profile = None if coding else image.info.get("icc_profile")
     if image.has_transparency_data:
@@ -360,6 +360,6 @@ def _colour(image: Image.Image, notes: list[str]) -> tuple[Tensor, Tensor | None
 
 
 def _levels(image: Image.Image) -> Tensor:
-    """The levels 0 to 255 of an 8-bit image as CxHxW float32."""
+    """The levels 0 to 255 of an 8-bit image as C×H×W float32."""
     array = np.asarray(image, dtype=np.float32)
     return torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy())

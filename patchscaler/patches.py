@@ -26,12 +26,12 @@ class Patch:
     size: int
 
     def pixels(self, image: Tensor) -> Tensor:
-        """The patch's area of an image ...xHxW: ...x8Vx8V, or less where H and W end before the grid does."""
+        """The patch's area of an image …×H×W: …×8V×8V, or less where H and W end before the grid does."""
         top, left, side = (LATENT_PIXELS * cells for cells in (self.top, self.left, self.size))
         return image[..., top : top + side, left : left + side]
 
     def cells(self, latents: Tensor, top: int = 0) -> Tensor:
-        """The patch's area of latents ...xhxw: ...xVxV. `top` is the first row that `latents` hold."""
+        """The patch's area of latents …×h×w: …×V×V. `top` is the first row that `latents` hold."""
         return latents[..., self.top - top : self.top - top + self.size, self.left : self.left + self.size]
 
 
@@ -92,14 +92,14 @@ class PatchGrid:
 
 
 def split(latents: Tensor, grid: PatchGrid) -> Tensor:
-    """Cut Cxhxw into the NxCxVxV patches of the grid. Raises ValueError if the grid is for another size."""
+    """Cut C×h×w into the N×C×V×V patches of the grid. Raises ValueError if the grid is for another size."""
     if latents.shape[-2:] != (grid.height, grid.width):
         raise ValueError(f"latents {tuple(latents.shape)} do not fit a grid of {grid.height}x{grid.width}")
     return torch.stack([patch.cells(latents) for patch in grid.patches])
 
 
 def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
-    """Blend NxCxVxV into Cxhxw by the mean under Gaussian weights; `merge(split(x, grid), grid)` is x.
+    """Blend N×C×V×V into C×h×w by the mean under Gaussian weights; `merge(split(x, grid), grid)` is x.
 
     Sums are kept in float32, whatever the patches' dtype; the result has that dtype again. Raises ValueError
     if number or size of the patches are not those of the grid.
@@ -114,15 +114,15 @@ def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
 
 
 def blend(places: Iterable[Patch], values: Tensor, total: Tensor, weights: Tensor, top: int = 0) -> None:
-    """Add patches NxCxVxV to `total` Cxhxw and their Gaussian weights to `weights` hxw, rows from `top` on."""
-    weight = gaussian_weight(values.shape[-1]).to(values.device)  # VxV
+    """Add patches N×C×V×V to `total` C×h×w and their Gaussian weights to `weights` h×w, rows from `top` on."""
+    weight = gaussian_weight(values.shape[-1]).to(values.device)  # V×V
     for patch, value in zip(places, values, strict=True):
         patch.cells(total, top).add_(value.float() * weight)
         patch.cells(weights, top).add_(weight)
 
 
 def gaussian_weight(size: int) -> Tensor:
-    """VxV float32 weights in (0, 1]: a Gaussian of variance .04 in units of the patch width.
+    """V×V float32 weights in (0, 1]: a Gaussian of variance .04 in units of the patch width.
 
     Neighbours 12 cells apart share 4 cells. Variance .04 spreads their disagreement over these, at most 29 % of
     it between two cells; with the .01 of StableSR's half-overlapping tiles it would be 83 %, a hard seam.

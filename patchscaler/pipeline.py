@@ -127,7 +127,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     ) -> Result:
         """Upscale one image x4. `plan` is the paper's unless given.
 
-        The image is a file, a Picture, a PIL image, an array HxWx3 of uint8 or a tensor 3xHxW in [-1, 1]; TypeError
+        The image is a file, a Picture, a PIL image, an array H×W×3 of uint8 or a tensor 3×H×W in [-1, 1]; TypeError
         for anything else. `generator` is a seed or a source of one; without it the seed is 0, so that the same
         image gives the same result. `batch_size` counts patches; without it, it is what suits the device.
         `color_fix` is as in `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks
@@ -151,16 +151,16 @@ class PatchScalerPipeline(DiffusionPipeline):
         clock = Stopwatch(device)
 
         # 1. Upscale with bicubic interpolation, fill up to whole latent cells and one patch, and encode.
-        upscaled = bicubic(picture.visible_rgb()[None].to(device), SCALE)  # 1x3xHxW
+        upscaled = bicubic(picture.visible_rgb()[None].to(device), SCALE)  # 1×3×H×W
         height, width = upscaled.shape[-2:]
         grid = PatchGrid.covering(height, width, self.transformer.config.size)
         beyond = (0, LATENT_PIXELS * grid.width - width, 0, LATENT_PIXELS * grid.height - height)
-        y_lr = self.by_tiles(self.encoding, F.pad(upscaled, beyond, mode="replicate"))  # 1xCxhxw
-        enlarged = upscaled[0].cpu()  # 3xHxW
+        y_lr = self.by_tiles(self.encoding, F.pad(upscaled, beyond, mode="replicate"))  # 1×C×h×w
+        enlarged = upscaled[0].cpu()  # 3×H×W
         clock.lap("encode")
 
         # 2. Restore, with a confidence (Eq. 1).
-        y0, confidence = self.by_tiles(self.restoring, y_lr).split([y_lr.shape[1], 1], dim=1)  # 1xCxhxw, 1x1xhxw
+        y0, confidence = self.by_tiles(self.restoring, y_lr).split([y_lr.shape[1], 1], dim=1)  # 1×C×h×w, 1×1×h×w
         require_finite("the restored latent", y0)
         require_finite("the confidence", confidence)
         clock.lap("restore")
@@ -168,11 +168,11 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 3. Cut into overlapping patches and prompt each with the texture priors that it resembles.
         patch_confidence = split(confidence[0], grid).mean((1, 2, 3)).cpu()  # N
         priors, prompt = self.prompt(split(y0[0], grid), batch_size)
-        prompt = prompt.cpu()  # NxLxD
+        prompt = prompt.cpu()  # N×L×D
         clock.lap("retrieve")
 
         # 4. Decode the coarse image.
-        coarse = self._decoded(y0[0], height, width).cpu().contiguous()  # 3xHxW
+        coarse = self._decoded(y0[0], height, width).cpu().contiguous()  # 3×H×W
         clock.lap("decode")
 
         return Analysis(
@@ -228,11 +228,11 @@ class PatchScalerPipeline(DiffusionPipeline):
 
         # 2. Start: y0, the prompts, and one noise for the whole latent, which is drawn on the CPU to be the same for
         # every batch and device.
-        y0 = split(analysis.latents.to(device), grid)  # NxCxVxV
+        y0 = split(analysis.latents.to(device), grid)  # N×C×V×V
         drawn = torch.randn(analysis.latents.shape, generator=torch.Generator("cpu").manual_seed(seed))
-        noise = split(drawn.to(device), grid)  # NxCxVxV
+        noise = split(drawn.to(device), grid)  # N×C×V×V
         clock.lap("refine")
-        prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else analysis.prompt.to(device)  # NxLxD
+        prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else analysis.prompt.to(device)  # N×L×D
         clock.lap("retrieve")
         patches = Patches(y0, noise, prompt, x0=y0.clone(), seconds=torch.zeros(len(grid)))
         if earlier is not None:
@@ -295,40 +295,40 @@ class PatchScalerPipeline(DiffusionPipeline):
         return priors_sheet(pictures, analysis.priors.similarities[chosen], queries)
 
     def _assembled(self, analysis: Restored, x0: Tensor, color_fix: bool, clock: Stopwatch) -> Picture:
-        """Steps 4 to 6 of `refine`: patches NxCxVxV as the upscaled picture, on the CPU."""
+        """Steps 4 to 6 of `refine`: patches N×C×V×V as the upscaled picture, on the CPU."""
         # 4. Merge: blend the overlapping patches.
-        x_hr = merge(x0, analysis.grid)  # Cxhxw
+        x_hr = merge(x0, analysis.grid)  # C×h×w
         require_finite("the refined latent", x_hr)
         # 5. Decode.
-        output = self._decoded(x_hr, *analysis.bicubic.shape[-2:])  # 3xHxW
+        output = self._decoded(x_hr, *analysis.bicubic.shape[-2:])  # 3×H×W
         clock.lap("decode")
         # 6. Colour: take the colours and the transparency of the input.
         output = colored(output, analysis.bicubic, color_fix, analysis.picture.is_grey())
         require_finite("the output", output)
         alpha = analysis.picture.alpha
         if alpha is not None:
-            alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1xHxW
+            alpha = bicubic(alpha[None], SCALE)[0].clamp(0, 1)  # 1×H×W
         picture = Picture(output.cpu().contiguous(), alpha, analysis.picture.notes)
         clock.lap("color")
         return picture
 
     def _decoded(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """The picture 3xHxW of latents Cxhxw, which may reach beyond it."""
+        """The picture 3×H×W of latents C×h×w, which may reach beyond it."""
         return self.by_tiles(self.decoding, latents[None])[0, :, :height, :width]
 
     @property
     def encoding(self) -> Local:
-        """Images 1x3x8hx8w to latents 1xCxhxw."""
+        """Images 1×3×8h×8w to latents 1×C×h×w."""
         return Local(self.vae, "encode", lambda x: encode_latents(self.vae, x), before=LATENT_PIXELS, after=1)
 
     @property
     def restoring(self) -> Local:
-        """Latents 1xCxhxw to restored ones and their confidence: 1x(C+1)xhxw, float32."""
+        """Latents 1×C×h×w to restored ones and their confidence: 1×(C+1)×h×w, float32."""
         return Local(self.grm, "restore", self._restore, before=1, after=1)
 
     @property
     def decoding(self) -> Local:
-        """Latents 1xCxhxw to images 1x3x8hx8w."""
+        """Latents 1×C×h×w to images 1×3×8h×8w."""
         return Local(self.vae, "decode", lambda x: decode_latents(self.vae, x), before=1, after=LATENT_PIXELS)
 
     def _restore(self, y_lr: Tensor) -> Tensor:
@@ -341,8 +341,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
 
     def prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
-        """Algorithm 1 and the texture encoder, in batches: the Priors of patches NxCxVxV, on the CPU, and the prompt
-        NxLxD on the device of the patches.
+        """Algorithm 1 and the texture encoder, in batches: the Priors of patches N×C×V×V, on the CPU, and the prompt
+        N×L×D on the device of the patches.
         """
         return halving(lambda size: self._prompt(patches, size), batch_size, 1, patches.device)
 
@@ -350,7 +350,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         parts = []
         for batch in patches.split(batch_size):
             check_cancelled()
-            queries = self.texture_classifier.features(batch)  # NxD
+            queries = self.texture_classifier.features(batch)  # N×D
             priors = retrieve(queries, self.texture_memory, self.texture_encoder.config.top_k)
             values = self.texture_memory.patches(priors.indices)  # N×K×C×V×V
             prompt = self.texture_encoder(values, priors.similarities, batch).float()  # N×L×D

@@ -40,11 +40,11 @@ class Restored:
     """
 
     picture: Picture
-    latents: Tensor  # y0 Cxhxw, the restored latent
+    latents: Tensor  # y0 C×h×w, the restored latent
     grid: PatchGrid
     patch_confidence: Tensor  # N in [0, 1], the mean over each patch
-    prompt: Tensor | None  # NxLxD; None: refinement looks the priors up again
-    bicubic: Tensor  # 3xHxW in [-1, 1]
+    prompt: Tensor | None  # N×L×D; None: refinement looks the priors up again
+    bicubic: Tensor  # 3×H×W in [-1, 1]
     seconds: dict[str, float]
 
 
@@ -52,9 +52,9 @@ class Restored:
 class Analysis(Restored):
     """All that is known of a picture before sampling, on the CPU in float32, so that it can be kept and sent."""
 
-    confidence: Tensor  # 1xhxw in [0, 1]
+    confidence: Tensor  # 1×h×w in [0, 1]
     priors: Priors
-    coarse: Tensor  # 3xHxW in [-1, 1]
+    coarse: Tensor  # 3×H×W in [-1, 1]
 
     def restored(self) -> Restored:
         """The part that refinement needs, in less than half the bytes, for where they are sent."""
@@ -77,7 +77,7 @@ class Progress:
 class Sampled:
     """Refined patches and how each was made, on the CPU: what a later run of the same image may take over."""
 
-    patches: Tensor  # NxCxVxV, the x0 of every sampled patch; y0 where it is not sampled yet
+    patches: Tensor  # N×C×V×V, the x0 of every sampled patch; y0 where it is not sampled yet
     start: Tensor  # LongTensor N, T of each patch; 0 where it is not sampled yet
     steps: Tensor  # LongTensor N
     seed: int

@@ -14,19 +14,19 @@ from patchscaler.models import TextureMemory
 class Priors:
     """The K best matches of N patches, best first."""
 
-    indices: Tensor  # NxK, rows of the memory
-    similarities: Tensor  # NxK float32 in [-1, 1]
+    indices: Tensor  # N×K, rows of the memory
+    similarities: Tensor  # N×K float32 in [-1, 1]
 
 
 def retrieve(queries: Tensor, memory: TextureMemory, k: int) -> Priors:
     """Algorithm 1: the `k` entries whose keys have the largest normalised inner product with each query.
 
-    `queries` NxD, of any length and float dtype; the memory has M entries. ValueError unless 1 <= k <= M.
+    `queries` N×D, of any length and float dtype; the memory has M entries. ValueError unless 1 <= k <= M.
     """
     size = memory.features.shape[0]
     if not 1 <= k <= size:
         raise ValueError(f"k={k} is outside 1..{size}, the size of the texture memory")
-    normalised = F.normalize(queries.float(), dim=-1)  # NxD
-    scores = normalised @ memory.features.T  # NxM
-    similarities, indices = scores.topk(k, dim=-1)  # NxK, sorted
+    normalised = F.normalize(queries.float(), dim=-1)  # N×D
+    scores = normalised @ memory.features.T  # N×M
+    similarities, indices = scores.topk(k, dim=-1)  # N×K, sorted
     return Priors(indices, similarities)

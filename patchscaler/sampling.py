@@ -21,7 +21,7 @@ from patchscaler.models import PatchDiT
 from patchscaler.plan import MAX_TIMESTEP, SamplingPlan
 
 Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
-Predict = Callable[[Tensor, int], Tensor]  # (x_t NxCxVxV, t) -> x0 prediction NxCxVxV
+Predict = Callable[[Tensor, int], Tensor]  # (x_t N×C×V×V, t) -> x0 prediction N×C×V×V
 
 _SHARED = {"prediction_type": "sample", "num_train_timesteps": MAX_TIMESTEP, "thresholding": False}
 _DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}
@@ -77,12 +77,12 @@ def timesteps(start: int, steps: int) -> list[int]:
 
 
 def noised(clean: Tensor, noise: Tensor, abar: float | Tensor) -> Tensor:
-    """Eq. 4: sqrt(abar) x + sqrt(1 - abar) noise, NxCxVxV. `abar` is a number, or Nx1x1x1 of patches at times each."""
+    """Eq. 4: sqrt(abar) x + sqrt(1 - abar) noise, N×C×V×V. `abar` is a number, or N×1×1×1 of patches at times each."""
     return abar**0.5 * clean + (1 - abar) ** 0.5 * noise
 
 
 def shortcut_start(y0: Tensor, noise: Tensor, start: int, alphas: Tensor) -> Tensor:
-    """Eq. 6 and 7: y_tau = sqrt(abar) y0 + sqrt(1 - abar) noise at tau = `start`. All NxCxVxV."""
+    """Eq. 6 and 7: y_tau = sqrt(abar) y0 + sqrt(1 - abar) noise at tau = `start`. All N×C×V×V."""
     return noised(y0, noise, alphas[start - 1].item())
 
 
@@ -101,31 +101,31 @@ def denoise(
 
 
 def ddim(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[Tensor]:
-    """Deterministic DDIM (Song et al. 2021) from x_t NxCxVxV at times[0] down `times`, and to x0 at the end.
+    """Deterministic DDIM (Song et al. 2021) from x_t N×C×V×V at times[0] down `times`, and to x0 at the end.
 
     Ours, as diffusers' DDIM only steps by 1000 // N.
     """
     for t, s in zip(times, [*times[1:], 0]):
-        x0 = predict(x_t, t).float()  # NxCxVxV
+        x0 = predict(x_t, t).float()  # N×C×V×V
         x_t = x0 if s == 0 else ddim_step(x_t, x0, alphas[t - 1].item(), alphas[s - 1].item())
         yield x_t
 
 
 def ddim_step(x_t: Tensor, x0: Tensor, abar_t: float | Tensor, abar_s: float | Tensor) -> Tensor:
-    """x_s NxCxVxV, with the noise that x_t has if x0 is true. abar as for `noised`."""
+    """x_s N×C×V×V, with the noise that x_t has if x0 is true. abar as for `noised`."""
     noise = (x_t - abar_t**0.5 * x0) / (1 - abar_t) ** 0.5
     return noised(x0, noise, abar_s)
 
 
 def dpm_solver(predict: Predict, x_t: Tensor, times: list[int], alphas: Tensor) -> Iterator[Tensor]:
-    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2) from x_t NxCxVxV at times[0] down `times`, and to x0.
+    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2) from x_t N×C×V×V at times[0] down `times`, and to x0.
 
     With h the step in lambda = log(sqrt(abar) / sqrt(1 - abar)), x0 is extrapolated through the prediction before,
     but not in the first step, which has none. In the last one h is infinite, and the result is the prediction.
     """
     before = h_before = None
     for t, s in zip(times, [*times[1:], 0]):
-        x0 = predict(x_t, t).float()  # NxCxVxV
+        x0 = predict(x_t, t).float()  # N×C×V×V
         if s == 0:
             x_t = x0
         else:

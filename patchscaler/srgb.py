@@ -63,7 +63,7 @@ def coding_of(image: Image.Image, notes: list[str]) -> Coding | None:
 
 
 def from_coding(rgb: Tensor, coding: Coding, notes: list[str]) -> Tensor:
-    """Values CxHxW in [-1, 1], of one grey channel or three, as those of sRGB; colours outside it are clamped."""
+    """Values C×H×W in [-1, 1], of one grey channel or three, as those of sRGB; colours outside it are clamped."""
     if coding == Coding():
         return rgb
     light = (rgb + 1) / 2

@@ -42,7 +42,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # an ImageError says w
 class Samples:
     """A picture as its file has it, apart from the scale of the values.
 
-    mode: "L", "RGB" or "CMYK". values: HxWxS float32 in [0, 1], where 0 is black, or no ink. alpha: HxW float32 in
+    mode: "L", "RGB" or "CMYK". values: H×W×S float32 in [0, 1], where 0 is black, or no ink. alpha: H×W float32 in
     [0, 1] or None. bits: of a sample. orientation: as in EXIF. profile: an ICC profile or b"".
     """
 
@@ -78,8 +78,8 @@ def read_samples(data: bytes, limits: Limits) -> Samples | None:
         return None
     _check(page, limits)
     file.left, notes = 2 * len(data), []
-    planes = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # SxHxWx1 if separate, else 1xHxWxS
-    planes = planes.transpose(1, 2, 0, 3).reshape(*planes.shape[1:3], -1)  # HxWxS
+    planes = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # S×H×W×1 if separate, else 1×H×W×S
+    planes = planes.transpose(1, 2, 0, 3).reshape(*planes.shape[1:3], -1)  # H×W×S
     mode = MODES[page.photometric]
     extra = page.extrasamples or (UNASSOCIATED,) * (mode == "RGB" and page.samplesperpixel == 4)
     channels = [index for index, kind in enumerate(extra, len(mode)) if kind in ALPHA and index < page.samplesperpixel]

@@ -23,7 +23,7 @@ _reaches: WeakKeyDictionary[nn.Module, dict[str, int | None]] = WeakKeyDictionar
 
 @dataclass(frozen=True)
 class Local:
-    """One use of a network: `run` takes BxCx(before h)x(before w) and gives BxC'x(after h)x(after w)."""
+    """One use of a network: `run` takes B×C×(before·h)×(before·w) and gives B×C'×(after·h)×(after·w)."""
 
     network: nn.Module
     name: str  # of this use, among those of the network

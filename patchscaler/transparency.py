@@ -10,14 +10,14 @@ from torch import Tensor
 def spread_colors(rgb: Tensor, alpha: Tensor) -> Tensor:
     """Give the pixels of alpha 0 the colours of the visible ones near them, so that what hides there shows nowhere.
 
-    rgb is 3xHxW in [-1, 1], alpha 1xHxW in [0, 1]; visible pixels stay as they are. This is push-pull interpolation
-    (Gortler et al., "The Lumigraph", SIGGRAPH 1996): means over 2x2 pixels, weighted by alpha, on ever smaller
+    rgb is 3×H×W in [-1, 1], alpha 1×H×W in [0, 1]; visible pixels stay as they are. This is push-pull interpolation
+    (Gortler et al., "The Lumigraph", SIGGRAPH 1996): means over 2×2 pixels, weighted by alpha, on ever smaller
     pictures; then every pixel without a weight takes the colour of the smaller picture there. Without any visible
     pixel all become grey.
     """
     if alpha.all():
         return rgb
-    weighted, levels = torch.cat([rgb * alpha, alpha])[None], []  # 1x4xHxW
+    weighted, levels = torch.cat([rgb * alpha, alpha])[None], []  # 1×4×H×W
     while not weighted[:, 3].all() and max(weighted.shape[-2:]) > 1:
         levels.append(weighted)
         weighted = F.avg_pool2d(weighted, 2, ceil_mode=True)  # of the pixels there are, at an odd edge

@@ -54,7 +54,7 @@ def latents(height, width, seed=2):
 
 @torch.inference_mode()
 def plain_ddim(unet, prompt, kind, x_t, steps=20):
-    """20 steps of diffusers' own sampler over whole latents 1xCxhxw."""
+    """20 steps of diffusers' own sampler over whole latents 1×C×h×w."""
     scheduler = DDIMScheduler(**SD, prediction_type=kind, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:

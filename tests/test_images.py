@@ -14,7 +14,7 @@ from patchscaler.images import ImageError, Picture, bicubic, picture_from_pil, r
 
 
 def levels(picture: Picture) -> np.ndarray:
-    """HxWxC levels 0 to 255, not rounded."""
+    """H×W×C levels 0 to 255, not rounded."""
     return ((picture.rgb + 1) * 127.5).permute(1, 2, 0).numpy()
 
 

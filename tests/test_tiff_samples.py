@@ -37,7 +37,7 @@ def lzw(data: bytes) -> bytes:
 
 
 def encoded(part: np.ndarray, order: str, compression: int, predictor: int) -> bytes:
-    """Samples HxWxS as a strip or tile, see TIFF 6.0 and, for predictor 3, Adobe's Technical Note 3."""
+    """Samples H×W×S as a strip or tile, see TIFF 6.0 and, for predictor 3, Adobe's Technical Note 3."""
     size, channels = part.itemsize, part.shape[-1]
     if predictor == 3:
         rows = part.astype(part.dtype.newbyteorder(">")).view(np.uint8).reshape(len(part), -1, size).swapaxes(1, 2)
@@ -64,7 +64,7 @@ def tiff_of(
     extra: tuple[int, ...] = (),
     **tags: int,
 ) -> bytes:
-    """Samples HxWxS as a TIFF; `tags` such as t258=12 take the place of others."""
+    """Samples H×W×S as a TIFF; `tags` such as t258=12 take the place of others."""
     height, width, channels = samples.shape
     side = (tile or rows, tile or width)
     parts = []
@@ -106,7 +106,7 @@ def drawn(dtype: str, channels: int) -> np.ndarray:
 
 
 def shown(picture: Picture) -> np.ndarray:
-    """HxWxC in [0, 1]."""
+    """H×W×C in [0, 1]."""
     return ((picture.rgb + 1) / 2).permute(1, 2, 0).numpy()
 
 

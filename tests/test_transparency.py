@@ -38,7 +38,7 @@ def test_hidden_colours_do_not_bleed_into_an_edge(pipeline, hidden):
     levels, alpha = (output.rgb + 1) * 127.5, output.alpha
     edge = (alpha[0] > 0.1) & (alpha[0] < 0.9)
     assert (levels[:, edge].mean(1) - torch.tensor(COLOUR)).abs().max() < 3
-    before = torch.from_numpy(image / 255).float().permute(2, 0, 1)  # 4xHxW
+    before = torch.from_numpy(image / 255).float().permute(2, 0, 1)  # 4×H×W
     premultiplied = torch.cat([before[:3] * before[3:], before[3:]])[None]
     wanted = F.interpolate(premultiplied, scale_factor=4, mode="bicubic", antialias=True)[0]
     for ground in (0, 255):

@@ -44,7 +44,7 @@ def psnr_rgb(a: Tensor, b: Tensor) -> float:
 def ssim_y(a: Tensor, b: Tensor) -> float:
     """Structural similarity of the luma (Wang et al. 2004), in -1..1.
 
-    Gaussian window of 11x11 and sigma 1.5 wherever it fits. ValueError for an image smaller than the window.
+    Gaussian window of 11×11 and sigma 1.5 wherever it fits. ValueError for an image smaller than the window.
     """
     check_pair(a, b)
     x, y = luma(a), luma(b)

@@ -30,7 +30,7 @@ class Closeups:
     """Events of the before/after slider, the zoom, the patch borders and the patch inspector."""
 
     def __init__(self, cache: SessionCache, decode: Callable[[Tensor], Tensor]) -> None:
-        """`decode` makes images Kx3xHxW in [-1, 1] of the K rows of the texture memory in a LongTensor K."""
+        """`decode` makes images K×3×H×W in [-1, 1] of the K rows of the texture memory in a LongTensor K."""
         self.cache = cache
         self._decode = decode
 
@@ -114,8 +114,8 @@ def side(known: CachedAnalysis, shown: Shown | None, name: str, box: Box | None 
 
 
 def difference(a: Tensor, b: Tensor) -> Image.Image:
-    """Where two pictures 3xHxW in [-1, 1] differ: black for not at all, white for a quarter of the range."""
-    amount = (a - b).abs().mean(0).mul(2).clamp(0, 1).numpy()  # HxW
+    """Where two pictures 3×H×W in [-1, 1] differ: black for not at all, white for a quarter of the range."""
+    amount = (a - b).abs().mean(0).mul(2).clamp(0, 1).numpy()  # H×W
     ramp = np.stack([amount * 2, amount * 2 - 0.6, amount * 3 - 2], axis=-1).clip(0, 1)  # black, red, yellow, white
     return Image.fromarray((ramp * 255).round().astype(np.uint8))
 
@@ -129,7 +129,7 @@ def clicked(known: CachedAnalysis, at: tuple[float, float]) -> tuple[float, floa
 def touched(known: CachedAnalysis, points: list[tuple[float, float]]) -> list[int]:
     """The patches nearest to points, in shares of the picture's width and height."""
     height, width = known.analysis.coarse.shape[-2:]
-    middles = torch.tensor([middle(patch) for patch in known.analysis.grid.patches])  # Nx2
+    middles = torch.tensor([middle(patch) for patch in known.analysis.grid.patches])  # N×2
     return torch.cdist(torch.tensor(points) * torch.tensor([width, height]), middles).argmin(1).unique().tolist()
 
 

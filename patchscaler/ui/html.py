@@ -269,7 +269,7 @@ def histogram(confidence: Tensor, assignment: Tensor, plan: SamplingPlan) -> str
     """
     bins = (confidence * BINS).long().clamp(0, BINS - 1)
     counts = torch.stack([bins[assignment == group].bincount(minlength=BINS) for group in range(len(GROUPS))])
-    tops = counts.cumsum(0)  # 3xBINS, the groups stacked
+    tops = counts.cumsum(0)  # 3×BINS, the groups stacked
     highest = int(tops[-1].max())
     bars = "".join(
         f'<rect data-group="{GROUPS[group]}" fill="{GROUP_COLORS[group]}" x="{place + 0.1:.1f}" width="0.8" '

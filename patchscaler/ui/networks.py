@@ -115,7 +115,7 @@ class Calibration:
 def _fit(measured: np.ndarray) -> tuple[float, float]:
     """Seconds for one of each of two kinds of work, neither below 0, with the least squared relative error.
 
-    `measured` Mx3 has the amounts of both and the seconds, the latest last, which weighs most. Relative, so that what
+    `measured` M×3 has the amounts of both and the seconds, the latest last, which weighs most. Relative, so that what
     took long does not outweigh the others.
     """
     weights = FADING ** np.arange(len(measured))[::-1]
@@ -158,7 +158,7 @@ class Networks:
 
     @torch.inference_mode()
     def prior_images(self, indices: Tensor) -> Tensor:
-        """Images Kx3xHxW in [-1, 1] of K rows of the texture memory: on the CPU, so no GPU is asked or waited for."""
+        """Images K×3×H×W in [-1, 1] of K rows of the texture memory: on the CPU, so no GPU is asked or waited for."""
         return decode_latents(self._vae, self._memory.patches(indices))
 
     def draw_priors(self, analysis: Analysis) -> Image.Image:
