@@ -257,7 +257,7 @@ def _read(source: Path, max_input_pixels: int | None = None) -> Picture:
 
 
 def _bar(args: argparse.Namespace, title: str, unit: str, total: int | None = None) -> tqdm:
-    """A progress bar on a terminal, which goes when it is done."""
+    """A progress bar, on a terminal only, removed when it is done."""
     return tqdm(total=total, desc=title, unit=unit, leave=False, disable=args.quiet or None)
 
 

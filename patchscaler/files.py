@@ -226,7 +226,7 @@ def output_stems(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def folded(name: str) -> str:
-    """What is the same for names that are one file where case, or how accents are encoded, does not tell them apart."""
+    """One key for names that are one file on file systems that ignore case or how accents are encoded."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

@@ -39,7 +39,7 @@ MARGIN = 4  # rows of the input, more than bicubic interpolation looks away
 
 
 class Rows:
-    """Rows CxRxW of one stage. They are asked for from top to bottom, and those above are dropped."""
+    """Rows C×R×W of one stage. They are asked for from top to bottom, and those above are dropped."""
 
     def __init__(self, height: int, make: Callable[[int], Tensor]) -> None:
         """`make(first)` gives the rows from `first` on, as many as it likes, but at least one."""
@@ -94,7 +94,7 @@ class Bands:
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Bands RxWx3 or RxWx4 of 8 bits. Raises OutOfMemory and, for NaN, RuntimeError."""
+        """Bands R×W×3 or R×W×4 of 8 bits. Raises OutOfMemory and, for NaN, RuntimeError."""
         with out_of_memory_errors(self.device), TemporaryFile() as noise:
             self._draw(noise)
             upscaled = Rows(LATENT_PIXELS * self.grid.height, self._upscaled)
@@ -118,7 +118,7 @@ class Bands:
         return describe_run(self.plan, self.seed, self.color_fix, str(self.device), dtype, groups, seconds)
 
     def _upscaled(self, first: int) -> Tensor:
-        """Rows of the bicubic picture, filled up to the size of the grid: 3xRx8w."""
+        """Rows of the bicubic picture, filled up to the size of the grid: 3×R×8w."""
         last = min(first + LATENT_PIXELS * BAND, LATENT_PIXELS * self.grid.height)
         rows = _bicubic_rows(self.rgb.to(self.device), min(first, self.height - 1), min(last, self.height))
         beyond = (0, LATENT_PIXELS * self.grid.width - self.width, 0, last - first - rows.shape[1])
@@ -144,7 +144,7 @@ class Bands:
         return Rows(self.grid.height * local.after, make)
 
     def _sampled(self, restored: Rows, noise: BinaryIO) -> Iterator[Tensor]:
-        """Refine some rows of patches at a time, and give those rows CxRxw of the latent that no later patch covers."""
+        """Refine some rows of patches at a time, and give those rows C×R×w of the latent that no later patch covers."""
         columns = len({patch.left for patch in self.grid.patches})
         most = columns * -(-PATCHES // columns)
         sums = torch.zeros(self.channels + 1, 0, self.grid.width, device=self.device)  # the last is that of the weights
@@ -160,14 +160,14 @@ class Bands:
             sums = sums[:, end - top :]
 
     def _sample(self, patches: tuple[Patch, ...], restored: Tensor, noise: Tensor) -> Tensor:
-        """x0 NxCxVxV of patches in a window of the restored latent and confidence, (C+1)xRxw, and its noise CxRxw."""
+        """x0 N×C×V×V of patches in a window of the restored latent and confidence, (C+1)×R×w, and its noise C×R×w."""
         top = patches[0].top
 
         def cut(values: Tensor) -> Tensor:
             return torch.stack([patch.cells(values, top) for patch in patches])
 
         self.clock.lap()
-        y0, confidence = cut(restored).split([self.channels, 1], dim=1)  # NxCxVxV, Nx1xVxV
+        y0, confidence = cut(restored).split([self.channels, 1], dim=1)  # N×C×V×V, N×1×V×V
         assignment = assign(confidence.mean((1, 2, 3)).cpu(), self.plan)  # N
         _, prompt = self.pipeline.prompt(y0, self.batch_size)
         self.clock.lap("retrieve")
@@ -192,7 +192,7 @@ class Bands:
         return np.asarray(to_pil(Picture(rgb, alpha)))
 
     def _draw(self, file: BinaryIO) -> None:
-        """The noise of a whole run, Cxhxw float32. Drawn in pieces, which are multiples of 16, it is the same."""
+        """The noise of a whole run, C×h×w float32. Drawn in pieces, which are multiples of 16, it is the same."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         left = self.channels * self.grid.height * self.grid.width
         while left:
@@ -201,7 +201,7 @@ class Bands:
             left -= count
 
     def _noise(self, file: BinaryIO, first: int, last: int) -> Tensor:
-        """Rows of the noise: CxRxw."""
+        """Rows of the noise: C×R×w."""
         rows = np.empty((self.channels, last - first, self.grid.width), np.float32)
         for channel, values in enumerate(rows):
             file.seek(values.itemsize * self.grid.width * (channel * self.grid.height + first))
@@ -210,14 +210,14 @@ class Bands:
 
 
 def _bicubic_rows(image: Tensor, first: int, last: int) -> Tensor:
-    """Rows of a picture CxHxW upscaled x4: CxRx4W."""
+    """Rows of a picture C×H×W upscaled x4: C×R×4W."""
     top = max(0, first // SCALE - MARGIN)
     rows = bicubic(image[None, :, top : -(-last // SCALE) + MARGIN], SCALE)[0]
     return rows[:, first - SCALE * top : last - SCALE * top]
 
 
 def is_large(source: Path) -> bool:
-    """Whether a picture is too large to be held upscaled, as its header has it."""
+    """Whether a picture is too large to be held upscaled, according to its header."""
     try:
         with Image.open(source, formats=FORMATS) as image:
             pixels = image.width * image.height
@@ -230,7 +230,7 @@ def is_large(source: Path) -> bool:
 def write_tiff(
     bands: Iterable[np.ndarray], path: str | Path, shape: tuple[int, int, int], description: str = ""
 ) -> Path:
-    """Write bands of rows RxWxS of 8 bits, from top to bottom, as one TIFF of HxWxS, and return its path.
+    """Write bands of rows R×W×S of 8 bits, from top to bottom, as one TIFF of H×W×S, and return its path.
 
     S is 3 for RGB or 4 for RGBA. R is a multiple of TIFF_TILE, but for the last band. Tiles are compressed without
     loss; above 2 GB the file is a BigTIFF. It appears whole or not at all. Whatever `bands` raise ends the writing.

@@ -150,7 +150,7 @@ def _component_class(name: str, entry: tuple) -> type:
             if issubclass(kind, (ModelMixin, SchedulerMixin)):
                 return kind
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} is {entry}, which there is not: {error}") from error
+        raise CheckpointError(f"{name} is {entry}, which is not a class that can be loaded: {error}") from error
     raise CheckpointError(f"{name} is {entry}, not a model or scheduler of patchscaler.models or diffusers")
 
 

@@ -196,12 +196,12 @@ def test_checksums_that_are_no_text_are_refused(summed):
     ("entry", "message"),
     [
         (["os", "system"], "not a model or scheduler of"),
-        (["patchscaler.models.nothing", "GRM"], "which there is not"),
-        (["patchscaler.models.grm", "Nothing"], "which there is not"),
+        (["patchscaler.models.nothing", "GRM"], "which is not a class that can be loaded"),
+        (["patchscaler.models.grm", "Nothing"], "which is not a class that can be loaded"),
         (["diffusers", "DiffusionPipeline"], "not a model or scheduler of"),
-        (["diffusers", "logging"], "which there is not"),
-        ([None, None], "which there is not"),
-        (["patchscaler.models.grm"], "which there is not"),
+        (["diffusers", "logging"], "which is not a class that can be loaded"),
+        ([None, None], "which is not a class that can be loaded"),
+        (["patchscaler.models.grm"], "which is not a class that can be loaded"),
     ],
 )
 def test_other_classes_are_refused(copied, entry, message):
