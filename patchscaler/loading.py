@@ -52,7 +52,7 @@ def load_pipeline(
     _check_checksums(folder)
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
     with _no_bars():
-        components = {name: _load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
+        components = {name: load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
     if device.type == "cuda":  # its fast convolutions want this order; others would be turned round at every call
         for name in ("vae", "grm", "texture_classifier"):
             components[name].to(memory_format=torch.channels_last)
@@ -154,14 +154,16 @@ def _component_class(name: str, entry: tuple) -> type:
     raise CheckpointError(f"{name} is {entry}, not a model or scheduler of patchscaler.models or diffusers")
 
 
-def _load_component(folder: Path, kind: type, dtype: torch.dtype) -> torch.nn.Module | SchedulerMixin:
+def load_component(folder: Path, kind: type, dtype: torch.dtype) -> torch.nn.Module | SchedulerMixin:
+    """A model or scheduler of class `kind` from a folder. CheckpointError for missing or unexpected keys or weights."""
     try:
         config = {key for key in kind.load_config(folder) if not key.startswith("_")}
         if not kind.__module__.startswith("diffusers.models."):  # AutoencoderTiny saves a key it does not take
             _refuse_differences(f"{folder}: config keys", (), config - inspect.signature(kind).parameters.keys())
         if issubclass(kind, SchedulerMixin):
             return kind.from_pretrained(folder)
-        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        # Low memory use needs accelerate, for whose absence diffusers has a warning per model.
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": False}
         model, info = kind.from_pretrained(folder, **options)
     except CheckpointError:
         raise

@@ -86,7 +86,8 @@ def load_autoencoder(source: str | Path) -> ModelMixin:
     """The autoencoder in a folder, or behind a Hub id: ours or a diffusers class, by its config's class name."""
     name = CompactAutoencoder.load_config(source)["_class_name"]
     kind = CompactAutoencoder if name == CompactAutoencoder.__name__ else getattr(diffusers, name)
-    return kind.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
+    model = kind.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
+    return model.eval().requires_grad_(False)
 
 
 def encode_latents(vae: nn.Module, images: Tensor) -> Tensor:

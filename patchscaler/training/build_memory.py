@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from patchscaler.loading import load_component
 from patchscaler.models.autoencoder import encode_latents, load_autoencoder
 from patchscaler.models.texture_classifier import TextureClassifier
 from patchscaler.models.texture_memory import TextureMemory
@@ -34,7 +35,7 @@ def build(args: argparse.Namespace) -> dict[str, float]:
     device = torch.device(args.device)
     bank = image_bank(args.data, device, "memory")
     vae = load_autoencoder(component(args, "vae")).to(device)
-    classifier = TextureClassifier.from_pretrained(component(args, "texture_classifier")).to(device)
+    classifier = load_component(component(args, "texture_classifier"), TextureClassifier, torch.float32).to(device)
     wanted, kept = (64, 16) if args.dry_run else (CANDIDATES, KEPT)
     least = int(kept / (QUANTILES[1] - QUANTILES[0])) + 64
     deadline = time.perf_counter() + 30 * args.minutes

@@ -23,6 +23,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from patchscaler.loading import load_component
 from patchscaler.models.autoencoder import decode_unclamped, load_autoencoder
 from patchscaler.models.grm import GRM
 from patchscaler.models.patch_dit import PatchDiT
@@ -83,7 +84,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     bank = image_bank(args.data, device)
     vae = load_autoencoder(component(args, "vae")).to(device, memory_format=torch.channels_last)
     grm, classifier, memory = (
-        kind.from_pretrained(component(args, name)).to(device, memory_format=torch.channels_last).requires_grad_(False)
+        load_component(component(args, name), kind, torch.float32)
+        .to(device, memory_format=torch.channels_last)
+        .requires_grad_(False)
         for kind, name in ((GRM, "grm"), (TextureClassifier, "texture_classifier"), (TextureMemory, "texture_memory"))
     )
     pictures = PictureLoss().to(device)

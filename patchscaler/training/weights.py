@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from patchscaler.loading import write_checksums
+from patchscaler.loading import load_component, write_checksums
 from patchscaler.models import GRM, PatchDiT, TextureClassifier, TextureEncoder, TextureMemory, load_autoencoder
 from patchscaler.pipeline import PatchScalerPipeline
 from patchscaler.training import autoencoder, build_memory, grm, patch_dit, texture_classifier
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 def assemble(out: Path) -> None:
     """Write the model_index.json that makes a pipeline of the components in `out`, and the checksums of it all."""
-    models = {name: kind.from_pretrained(out / name, use_safetensors=True) for name, kind in COMPONENTS.items()}
+    models = {name: load_component(out / name, kind, torch.float32) for name, kind in COMPONENTS.items()}
     PatchScalerPipeline(load_autoencoder(out / "vae"), **models, scheduler=make_scheduler()).save_config(out)
     write_checksums(out)
 
