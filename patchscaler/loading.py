@@ -53,9 +53,6 @@ def load_pipeline(
     kinds = _component_classes(folder / PatchScalerPipeline.config_name)
     with _no_bars():
         components = {name: load_component(folder / name, kind, dtype) for name, kind in kinds.items()}
-    if device.type == "cuda":  # its fast convolutions want this order; others would be turned round at every call
-        for name in ("vae", "grm", "texture_classifier"):
-            components[name].to(memory_format=torch.channels_last)
     try:
         pipeline = PatchScalerPipeline(**components).to(device)
     except ValueError as error:
