@@ -193,6 +193,42 @@ def test_upload_run_and_drag(page, photo):
     expect(page.locator("#stale")).to_contain_text("seed 0")
 
 
+def test_a_page_without_an_image_and_with_a_bad_one(page, photo, tmp_path):
+    height = "button => button.getBoundingClientRect().height"
+    before = {name: page.locator(f"#{name}").evaluate(height) for name in ("run", "stop")}
+    page.set_input_files("#input input[type=file]", photo)
+    expect(page.locator("#status")).to_contain_text("Press Run")
+    page.locator("#input").get_by_label(re.compile("Clear|Remove")).first.click()
+    expect(page.locator("#status")).to_contain_text("Upload an image")
+    expect(page.locator("#run")).to_be_disabled()
+    (tmp_path / "text.png").write_text("no picture")
+    page.set_input_files("#input input[type=file]", tmp_path / "text.png")
+    expect(page.locator("#status")).to_contain_text("This image was refused")
+    page.locator("#run").click()
+    expect(page.locator(".toast-body").last).to_contain_text("This image was refused: not a readable")
+    expect(page.locator("#stop")).to_be_disabled()
+    expect(page.locator("#run")).to_have_text("Run")
+    assert {name: page.locator(f"#{name}").evaluate(height) for name in ("run", "stop")} == before
+
+
+def test_what_is_typed_beyond_a_range_is_clamped_and_said(page):
+    cost = page.locator("#cost").inner_text()
+    for name, typed, values in [("steps1", "999", ["50", "50", "50"]), ("start3", "5", ["50", "50", "50"])]:
+        kind = name[:-1]
+        page.locator(f"#{name} input[type=number]").fill(typed)
+        page.locator(f"#{name} input[type=number]").press("Tab")
+        for place, value in enumerate(values, 1):
+            expect(page.locator(f"#{kind}{place} input[type=number]")).to_have_value(value)
+        expect(page.get_by_label("Preset")).to_have_value("Custom")
+        expect(page.locator("#stale")).to_contain_text("older plan")
+    expect(page.locator("#cost")).not_to_have_text(cost)
+    page.locator("#number input").fill("9999")
+    expect(page.locator("#facts")).to_contain_text("There is no patch 9999: there are")
+    page.locator("#seed input").fill("")
+    page.locator("#run").click()
+    expect(page.locator("#status")).to_contain_text("the seed is empty")
+
+
 def test_stop_and_run_again(page, tmp_path):
     with Image.open(EXAMPLES[0]) as small:  # large enough that the run lasts until Stop is clicked
         small.resize((400, 400)).save(tmp_path / "large.png")

@@ -136,7 +136,10 @@ def test_a_patch_is_chosen_by_its_number_too(analysed, image, dials):
     assert "<b>Patch 8</b>" in view["facts"] and "set by hand" in view["facts"]
     assert view["inspector"].count("<img") == 1 and view["number"] == 8
     assert (now.page.patch, now.page.by_hand, now.page.center) == (8, {8: 2}, (320 - 64, 256 - 64))
-    for wrong in (None, 9, -1, "x"):
+    for wrong in (9, -1):
+        view = analysed.tuner.numbered(settings(image, dials), wrong, "hard")
+        assert view == {"facts": f"<p>There is no patch {wrong}: there are 9 patches, 0 to 8.</p>"}
+    for wrong in (None, "x"):
         assert analysed.tuner.numbered(settings(image, dials), wrong, "hard") == {}
 
 

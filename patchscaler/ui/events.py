@@ -87,6 +87,8 @@ def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
     # Dials.
     for place, name in enumerate(DIALS):
         on(page[name].input, partial(tuner.dial_moved, moved=place), TUNED)
+        if name != "seed":
+            on(page[name].release, partial(tuner.dial_left, moved=place), TUNED)
     on(page["preset"].input, tuner.preset_chosen, TUNED, own=["preset"])
     on(page["color-fix"].input, tuner.regrouped, TUNED)
     on(page["batch"].input, tuner.regrouped, TUNED)
@@ -141,9 +143,12 @@ def _called(handler: Callable, page: dict[str, Any], own: int, at: bool) -> Call
         return {page[name]: value for name, value in view.items()} or gr.skip()
 
     async def stream(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        view = None
         with _errors_as_html():
             async for view in handler(settings(request, values), *values[:own]):
                 yield by_component(view)
+        if view is None:  # Gradio takes the end of a generator that gave nothing for None in every output
+            yield gr.skip()
 
     def select(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
         with _errors_as_html():
@@ -160,9 +165,9 @@ def _called(handler: Callable, page: dict[str, Any], own: int, at: bool) -> Call
 
 @contextmanager
 def _errors_as_html() -> Iterator[None]:
-    """Errors of this block as the page shows them."""
+    """Errors of this block as the page shows them: with the title in the text, as Gradio's toasts show no other."""
     try:
         yield
     except Exception as error:
         plain = explain(error)
-        raise gr.Error(escape(plain.message), title=escape(plain.title), print_exception=False) from error
+        raise gr.Error(escape(f"{plain.title}: {plain.message}"), print_exception=False) from error

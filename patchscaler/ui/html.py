@@ -88,10 +88,10 @@ def cost(
 def unknown_cost(plan: SamplingPlan, patches: int, width: int, height: int) -> str:
     """What a run costs while it is not known how many patches each group has."""
     least, most = (n * patches for n in (plan.steps[0], plan.steps[-1]))
-    return (
-        f"<p>{width} × {height} pixels, {_patches(patches)}: {least:,} to {most:,} network evaluations, by the groups "
-        "that the restoration will find. Run starts with it.</p>"
+    evaluations = f"{most:,} network evaluations" if least == most else (
+        f"{least:,} to {most:,} network evaluations, by the groups that the restoration will find"
     )
+    return f"<p>{width} × {height} pixels, {_patches(patches)}: {evaluations}. Run starts with the restoration.</p>"
 
 
 def stale(made_with: SamplingPlan, seed: int, changed: int, patches: int, colors: bool) -> str:
@@ -126,6 +126,10 @@ def patch(
         f"confidence <b>{confidence:.3f}</b>, "
         f"{_swatch(GROUP_COLORS[group])}{GROUPS[group]}{hand}, T {plan.start[group]}, N {plan.steps[group]}</p>"
     )
+
+
+def no_such_patch(index: float, patches: int) -> str:
+    return f"<p>There is no patch {index:g}: there are {_patches(patches)}, 0 to {patches - 1}.</p>"
 
 
 def figures(labelled: Sequence[tuple[str, Image.Image]], kind: str = "") -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, replace
-from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -55,6 +55,11 @@ class Runner:
 
         A stopped run says so itself, last of all: what another event said could be overtaken by a view on its way.
         """
+        async with aclosing(self._with_errors(now, self._run(now, uniform))) as views:
+            async for view in views:
+                yield view
+
+    async def _run(self, now: Settings, uniform: Any) -> AsyncIterator[View]:
         request, uniform = now.request(), flag_of("uniform", uniform)
         if not request.source:
             raise visible_error("No image", html.NO_IMAGE)
@@ -62,7 +67,7 @@ class Runner:
             now.page.source = request.source
             yield {"status": html.status("Waiting for the pipeline…"), "stop": gr.update(interactive=True)}
             shown = None
-            async for event in self._stream(lambda: self._views(request, uniform=uniform), stop):
+            async for event in self.jobs.stream(lambda: self._views(request, uniform=uniform), stop):
                 match event:
                     case Shown() as shown, view:
                         if now.page.source == request.source:
@@ -75,30 +80,38 @@ class Runner:
 
     async def look(self, now: Settings) -> AsyncIterator[View]:
         """Analyze an image as it comes in, so that its groups and what a run costs are known; run an example."""
+        async with aclosing(self._with_errors(now, self._look(now))) as views:
+            async for view in views:
+                yield view
+
+    async def _look(self, now: Settings) -> AsyncIterator[View]:
         now.page.source = now.source
         if now.source is None or now.page.shown:
             return
         if now.source in self.examples:
-            async for view in self.run(now, False):
+            async for view in self._run(now, False):
                 yield view
             return
         request = now.request()
         with self._looks.of(now.session) as stop:
-            async for view in self._stream(lambda: self._looked(request), stop):
+            async for view in self.jobs.stream(lambda: self._looked(request), stop):
                 if now.session in self._runs:  # a run that waits, or goes on already, has the status line
                     view.pop("status", None)
                 yield view
             if now.session not in self._runs and not stop.is_set():
                 yield {"status": html.status("Press Run.")}
 
-    async def _stream(self, job: Callable[[], Iterator[Update]], stop: Event) -> AsyncIterator[Update]:
-        """What a job yields, and last why it failed if it did."""
+    async def _with_errors(self, now: Settings, views: AsyncGenerator[View, None]) -> AsyncIterator[View]:
+        """The views, and last why there are no more if that is an error: Gradio calls no `then` after one."""
         try:
-            async for update in self.jobs.stream(job, stop):
-                yield update
+            async with aclosing(views):
+                async for view in views:
+                    yield view
         except Exception as error:
             visible = explain(error)
-            yield {"status": html.status(f"{visible.title}: {visible.message}")}
+            if now.session not in self._runs:  # else status and Stop are those of a run that waits or goes on
+                status = html.status(f"{visible.title}: {visible.message}")
+                yield {"status": status, "stop": gr.update(interactive=False)}
             raise visible from error
 
     def stop(self, now: Settings) -> None:

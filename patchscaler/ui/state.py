@@ -147,6 +147,8 @@ def plan_of(dials: Sequence[Any]) -> SamplingPlan:
 
 def seed_of(value: Any) -> int:
     """A whole number in 0..2^53-1. Raises SettingsError for everything else, an emptied field too."""
+    if value is None:
+        raise SettingsError(f"the seed is empty; it is a whole number from 0 to {MAX_SEED}")
     value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
         raise SettingsError(f"seed={value!r} is not a whole number from 0 to {MAX_SEED}")

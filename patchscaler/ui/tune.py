@@ -21,6 +21,7 @@ from patchscaler.ui.state import (
     DIALS,
     GAMMA_STEP,
     INSPECT,
+    RANGES,
     ByHand,
     CachedAnalysis,
     SessionCache,
@@ -52,6 +53,17 @@ class Tuner:
         if not in_range(now.dials):
             return {}
         return self._set(now, tuple(enforce_order(now.dials, moved)))
+
+    def dial_left(self, now: Settings, moved: int) -> View:
+        """Clamp what was typed beyond the dial's range and regroup.
+
+        Gradio clamps it too when the field is left, but tells only of the value before.
+        """
+        value, (low, high, _) = now.dials[moved], RANGES[moved]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or low <= value <= high:
+            return {}
+        clamped = (*now.dials[:moved], min(max(value, low), high), *now.dials[moved + 1 :])
+        return self._set(now, tuple(enforce_order(clamped, moved))) if in_range(clamped) else {}
 
     def preset_chosen(self, now: Settings, preset: str) -> View:
         """Set the dials to the preset's plan; `custom` leaves them where they are."""
@@ -115,8 +127,10 @@ class Tuner:
         """The same for a patch by its number, for those who do not click."""
         choice_of("mode", mode, MODES)
         known = self.cache.get(now.source)
-        if known is None or not isinstance(index, (int, float)) or not 0 <= index < len(known.analysis.grid):
+        if known is None or not isinstance(index, (int, float)):
             return {}
+        if not 0 <= index < len(known.analysis.grid):
+            return {"facts": html.no_such_patch(index, len(known.analysis.grid))}
         patch = known.analysis.grid.patches[int(index)]
         return self._select_patch(known, patch.index, closeup.middle(patch), mode, now)
 
