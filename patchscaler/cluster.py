@@ -70,10 +70,10 @@ class Worker:
         begin = time.perf_counter()
         try:
             with fetched(source) as copy:
+                picture = read_picture(copy)
                 made_of = files.Record.of(copy, job.plan, job.seed, job.color_fix)
                 if repeated and record_of(output) == made_of:
                     return {"status": "done"}
-                picture = read_picture(copy)
             result = self.pipeline(picture, job.plan, job.seed, job.batch_size, job.color_fix)
             with stored(output) as file:
                 write_png(result.picture, file, {**result.png_text(), "input_sha256": made_of.input_sha256})

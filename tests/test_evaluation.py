@@ -343,6 +343,7 @@ def test_what_cannot_be_evaluated_is_refused(command, weights, own_folders, tmp_
     assert main(arguments(command, own_folders, tmp_path / "out", weights)) == 1
     assert "dot.png is 43x32" in capsys.readouterr().err
     usage_errors = ((["--limit", 0], "0 is less than 1"), (["--device", "abacus"], "abacus"), ([], "no image rock"))
+    usage_errors = ((["--lr", "no/where"], "there is no folder of images no/where"), *usage_errors)
     for more, message in usage_errors:
         if not more:
             (hr / "rock.png").unlink()

@@ -30,6 +30,8 @@ Pair = tuple[Path, Path | None]  # an input, and its truth
 
 def find_images(folder: Path) -> dict[str, Path]:
     """Stem → file of the images directly in a folder, by name. FileNotFoundError if there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder of images {folder}")
     images, others = files.sort_out(files.listed(folder))
     if not images:
         raise FileNotFoundError(files.no_image(folder, others))
