@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             pipeline = load_pipeline(args.weights, dtype=dtype, devices=devices)
         except CheckpointError as error:
-            return _complain(str(args.weights), error)
+            raise UsageError(str(error)) from error
         if args.compile:
             pipeline.compile()
 

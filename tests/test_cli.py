@@ -259,7 +259,8 @@ def test_several_devices_write_what_one_does(upscale, weights, tmp_path):
 
 def test_bad_weights(tmp_path, capsys):
     source = save_image(tmp_path / "a.png")
-    assert main(["upscale", str(source), "-o", str(tmp_path / "out"), "--weights", str(tmp_path)]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["upscale", str(source), "-o", str(tmp_path / "out"), "--weights", str(tmp_path)])
     assert "model_index.json" in capsys.readouterr().err
     assert written(tmp_path) == []
 

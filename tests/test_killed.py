@@ -148,7 +148,8 @@ def test_altered_weights_are_refused_with_the_files_name_by_command_and_page(wei
         for data in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
             file.write_bytes(data)
             arguments = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--weights", str(weights)]
-            assert main(arguments) == 1
+            with pytest.raises(SystemExit, match="2"):
+                main(arguments)
             assert f"{file} was altered or cut off" in capsys.readouterr().err
             monkeypatch.setenv("PATCHSCALER_WEIGHTS", str(weights))
             with pytest.raises(CheckpointError, match="grm/diffusion_pytorch_model.safetensors was altered or cut off"):
