@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from patchscaler.patches import PatchGrid, merge, split
 from patchscaler.plan import GROUPS, MAX_TIMESTEP, SamplingPlan, assign
-from patchscaler.sampling import Scheduler, denoise, make_batches
+from patchscaler.sampling import Scheduler, denoise, make_batches, noise_generator
 
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t N×C×V×V, t in 1..1000, the patches' indices N) -> x0 N×C×V×V
 
@@ -104,8 +104,7 @@ def group_sample(
     """
     grid = PatchGrid(*y0.shape[-2:], size=size, stride=stride)
     assignment = assign(split(confidence, grid).mean((1, 2, 3)), plan)  # N
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noise = split(torch.randn(y0.shape, generator=generator), grid)  # N×C×V×V
+    noise = split(torch.randn(y0.shape, generator=noise_generator(seed)), grid)  # N×C×V×V
     patches = split(y0.float().cpu(), grid)  # N×C×V×V
     x0 = torch.empty_like(patches)
     for batch in make_batches(assignment, plan, batch_size):

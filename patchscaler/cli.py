@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             pipeline = load_pipeline(args.weights, dtype=dtype, devices=devices)
         except CheckpointError as error:
-            return _complain(str(args.weights), error)
+            raise UsageError(str(error)) from error
         if args.compile:
             pipeline.compile()
 
@@ -207,8 +207,8 @@ def _upscale(
 ) -> dict:
     """Upscale one file, write its pictures, and return its report. `title` is that of the progress bar."""
     began = time.perf_counter()
-    made_of = sha256(task.source)
     picture = _read(task.source)
+    made_of = sha256(task.source)
     analysis = pipeline.analyze(picture, args.batch_size)
     with _bar(args, f"{title}, {len(analysis.grid)} patches", "step") as bar:
         for event in pipeline.refine(analysis, plan, args.seed, args.batch_size, args.color_fix):

@@ -33,7 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from patchscaler import files
 from patchscaler.images import ImageError, Limits, read_picture, write_png, written_whole
-from patchscaler.loading import load_pipeline
+from patchscaler.loading import CheckpointError, load_pipeline
 from patchscaler.options import UsageError
 from patchscaler.plan import SamplingPlan
 
@@ -70,10 +70,10 @@ class Worker:
         begin = time.perf_counter()
         try:
             with fetched(source) as copy:
+                picture = read_picture(copy)
                 made_of = files.Record.of(copy, job.plan, job.seed, job.color_fix)
                 if repeated and record_of(output) == made_of:
                     return {"status": "done"}
-                picture = read_picture(copy)
             result = self.pipeline(picture, job.plan, job.seed, job.batch_size, job.color_fix)
             with stored(output) as file:
                 write_png(result.picture, file, {**result.png_text(), "input_sha256": made_of.input_sha256})
@@ -140,7 +140,7 @@ def run(
 
     Found are the images that an earlier run of the same job left in OUT; they are not made again, unless `overwrite`,
     which also replaces any other file. Without an `address`, Ray runs on this machine, for as long as this call.
-    Raises UsageError before anything is run, and RuntimeError if no worker can load the pipeline.
+    Raises UsageError before anything is run, for bad weights too, and RuntimeError if no worker can load the pipeline.
     """
     fs, path = url_to_fs(out)
     out = path if isinstance(fs, LocalFileSystem) else out  # absolute, as workers may stand elsewhere
@@ -359,7 +359,8 @@ def _work(
             starts = 0
         except RayTaskError as error:  # what Worker did not expect
             if source is None:
-                raise RuntimeError(f"a worker cannot load the pipeline: {error.cause}") from error
+                kind = UsageError if isinstance(error.cause, CheckpointError) else RuntimeError
+                raise kind(f"a worker cannot load the pipeline: {error.cause}") from error
             entry = {"status": "failed", "error": str(error.cause)}
             idle.append(worker)
         except RayError as error:  # the worker died

@@ -161,11 +161,18 @@ def write_png(picture: Picture, path: str | Path, text: dict[str, str] | None = 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end of the block, or is removed if that raises."""
+    """A file beside `path` to write to, which takes its place at the end of the block, or is removed if that raises.
+
+    An OSError over that file names `path` in its place.
+    """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None or Path(error.filename).name != temporary.name:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

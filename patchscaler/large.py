@@ -28,7 +28,7 @@ from patchscaler.patches import LATENT_PIXELS, Patch, PatchGrid, blend
 from patchscaler.pipeline import SCALE, PatchScalerPipeline
 from patchscaler.plan import GROUPS, SamplingPlan, assign
 from patchscaler.results import STAGES, GroupReport, describe_run, require_finite
-from patchscaler.sampling import Patches, make_batches
+from patchscaler.sampling import Patches, make_batches, noise_generator
 from patchscaler.tiles import Local
 
 BAND = 64  # cells, of 8 pixels, that a stage makes at once; whole tiles of a file
@@ -193,7 +193,7 @@ class Bands:
 
     def _draw(self, file: BinaryIO) -> None:
         """The noise of a whole run, C×h×w float32. Drawn in pieces, which are multiples of 16, it is the same."""
-        generator = torch.Generator("cpu").manual_seed(self.seed)
+        generator = noise_generator(self.seed)
         left = self.channels * self.grid.height * self.grid.width
         while left:
             count = left if left < 2 * NOISE else NOISE

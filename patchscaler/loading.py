@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,6 +22,7 @@ from patchscaler.pipeline import PatchScalerPipeline
 # Where an installed package has them, and where a checkout does.
 _INSTALLED, _CHECKED_OUT = Path(__file__).parent / "weights", Path(__file__).parent.parent / "assets" / "weights"
 DEFAULT_WEIGHTS = (_INSTALLED if _INSTALLED.is_dir() else _CHECKED_OUT) / "compact"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum` writes and checks it
 
 
@@ -119,7 +121,7 @@ def _folder(source: str | Path) -> Path:
             f"this installation has no weights at {source}: install PatchScaler from a checkout or its git URL, "
             "which bring them along, or name a pipeline folder or Hub id"
         )
-    if isinstance(source, Path) or source.count("/") != 1:
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source} is neither a folder nor a Hub id like owner/name")
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", CHECKSUMS]))
@@ -132,6 +134,8 @@ def _component_classes(index_file: Path) -> dict[str, type]:
     try:
         entries = json.loads(index_file.read_text())
         entries = {name: tuple(entry) for name, entry in entries.items() if not name.startswith("_")}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{index_file.parent} is not a pipeline folder: it has no {index_file.name}") from error
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index_file} cannot be read: {error}") from error
     expected = inspect.signature(PatchScalerPipeline).parameters.keys()

@@ -8,6 +8,7 @@ from pathlib import Path
 from patchscaler.device import DTYPES
 from patchscaler.loading import DEFAULT_WEIGHTS
 from patchscaler.plan import PRESETS, SamplingPlan
+from patchscaler.sampling import check_seed
 
 
 class UsageError(ValueError):
@@ -43,8 +44,11 @@ def plan(text: str) -> SamplingPlan:
 
 
 def seed(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is outside 0..2^63-1")
+    value = int(text)
+    try:
+        check_seed(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return value
 
 

@@ -52,6 +52,7 @@ from patchscaler.sampling import (
     Step,
     check_schedule,
     make_batches,
+    noise_generator,
     sample_batches,
 )
 from patchscaler.several import sample_on_several
@@ -133,11 +134,9 @@ class PatchScalerPipeline(DiffusionPipeline):
         `color_fix` is as in `refine`. Raises ImageError for an unreadable image and RuntimeError if the networks
         give NaN.
         """
-        # 1. Read the image.
-        picture = as_picture(image)
-        # 2. Restore it coarsely, with a confidence, and look up texture priors.
-        analysis = self.analyze(picture, batch_size)
-        # 3. Refine the patches, group by group, and assemble them.
+        # 1. Read the image, restore it coarsely, with a confidence, and look up texture priors.
+        analysis = self.analyze(image, batch_size)
+        # 2. Refine the patches, group by group, and assemble them.
         if isinstance(generator, torch.Generator):
             generator = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
         *_, result = self.refine(analysis, plan or SamplingPlan.paper(), generator or 0, batch_size, color_fix)
@@ -145,8 +144,11 @@ class PatchScalerPipeline(DiffusionPipeline):
 
     @torch.inference_mode()
     @raises_out_of_memory
-    def analyze(self, picture: Picture, batch_size: int | None = None) -> Analysis:
-        """Everything before sampling, independent of any plan. RuntimeError if the networks give NaN."""
+    def analyze(
+        self, image: Picture | Image.Image | str | Path | np.ndarray | Tensor, batch_size: int | None = None
+    ) -> Analysis:
+        """Everything before sampling, independent of any plan. The image and the errors are those of a call."""
+        picture = as_picture(image)
         device, batch_size = self._execution_device, self.fitting_batch(batch_size)
         clock = Stopwatch(device)
 
@@ -204,8 +206,8 @@ class PatchScalerPipeline(DiffusionPipeline):
         """Yield Progress after every denoising step of every batch, and last the Result.
 
         A patch's result depends on its y0, its prompt, its (T, N) and the noise at its place only. Close the generator
-        to stop early. Raises RuntimeError rather than return pixels that are NaN, and OutOfMemory if memory is short
-        for the smallest batches and tiles.
+        to stop early. Raises ValueError for a seed outside 0..2^63-1, RuntimeError rather than return pixels that are
+        NaN, and OutOfMemory if memory is short for the smallest batches and tiles.
 
         Args:
             color_fix: give the output the low frequencies, and so the colours, of the bicubic upscale. Without it,
@@ -229,7 +231,7 @@ class PatchScalerPipeline(DiffusionPipeline):
         # 2. Start: y0, the prompts, and one noise for the whole latent, which is drawn on the CPU to be the same for
         # every batch and device.
         y0 = split(analysis.latents.to(device), grid)  # N×C×V×V
-        drawn = torch.randn(analysis.latents.shape, generator=torch.Generator("cpu").manual_seed(seed))
+        drawn = torch.randn(analysis.latents.shape, generator=noise_generator(seed))
         noise = split(drawn.to(device), grid)  # N×C×V×V
         clock.lap("refine")
         prompt = self.prompt(y0, batch_size)[1] if analysis.prompt is None else analysis.prompt.to(device)  # N×L×D

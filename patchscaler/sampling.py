@@ -73,6 +73,18 @@ def timesteps(start: int, steps: int) -> list[int]:
     return [round(start * (steps - k) / steps) for k in range(steps)]
 
 
+def check_seed(seed: int) -> None:
+    """ValueError unless a seed is one that is taken."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} is outside 0..2^63-1")
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """What the noise is drawn with: on the CPU, to be the same for every device. ValueError as from `check_seed`."""
+    check_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 # One patch
 
 

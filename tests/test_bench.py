@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscaler.__main__ import main
-from patchscaler.evaluation import bench, standins
+from patchscaler.evaluation import bench, outputs, standins
 from patchscaler.images import ImageError
 from patchscaler.plan import GROUPS, PRESETS
 
@@ -27,6 +27,7 @@ def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monk
     monkeypatch.setattr(bench, "machine", lambda: here)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert main(["bench", "-o", str(tmp_path / "out"), "--weights", str(weights), "--quick"]) == 0
+    outputs.prepare(tmp_path / "out", bench.MARKS, overwrite=False)  # its own may be replaced
     text = (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
     assert "## CUDA\n\nnot measured" in text
@@ -46,6 +47,20 @@ def test_a_quick_bench_measures_and_says_what_it_did_not(weights, tmp_path, monk
     assert check["devices"] == ["cpu", "cpu"] and check["one"] > 0 and check["all"] > 0
     assert threads[0] == 1  # one of the two cores each
     assert f"512², refinement on cpu, cpu: {check['all']:.2f} s; on the first alone {check['one']:.2f} s" in text
+
+
+@pytest.mark.parametrize("name", ["bench.md", "bench.json"])
+def test_files_of_others_and_bad_weights_are_refused(tmp_path, capsys, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("# Bench\n\nmy notes")
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "-o", str(out), "--weights", str(tmp_path), "--quick"])
+    assert f"{out / name} exists and is not of an earlier run" in capsys.readouterr().err
+    assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "# Bench\n\nmy notes")]
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "-o", str(tmp_path / "other"), "--weights", str(tmp_path), "--device", "cpu"])
+    assert "is not a pipeline folder" in capsys.readouterr().err
 
 
 def test_flops_are_those_of_a_whole_run(tiny_pipeline, weights):

@@ -206,7 +206,8 @@ def test_urls_need_ray(tmp_path, capsys):
 def test_weights_that_no_worker_can_load(address, tmp_path, capsys):
     make_images(tmp_path / "in", ["a.png"])
     arguments = ["--engine", "ray", "--address", address, "--device", "cpu", "--weights", str(tmp_path)]
-    assert main(["upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *arguments]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *arguments])
     assert "a worker cannot load the pipeline: " in capsys.readouterr().err
     job = cluster.Job(PLAN, 0, str(tmp_path))
     with pytest.raises(UsageError, match="9 workers need 9 cores; Ray has 2"):

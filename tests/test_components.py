@@ -70,5 +70,10 @@ def test_the_components_run_from_the_command_line(weights, tmp_path, capsys):
     head, _, row = capsys.readouterr().out.splitlines()
     assert head == "| autoencoder | images | RGB PSNR |"
     assert float(row.split("|")[3].removesuffix(" dB ")) > 0
-    with pytest.raises(SystemExit):
-        components.main(["--weights", str(weights)])
+    for refused in (
+        ["--weights", str(weights)],
+        ["--images", str(tmp_path), "--weights", str(tmp_path)],
+        ["--images", str(tmp_path / "none"), "--weights", str(weights)],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            components.main(refused)

@@ -12,7 +12,7 @@ from PIL import Image
 from textures import texture
 
 from patchscaler.__main__ import main
-from patchscaler.evaluation import evaluate, features, pairs, reliability, scores, tables
+from patchscaler.evaluation import evaluate, features, outputs, pairs, reliability, scores, tables
 from patchscaler.evaluation import sweep as sweeps
 from patchscaler.evaluation.metrics import psnr_y, seam_score, to_8bit
 from patchscaler.images import ImageError, Picture, bicubic, read_picture, write_png
@@ -336,6 +336,49 @@ def test_the_sweep_goes_from_uniform_over_the_paper_and_below():
     assert len(sweeps.PLANS) == len(sweeps.STARTS) + len(sweeps.STEPS) - 1
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("evaluate", "summary.md"),
+        ("evaluate", "results.csv"),
+        ("evaluate", "reliability.png"),
+        ("evaluate", "sheets/rock.png"),
+        ("sweep", "sweep.csv"),
+        ("sweep", "sweep.md"),
+        ("sweep", "sweep.png"),
+    ],
+)
+def test_files_of_others_are_replaced_only_if_asked(command, name, folders, weights, tmp_path, capsys):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    write_png(Picture(torch.zeros(3, 8, 8)), file, {"Software": "PatchScaler 1", "plan": PLAN.to_json(), "seed": "0"})
+    before = file.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(command, folders, tmp_path / "out", weights))
+    assert f"{file} exists and is not of an earlier run of this command; --overwrite" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(command, folders, tmp_path / "out", tmp_path, "--overwrite"))
+    assert "is not a pipeline folder" in capsys.readouterr().err  # which is looked at after the files
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(command, folders, tmp_path / "out", weights, "--overwrite"))
+    assert f"{file} is a folder" in capsys.readouterr().err
+
+
+def test_files_of_an_earlier_run_are_known(measured, tiny_pipeline, folders, tmp_path, monkeypatch):
+    found = pairs.find_pairs(*folders)
+    marks = evaluate.marks(found)
+    assert {name for name in marks if (measured[1] / name).is_file()} == marks.keys()
+    outputs.prepare(measured[1], marks, overwrite=False)
+    for name in ("PLANS", "STARTS", "STEPS"):
+        monkeypatch.setattr(sweeps, name, (replace(PLAN, steps=(1, 1, 1)), sweeps.PAPER))
+    sweeps.sweep(tiny_pipeline, found[:1], tmp_path / "sweep")
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == sweeps.marks(found).keys()
+    outputs.prepare(tmp_path / "sweep", sweeps.marks(found), overwrite=False)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "sweep"])
 def test_what_cannot_be_evaluated_is_refused(command, weights, own_folders, tmp_path, capsys):
     lr, hr = own_folders
@@ -343,6 +386,7 @@ def test_what_cannot_be_evaluated_is_refused(command, weights, own_folders, tmp_
     assert main(arguments(command, own_folders, tmp_path / "out", weights)) == 1
     assert "dot.png is 43x32" in capsys.readouterr().err
     usage_errors = ((["--limit", 0], "0 is less than 1"), (["--device", "abacus"], "abacus"), ([], "no image rock"))
+    usage_errors = ((["--lr", "no/where"], "there is no folder of images no/where"), *usage_errors)
     for more, message in usage_errors:
         if not more:
             (hr / "rock.png").unlink()

@@ -320,6 +320,13 @@ def test_a_failed_write_leaves_what_was_there(monkeypatch, tmp_path, step):
     assert path.read_bytes() == b"older result"
 
 
+def test_a_missing_folder_is_said_of_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "missing" / "out.png"
+    with pytest.raises(FileNotFoundError) as refused:
+        write_png(Picture(torch.zeros(3, 8, 8)), path)
+    assert str(refused.value) == f"[Errno 2] No such file or directory: '{path}'"
+
+
 # Resizing
 
 

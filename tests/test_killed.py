@@ -66,6 +66,17 @@ def test_a_command_that_is_ended_while_it_writes_leaves_whole_files_only(weights
     assert os.listdir(tmp_path / "SIGTERM") == ["a.png"]  # there was time to tidy up
 
 
+def test_a_command_that_is_stopped_while_it_imports_says_nothing():
+    command = [sys.executable, "-X", "importtime", "-m", "patchscaler", "upscale", "missing.png", "-o", "out"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = iter(process.stderr.readline, "")
+    assert any(line.split("|")[-1].strip() == "torch._C" for line in lines)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and said == ""
+    assert all(line.startswith("import time:") for line in errors.splitlines())
+
+
 def is_writing(out: Path) -> bool:
     with suppress(FileNotFoundError):
         return any(path.stat().st_size for path in out.glob(".*.tmp"))
@@ -137,7 +148,8 @@ def test_altered_weights_are_refused_with_the_files_name_by_command_and_page(wei
         for data in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
             file.write_bytes(data)
             arguments = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--weights", str(weights)]
-            assert main(arguments) == 1
+            with pytest.raises(SystemExit, match="2"):
+                main(arguments)
             assert f"{file} was altered or cut off" in capsys.readouterr().err
             monkeypatch.setenv("PATCHSCALER_WEIGHTS", str(weights))
             with pytest.raises(CheckpointError, match="grm/diffusion_pytorch_model.safetensors was altered or cut off"):

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import patchscaler
 from patchscaler.color import wavelet_color_fix
-from patchscaler.images import Picture, bicubic, to_pil
+from patchscaler.images import Picture, bicubic, read_picture, to_pil, write_png
 from patchscaler.models import decode_latents
 from patchscaler.patches import merge, split
 from patchscaler.plan import GROUPS, SamplingPlan
@@ -214,6 +214,20 @@ def test_paper_plan_is_the_default(tiny_pipeline):
 def test_batch_size_below_one_is_refused(tiny_pipeline, analysis, plan):
     with pytest.raises(ValueError, match="batch_size=0"):
         run(tiny_pipeline, analysis, plan, batch_size=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused(tiny_pipeline, analysis, plan, seed):
+    with pytest.raises(ValueError, match=rf"seed={seed} is outside 0\.\.2\^63-1"):
+        run(tiny_pipeline, analysis, plan, seed=seed)
+
+
+def test_analyze_takes_what_a_call_takes(tiny_pipeline, picture, tmp_path):
+    path = write_png(picture, tmp_path / "photo.png")
+    by_path, by_picture = tiny_pipeline.analyze(str(path)), tiny_pipeline.analyze(read_picture(path))
+    assert torch.equal(by_path.latents, by_picture.latents)
+    with pytest.raises(TypeError, match="the image is int; it must be a path"):
+        tiny_pipeline.analyze(3)
 
 
 @pytest.mark.parametrize("part", ["grm", "transformer", "vae"])

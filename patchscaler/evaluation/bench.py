@@ -24,11 +24,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscaler.device import pick_device, pick_dtype
-from patchscaler.evaluation import standins
+from patchscaler.evaluation import outputs, standins
 from patchscaler.evaluation.pairs import costs, read_image
 from patchscaler.evaluation.tables import table
 from patchscaler.images import Picture
-from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
+from patchscaler.loading import DEFAULT_WEIGHTS, CheckpointError, load_pipeline
 from patchscaler.options import UsageError
 from patchscaler.pipeline import SCALE
 from patchscaler.plan import GROUPS, PRESETS
@@ -39,6 +39,8 @@ REPEATS = {512: 5, 1024: 5, 2048: 2, 4096: 1}  # output pixels along a side → 
 SIZES = (512, 2048)  # sides at which every preset is measured, not only the paper's plan
 QUICK = 1024  # the largest side of a quick bench
 BUDGET = 8.0  # seconds for the repeats of one part of a stand-in
+INPUT = "Input: the middle 128² of"
+MARKS = {"bench.md": INPUT, "bench.json": '{\n "machine": {\n  "cpu": '}  # as `outputs.prepare` takes them
 COLUMNS = ("encode", "restore", "retrieve", *GROUPS, "decode", "color")
 NOTES = f"""\
 - Seconds are from the decoded input to the output's pixels, models loaded; the fastest of the runs. Peak memory is the
@@ -194,7 +196,7 @@ def markdown(report: dict) -> str:
         "# Bench",
         "",
         f"{about['cpu']}, {about['cores']} cores; GPUs: {', '.join(about['gpus']) or 'none'}; PyTorch "
-        f"{about['torch']}. Input: the middle 128² of `{report['image']}`, mirrored and repeated for larger outputs.",
+        f"{about['torch']}. {INPUT} `{report['image']}`, mirrored and repeated for larger outputs.",
     ]
     for device, found in report["devices"].items():
         lines += ["", f"## {device.upper()}"]
@@ -270,7 +272,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("bench", help="time, work and memory beside stand-ins for other methods")
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("-o", "--out", type=Path, required=True, help="folder for bench.md and bench.json")
+    outputs.add_options(parser, "bench.md and bench.json")
     add("--image", type=Path, default=DEFAULT_IMAGE, help="its central 128x128 are upscaled (default: an example)")
     add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
     add("--device", help="auto, cpu or cuda (default: cpu, and cuda if there is one)")
@@ -282,8 +284,11 @@ def run(args: argparse.Namespace) -> int:
         devices = [pick_device(args.device).type] if args.device else ["cpu", "cuda"]
     except ValueError as error:
         raise UsageError(str(error)) from error
+    outputs.prepare(args.out, MARKS, args.overwrite)
     try:
         print(bench(args.image, args.weights, devices, args.out, args.quick), end="")
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

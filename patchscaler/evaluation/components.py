@@ -14,7 +14,7 @@ from patchscaler.evaluation.metrics import psnr_rgb, to_8bit
 from patchscaler.evaluation.pairs import MAX_TRUTH_PIXELS, find_images, read_image
 from patchscaler.evaluation.tables import table
 from patchscaler.images import ImageError
-from patchscaler.loading import DEFAULT_WEIGHTS, load_pipeline
+from patchscaler.loading import DEFAULT_WEIGHTS, CheckpointError, load_pipeline
 from patchscaler.models import decode_latents, encode_latents
 from patchscaler.patches import LATENT_PIXELS
 from patchscaler.pipeline import PatchScalerPipeline
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         psnr = autoencoder_psnr(load_pipeline(args.weights), args.images)
+    except (CheckpointError, FileNotFoundError) as error:
+        parser.error(str(error))
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     row = [f"`{args.images}`", str(len(psnr)), f"{sum(psnr.values()) / len(psnr):.2f} dB"]

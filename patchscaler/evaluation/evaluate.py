@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from patchscaler.evaluation import outputs
 from patchscaler.evaluation.metrics import seam_score, to_8bit
 from patchscaler.evaluation.pairs import (
+    MEASURES,
     Pair,
     add_options,
     analyses,
@@ -92,7 +95,11 @@ def evaluate(
                 shown = {method: images[method] for method in ("coarse", "final")}
                 for key, values in score_patches(scorer, name, shown, truth, analysis.grid, runs["final"].assignment):
                     patches[key].append(values)
-            _sheet(analysis, runs["final"], truth).save(out / "sheets" / f"{name}.png")
+            sheet = _sheet(analysis, runs["final"], truth)
+            text = PngInfo()
+            for key, value in outputs.PNG_TEXT.items():
+                text.add_text(key, value)
+            sheet.save(out / "sheets" / f"{name}.png", pnginfo=text)
     lines = ["# Benchmark", "", describe_setup(pipeline, pairs, seed), f"Plan: `{plan.to_json()}`", ""]
     lines += [*_summary(methods, patches if errors else {}, plan), ""]
     if errors:
@@ -195,10 +202,17 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     """The command `evaluate`."""
     parser = commands.add_parser("evaluate", help="measure on a folder of images, with or without their truths")
     parser.set_defaults(run=run)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for results.csv, summary.md and sheets")
+    outputs.add_options(parser, "results.csv, summary.md and sheets")
     add_options(parser, hr_required=False)
     add_plan_option(parser)
 
 
+def marks(pairs: Sequence[Pair]) -> dict[str, str]:
+    """The files that `evaluate` writes, as `outputs.prepare` takes them."""
+    texts = {"results.csv": ",".join(COLUMNS), "summary.md": MEASURES}
+    pictures = ["reliability.png", *(f"sheets/{low.stem}.png" for low, _ in pairs)]
+    return texts | dict.fromkeys(pictures, outputs.PNG_MARK)
+
+
 def run(args: argparse.Namespace) -> int:
-    return measure_pairs(args, evaluate, out=args.out, plan=args.plan)
+    return measure_pairs(args, evaluate, marks, out=args.out, plan=args.plan)

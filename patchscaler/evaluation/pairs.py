@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from patchscaler import files
 from patchscaler.device import pick_device
+from patchscaler.evaluation import outputs
 from patchscaler.evaluation.metrics import to_8bit
 from patchscaler.evaluation.scores import Scorer
 from patchscaler.images import ImageError, Picture, read_picture
@@ -24,12 +25,15 @@ from patchscaler.plan import GROUPS
 from patchscaler.results import Analysis, Result
 
 MAX_TRUTH_PIXELS = SCALE**2 * MAX_INPUT_PIXELS
+MEASURES = "All measures on 8-bit images, no border cut."
 
 Pair = tuple[Path, Path | None]  # an input, and its truth
 
 
 def find_images(folder: Path) -> dict[str, Path]:
     """Stem → file of the images directly in a folder, by name. FileNotFoundError if there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder of images {folder}")
     images, others = files.sort_out(files.listed(folder))
     if not images:
         raise FileNotFoundError(files.no_image(folder, others))
@@ -113,7 +117,7 @@ def costs(result: Result) -> dict[str, float]:
 
 def describe_setup(pipeline: PatchScalerPipeline, pairs: Sequence[Pair], seed: int) -> str:
     about = f"Images: {len(pairs)} of `{pairs[0][0].parent}`, seed {seed}, {pipeline.device}"
-    return f"{about}, {pipeline.transformer.dtype}. All measures on 8-bit images, no border cut."
+    return f"{about}, {pipeline.transformer.dtype}. {MEASURES}"
 
 
 def add_options(parser: argparse.ArgumentParser, hr_required: bool = True) -> None:
@@ -125,17 +129,25 @@ def add_options(parser: argparse.ArgumentParser, hr_required: bool = True) -> No
     add_pipeline_options(parser)
 
 
-def measure_pairs(args: argparse.Namespace, measure: Callable[..., str], **options: object) -> int:
+def measure_pairs(
+    args: argparse.Namespace,
+    measure: Callable[..., str],
+    marks: Callable[[Sequence[Pair]], Mapping[str, str]] | None = None,
+    **options: object,
+) -> int:
     """Print what `measure(pipeline, pairs, seed=, batch_size=, **options)` says, and return the exit status.
 
-    UsageError for a folder or device that does not exist.
+    `marks` gives the files that it writes, as `outputs.prepare` takes them, unless it only prints. UsageError, before
+    anything is measured, for a folder or device that does not exist, a file that would be lost, and bad weights.
     """
     try:
         pairs, device = find_pairs(args.lr, args.hr)[: args.limit], pick_device(args.device)
+        if marks:
+            outputs.prepare(args.out, marks(pairs), args.overwrite)
+        pipeline = load_pipeline(args.weights, device, args.dtype)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     try:
-        pipeline = load_pipeline(args.weights, device, args.dtype)
         print(measure(pipeline, pairs, seed=args.seed, batch_size=args.batch_size, **options), end="")
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from patchscaler.evaluation.outputs import PNG_TEXT
 from patchscaler.patches import PatchGrid
 from patchscaler.plan import SamplingPlan
 
@@ -60,4 +61,4 @@ def draw_reliability(confidence: Tensor, errors: Tensor, plan: SamplingPlan, pat
         axes.set_yscale("log")
     axes.set_xlim(0, 1)
     axes.legend(loc="lower left")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=PNG_TEXT)

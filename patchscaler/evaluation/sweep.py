@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from patchscaler.evaluation import outputs
 from patchscaler.evaluation.pairs import (
+    MEASURES,
     Pair,
     add_options,
     analyses,
@@ -121,16 +123,21 @@ def _plot(rows: dict[SamplingPlan | None, list[dict]], keys: list[str], path: Pa
             axes.axhline(mean_of(rows[None], key), color="#64748b", linestyle=":", label="coarse")
             axes.set_ylabel(HEADINGS[key][0])
     figure.axes[len(keys)].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata=outputs.PNG_TEXT)
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """The command `sweep`."""
     parser = commands.add_parser("sweep", help="measures against cost over start times and steps (Figure 6)")
     parser.set_defaults(run=run)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for sweep.csv, sweep.md and sweep.png")
+    outputs.add_options(parser, "sweep.csv, sweep.md and sweep.png")
     add_options(parser)
 
 
+def marks(pairs: Sequence[Pair]) -> dict[str, str]:
+    """The files that `sweep` writes, as `outputs.prepare` takes them."""
+    return {"sweep.csv": ",".join(COLUMNS), "sweep.md": MEASURES, "sweep.png": outputs.PNG_MARK}
+
+
 def run(args: argparse.Namespace) -> int:
-    return measure_pairs(args, sweep, out=args.out)
+    return measure_pairs(args, sweep, marks, out=args.out)
