@@ -10,6 +10,10 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
+from patchscaler import cli
+from patchscaler.evaluation import bench, evaluate, sweep
+from patchscaler.options import UsageError
+
 
 class Outlet:
     """A standard stream to which writing never fails, since what is printed must not decide what is done.
@@ -43,30 +47,20 @@ def main(argv: list[str] | None = None) -> int:
 
     Stopped by SIGINT or SIGTERM it leaves nothing half-written, and returns 130.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # by default it ends Python without any clean-up
-    try:
-        return _run(argv)
-    except KeyboardInterrupt:
-        return 130
-
-
-def _run(argv: list[str] | None) -> int:
-    # Not at the top, as these take seconds, in which the command may be stopped too.
-    from patchscaler import cli
-    from patchscaler.evaluation import bench, evaluate, sweep
-    from patchscaler.options import UsageError
-
     parser = argparse.ArgumentParser(prog="patchscaler", description="PatchScaler x4 super-resolution")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (cli, evaluate, sweep, bench):
         command.add_command(commands)
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # by default it ends Python without any clean-up
     out, errors = (Outlet(stream or io.StringIO()) for stream in (sys.stdout, sys.stderr))  # None where it is closed
     with redirect_stdout(out), redirect_stderr(errors):
         try:
             return args.run(args)
         except UsageError as error:
             parser.error(str(error))
+        except KeyboardInterrupt:
+            return 130
         finally:
             out.flush()
             errors.flush()

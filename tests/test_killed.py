@@ -66,17 +66,6 @@ def test_a_command_that_is_ended_while_it_writes_leaves_whole_files_only(weights
     assert os.listdir(tmp_path / "SIGTERM") == ["a.png"]  # there was time to tidy up
 
 
-def test_a_command_that_is_stopped_while_it_imports_says_nothing():
-    command = [sys.executable, "-X", "importtime", "-m", "patchscaler", "upscale", "missing.png", "-o", "out"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    lines = iter(process.stderr.readline, "")
-    assert any(line.split("|")[-1].strip() == "torch._C" for line in lines)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and said == ""
-    assert all(line.startswith("import time:") for line in errors.splitlines())
-
-
 def is_writing(out: Path) -> bool:
     with suppress(FileNotFoundError):
         return any(path.stat().st_size for path in out.glob(".*.tmp"))
