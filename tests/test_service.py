@@ -119,7 +119,7 @@ def test_a_sliders_value_is_checked_inside(service, image, value, place, name):
     answer = service.light("regrouped", "sliders", image, dials)
     assert answer.status_code == 200 and all("__type__" in part for part in answer.json()["data"][:8])
     error = service.run(f"slider {place} {value}", image, tuple(dials))["error"]
-    assert re.match(rf"{name}=.* (is not a (whole )?number in|must be above)", error), error
+    assert re.match(rf"These settings do not work: {name}=.* (is not a (whole )?number in|must be above)", error), error
 
 
 def test_a_plan_out_of_order_is_named(service, image):
@@ -139,10 +139,10 @@ def test_a_plan_out_of_order_is_named(service, image):
 
 @pytest.mark.parametrize("seed", [None, 0.5, -1, 2**53, 2**64, 10**40, "7", True, [1], float("nan")])
 def test_a_seed_is_a_whole_number_up_to_the_limit_and_is_echoed(service, image, seed):
-    refusal = f"is not a whole number from 0 to {MAX_SEED}"
+    refusal = "the seed is empty; it is a" if seed is None else "is not a"
     shown, called = service.run(f"{seed}", image, (*DIALS[:8], seed)), service.call(image, seed=seed)
     for text in (shown["error"], called):
-        assert refusal in text and "seed=" in text
+        assert f"{refusal} whole number from 0 to {MAX_SEED}" in text and "seed" in text
     for seed in (0, MAX_SEED, 12.0):
         file, report = service.call(image, seed=seed)
         assert report["seed"] == seed and picture(service, file).text["seed"] == str(int(seed))
