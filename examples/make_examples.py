@@ -37,7 +37,7 @@ class Example:
 
 
 def text() -> np.ndarray:
-    """A page 400x640 of serif and sans-serif lines from large to small."""
+    """A page 400×640 of serif and sans-serif lines from large to small."""
     page = Image.new("RGB", (640, 400), (250, 247, 240))
     draw = ImageDraw.Draw(page)
     lines = (
@@ -53,7 +53,7 @@ def text() -> np.ndarray:
 
 
 def bicycle() -> np.ndarray:
-    """An ink drawing 416x640 of a bicycle, drawn four times as large for smooth edges."""
+    """An ink drawing 416×640 of a bicycle, drawn four times as large for smooth edges."""
     unit = 4
     sheet = Image.new("RGB", (640 * unit, 416 * unit), (252, 252, 250))
     draw = ImageDraw.Draw(sheet)
@@ -120,4 +120,4 @@ if __name__ == "__main__":
     for example in EXAMPLES:
         picture = low_resolution(example)
         picture.save(HERE / f"{example.name}.png", optimize=True)
-        print(f"{example.name}.png {picture.width}x{picture.height}")
+        print(f"{example.name}.png {picture.width}×{picture.height}")

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     add("image", type=Path)
     add("-o", "--out", type=Path, required=True, help="the PNG to write")
     add("--model", type=Path, help="folder of a Stable Diffusion pipeline (default: random weights)")
-    add("--condition", type=Path, help="safetensors with prompt_embeds 1xLxD (default: zeros, 77 tokens)")
+    add("--condition", type=Path, help="safetensors with prompt_embeds 1×L×D (default: zeros, 77 tokens)")
     add("--plan", choices=[name for name in PRESETS if name != "uniform"], default="paper")
     add("--weights", default=DEFAULT_WEIGHTS, help="our pipeline, of which the GRM is used")
     add("--device", help="auto, cpu or cuda (default: the fastest there is)")

@@ -157,7 +157,7 @@ def _parts(
     """The grid, and what every tensor must be: all sizes follow from that of the input, and that one has limits."""
     rgb = headers.get("rgb", ("", ()))[1]
     if len(rgb) != 3 or min(rgb) < 1:
-        raise AnalysisFileError(f"{WRONG}: rgb has shape {rgb}, not 3xHxW")
+        raise AnalysisFileError(f"{WRONG}: rgb has shape {rgb}, not 3×H×W")
     height, width = rgb[1:]
     limits = Limits.from_environment()
     most = min(limits.input_pixels, limits.output_pixels // OUTPUT_PER_INPUT)
@@ -178,6 +178,6 @@ def _parts(
         raise AnalysisFileError(f"{WRONG}: it holds {sorted(headers)[:8]}, not {sorted(parts)}")
     for name, part in parts.items():
         if headers[name] != part[:2]:
-            found, wanted = (f"{kind} {'x'.join(map(str, shape))}" for kind, shape in (headers[name], part[:2]))
+            found, wanted = (f"{kind} {'×'.join(map(str, shape))}" for kind, shape in (headers[name], part[:2]))
             raise AnalysisFileError(f"{WRONG}: {name} is {found}, not {wanted}")
     return grid, parts

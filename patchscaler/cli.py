@@ -263,7 +263,7 @@ def _bar(args: argparse.Namespace, title: str, unit: str, total: int | None = No
 
 def _done(task: files.Task, width: int, height: int, began: float, args: argparse.Namespace, report: dict) -> dict:
     if not args.quiet:
-        print(f"{task.source} -> {task.output}  {width}x{height}  {time.perf_counter() - began:.1f} s", flush=True)
+        print(f"{task.source} -> {task.output}  {width}×{height}  {time.perf_counter() - began:.1f} s", flush=True)
     return {"input": str(task.source), "output": str(task.output), **report}
 
 

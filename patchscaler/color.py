@@ -23,7 +23,7 @@ def wavelet_color_fix(output: Tensor, reference: Tensor) -> Tensor:
     """Give `output` the low frequencies, and so the colours, of `reference` and keep its own detail.
 
     This is StableSR's wavelet fix: the highs of the output plus the low of the reference. Both are B×3×H×W in
-    [-1, 1], of any size from 1x1. The result is not clamped and may overshoot slightly. A pixel depends on
+    [-1, 1], of any size from 1×1. The result is not clamped and may overshoot slightly. A pixel depends on
     those at most 31 rows or columns away. Raises ValueError if the shapes differ.
     """
     if output.shape != reference.shape:

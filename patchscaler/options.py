@@ -22,7 +22,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
     add("--dtype", choices=DTYPES, help="precision (default: PATCHSCALER_DTYPE, or what suits the device)")
     add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: those that come along)")
-    add("--batch-size", type=positive, help="patches at once (default: 64; on a CUDA GPU, by its free memory)")
+    add("--batch-size", type=positive, help="patches at once (default: 64 on a CPU, 256 elsewhere)")
 
 
 def add_plan_option(parser: argparse.ArgumentParser) -> None:

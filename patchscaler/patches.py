@@ -37,7 +37,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Patches that cover a latent of `height` x `width` cells.
+    """Patches that cover a latent of `height`×`width` cells.
 
     They are evenly spaced, at most `stride` apart, the first and the last flush with the edges. Raises
     ValueError if the latent is smaller than a patch or if `stride` would leave gaps.
@@ -52,7 +52,7 @@ class PatchGrid:
         if not 1 <= self.stride <= self.size:
             raise ValueError(f"stride {self.stride} is not in 1..{self.size}")
         if min(self.height, self.width) < self.size:
-            raise ValueError(f"latent {self.height}x{self.width} is smaller than a patch of {self.size}")
+            raise ValueError(f"latent {self.height}×{self.width} is smaller than a patch of {self.size}")
 
     @classmethod
     def covering(cls, height: int, width: int, size: int = 16) -> PatchGrid:
@@ -94,7 +94,7 @@ class PatchGrid:
 def split(latents: Tensor, grid: PatchGrid) -> Tensor:
     """Cut C×h×w into the N×C×V×V patches of the grid. Raises ValueError if the grid is for another size."""
     if latents.shape[-2:] != (grid.height, grid.width):
-        raise ValueError(f"latents {tuple(latents.shape)} do not fit a grid of {grid.height}x{grid.width}")
+        raise ValueError(f"latents {tuple(latents.shape)} do not fit a grid of {grid.height}×{grid.width}")
     return torch.stack([patch.cells(latents) for patch in grid.patches])
 
 
@@ -105,7 +105,7 @@ def merge(patches: Tensor, grid: PatchGrid) -> Tensor:
     if number or size of the patches are not those of the grid.
     """
     if len(patches) != len(grid) or patches.shape[-2:] != (grid.size, grid.size):
-        expected = f"{len(grid)} of {grid.size}x{grid.size}"
+        expected = f"{len(grid)} of {grid.size}×{grid.size}"
         raise ValueError(f"patches {tuple(patches.shape)} do not fit a grid of {expected}")
     total = torch.zeros(patches.shape[1], grid.height, grid.width, device=patches.device)  # C h w
     weights = torch.zeros(grid.height, grid.width, device=patches.device)  # h w

@@ -379,15 +379,15 @@ def as_picture(image: Picture | Image.Image | str | Path | np.ndarray | Tensor) 
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
             return picture_from_pil(Image.fromarray(image))
-        said = f"an array {'x'.join(map(str, image.shape))} of {image.dtype}"
+        said = f"an array {'×'.join(map(str, image.shape))} of {image.dtype}"
     elif isinstance(image, Tensor):
-        said = f"a tensor {'x'.join(map(str, image.shape))} of {str(image.dtype).removeprefix('torch.')}"
+        said = f"a tensor {'×'.join(map(str, image.shape))} of {str(image.dtype).removeprefix('torch.')}"
         if image.dtype.is_floating_point and image.ndim == 3 and image.shape[0] == 3 and image.numel():
             rgb = image.detach().float().cpu()
             if rgb.abs().max() <= 1:  # nor is NaN
                 return Picture(rgb)
             said += f" from {rgb.min().item():g} to {rgb.max().item():g}"
     raise TypeError(
-        f"the image is {said}; it must be a path, a PIL image, a Picture, an array HxWx3 of uint8, or a tensor 3xHxW "
+        f"the image is {said}; it must be a path, a PIL image, a Picture, an array H×W×3 of uint8, or a tensor 3×H×W "
         "in [-1, 1]"
     )

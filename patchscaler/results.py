@@ -35,7 +35,7 @@ def require_finite(name: str, values: Tensor) -> None:
 class Restored:
     """What refinement needs of a picture, on the CPU in float32.
 
-    H W are the sides of the upscaled picture; h w are those of the latent, whose 8h x 8w pixels may reach
+    H W are the sides of the upscaled picture; h w are those of the latent, whose 8h × 8w pixels may reach
     beyond H and W. `seconds` has encode, restore, retrieve and decode (of the coarse image).
     """
 

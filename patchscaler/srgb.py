@@ -124,7 +124,7 @@ def _sound(primaries: tuple[float, ...]) -> bool:
 
 
 def _columns(primaries: tuple[float, ...]) -> np.ndarray:
-    """XYZ, with Y = 1, of white, red, green and blue: 3x4."""
+    """XYZ, with Y = 1, of white, red, green and blue: 3×4."""
     x, y = np.reshape(primaries, (4, 2)).astype(float).T
     return np.stack([x / y, np.ones(4), (1 - x - y) / y])
 

@@ -1,6 +1,6 @@
 """Networks that see only so far, run on pieces of a picture: memory is bounded by the piece, not by the picture.
 
-B batch, C channels, H W pixels, h w latents. A cell is one of the latent, 8x8 pixels.
+B batch, C channels, H W pixels, h w latents. A cell is one of the latent, 8×8 pixels.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Local:
 
 
 def tiled(local: Local, values: Tensor, side: int) -> Tensor:
-    """`local.run(values)` in tiles of at most `side` x `side` cells, each with the surroundings that it sees.
+    """`local.run(values)` in tiles of at most `side`×`side` cells, each with the surroundings that it sees.
 
     Equal to the whole but for the rounding of sums. A network that sees the whole picture is given all of it.
     """

@@ -67,7 +67,7 @@ def weights(tiny_pipeline, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def picture() -> Picture:
-    """64x80 of smooth colour on the left and noise on the right: nine different patches."""
+    """64×80 of smooth colour on the left and noise on the right: nine different patches."""
     generator = torch.Generator().manual_seed(3)
     smooth = torch.linspace(-0.8, 0.8, 64)[None, :, None].expand(3, 64, 80)
     noise = torch.rand(3, 64, 80, generator=generator) - 0.5

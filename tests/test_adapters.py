@@ -152,11 +152,11 @@ def test_the_example_on_a_folder_of_a_tiny_model(unet, tiny_pipeline, tmp_path, 
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
 
-    image, out = ROOT / "examples" / "2-cat.png", tmp_path / "cat.png"  # 150x100: 75x50 cells, padded to 75x64
+    image, out = ROOT / "examples" / "2-cat.png", tmp_path / "cat.png"  # 150×100: 75×50 cells, padded to 75×64
     options = ["--model", tmp_path / "model", "--weights", tmp_path / "weights", "--plan", "fast", "--device", "cpu"]
     example.main([str(value) for value in (image, "-o", out, *options)])
     with Image.open(out) as written:
         assert written.size == (600, 400)
     printed = capsys.readouterr().out
     assert "evaluations, PGS / unified" in printed and "seconds, PGS / unified" in printed
-    assert "unified in StableSR's 2 tiles: 0." in printed  # 32 cells apart over 75x64
+    assert "unified in StableSR's 2 tiles: 0." in printed  # 32 cells apart over 75×64

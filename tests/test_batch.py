@@ -52,6 +52,17 @@ def test_a_bad_file_is_reported_and_the_rest_go_on(runner, files, dials, image):
     assert not runner.cache.get("other")
 
 
+def test_the_gallery_shows_transparency(runner, dials, tmp_path):
+    path = tmp_path / "logo.png"
+    picture = Image.new("RGBA", (16, 16), (200, 40, 40, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 8, 16))
+    picture.save(path)
+    views = run_all(Batch(runner), [{"path": str(path)}], dials)
+    ((preview, _),) = last(views, "gallery")
+    with Image.open(preview) as shown:
+        assert shown.getpixel((4, 32))[3] == 0 and shown.getpixel((60, 32))[3] == 255
+
+
 def test_no_two_names_in_the_zip_differ_in_case_alone(runner, image, dials, tmp_path):
     upper = tmp_path / "SOME Picture.png"
     upper.write_bytes(Path(image["path"]).read_bytes())

@@ -85,7 +85,7 @@ def test_larger_inputs_repeat_the_tile_without_an_edge():
     assert one.shape == (3, 128, 128) and three.shape == (3, 384, 384)
     assert torch.equal(three[:, 256:, 256:], one) and torch.equal(three[:, :128, 128:256], one.flip(-1))
     assert torch.equal(three[:, 127], three[:, 128])
-    with pytest.raises(ValueError, match="2-cat.png is 150x100; at least 128x128"):
+    with pytest.raises(ValueError, match="2-cat.png is 150×100; at least 128×128"):
         bench.tiled(ROOT / "examples" / "2-cat.png", 1)
 
 

@@ -15,7 +15,7 @@ from patchscaler.models import PatchDiT
 
 @pytest.fixture
 def folders(tmp_path):
-    """One pair, 40x36 → 160x144, of which neither side is a whole number of patches."""
+    """One pair, 40×36 → 160×144, of which neither side is a whole number of patches."""
     generator = torch.Generator().manual_seed(0)
     truth = bicubic(torch.randn(1, 3, 36, 40, generator=generator).tanh(), 4)[0]
     for name, image in (("lr", bicubic(truth[None], 0.25)[0]), ("hr", truth)):
@@ -58,5 +58,5 @@ def test_each_part_is_measured_with_perfect_parts_before_it(weights, folders, ca
 def test_a_truth_of_another_size_is_named(tiny_pipeline, folders, tmp_path):
     write_png(Picture(torch.zeros(3, 8, 8)), folders[1] / "rock.png")
     pair = (folders[0] / "rock.png", folders[1] / "rock.png")
-    with pytest.raises(ImageError, match="is 8x8; 4 times its input is 160x144"):
+    with pytest.raises(ImageError, match="is 8×8; 4 times its input is 160×144"):
         ceilings.measure(tiny_pipeline, [pair])

@@ -26,7 +26,7 @@ def test_one_file(upscale, tmp_path, capsys):
     source, report = save_image(tmp_path / "a.png"), tmp_path / "out" / "report.json"
     assert upscale("a.png", options=["--seed", 7, "--report", report]) == 0
     assert written(tmp_path) == ["a.png", "report.json"]
-    assert "160x96" in capsys.readouterr().out
+    assert "160×96" in capsys.readouterr().out
 
     with Image.open(tmp_path / "out" / "a.png") as image:
         assert (image.mode, image.size, image.format) == ("RGB", (160, 96), "PNG")

@@ -47,9 +47,11 @@ def test_both_sides_of_the_zoom_show_the_same_place(runner, image, dials):
     corner = closeup.side(study, shown, "Final", (200, 0, 320, 120))
     assert corner.tobytes() == closeup.side(study, shown, "Final").crop((200, 0, 320, 120)).tobytes()
     assert closeup.pair(study, shown, ("Final", "Uniform")) is None  # there is no baseline
-    pair = closeups(runner).compared(settings(image, dials, shown), "Bicubic input", "Final")["compare"]
-    with Image.open(pair[1]) as final:
-        assert final.size == (320, 256)
+    view = closeups(runner).compared(settings(image, dials, shown), "Bicubic input", "Final")
+    with Image.open(view["compare"][1]) as final:
+        assert final.size == (320, 256) and not view["no-side"]
+    view = closeups(runner).compared(settings(image, dials, shown), "Final", "Uniform")
+    assert view["compare"] is None and "Uniform with the uniform baseline" in view["no-side"]
 
 
 @pytest.mark.parametrize(("center", "first"), [(0, 0), (50, 40), (100, 80)])
@@ -91,12 +93,18 @@ def test_the_zip_holds_every_stage_and_a_report(runner, image, plan, dials):
 
 @pytest.mark.parametrize(
     "query",
-    ["", "?plan=1", "?seed=1", "?plan=.9,.7,400,700,1000,8,14,20", "?plan=.7,.9,400,700,1000,8,14,20&seed=0",
+    ["?plan=1", "?seed=1", "?plan=.9,.7,400,700,1000,8,14,20", "?plan=.7,.9,400,700,1000,8,14,20&seed=0",
      "?plan=.9,.7,400,700,1000,8,14,99&seed=0", "?plan=nan,.7,400,700,1000,8,14,20&seed=0",
      "?plan=.9,.7,400,700,1000,8,14,20&seed=1e999", "?plan=<b>&seed=<b>",
      *(f"?plan=.9,.7,400,700,1000,8,14,20&seed=0&{more}" for more in ("color=2", "uniform=x", "batch=0", "batch=inf"))],
 )  # fmt: skip
-def test_a_link_that_does_not_work_changes_nothing(dials, query):
+def test_a_link_that_does_not_work_changes_nothing_and_says_so(dials, query):
+    view = export.linked(settings(None, dials), query)
+    assert view.keys() == {"note"} and "The settings in this page's address cannot be" in view["note"]
+
+
+@pytest.mark.parametrize("query", ["", "?", "?__theme=dark"])
+def test_an_address_without_settings_changes_nothing(dials, query):
     assert export.linked(settings(None, dials), query) == {}
 
 

@@ -13,7 +13,7 @@ def random_images(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def low(image: torch.Tensor, *distances: int) -> torch.Tensor:
-    """The low-pass as StableSR describes it: dilated 3x3 convolutions."""
+    """The low-pass as StableSR describes it: dilated 3×3 convolutions."""
     line = torch.tensor([1.0, 2.0, 1.0]) / 4
     channels = image.shape[1]
     kernel = (line[:, None] * line).expand(channels, 1, 3, 3)

@@ -60,7 +60,7 @@ def test_autoencoder_psnr_is_of_the_cut_image_in_eight_bits(tiny_pipeline, tmp_p
 
 def test_images_smaller_than_a_cell_are_named(tiny_pipeline, tmp_path):
     write_png(Picture(texture(7, 40, seed=2)), tmp_path / "narrow.png")
-    with pytest.raises(ImageError, match=r"narrow\.png is 40x7; the autoencoder needs 8x8"):
+    with pytest.raises(ImageError, match=r"narrow\.png is 40×7; the autoencoder needs 8×8"):
         components.autoencoder_psnr(tiny_pipeline, tmp_path)
 
 

@@ -31,7 +31,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def photos() -> torch.Tensor:
-    """Sixteen crops of 96x96 of a photograph, in [-1, 1]."""
+    """Sixteen crops of 96×96 of a photograph, in [-1, 1]."""
     photo = torch.from_numpy(data.astronaut()[:384, :384].copy()).permute(2, 0, 1) / 127.5 - 1
     return photo.unfold(1, 96, 96).unfold(2, 96, 96).permute(1, 2, 0, 3, 4).reshape(-1, 3, 96, 96)
 
@@ -90,7 +90,7 @@ def test_small_and_odd_sizes(size, kind):
 
 
 def test_unusable_input_is_refused():
-    with pytest.raises(ValueError, match="30x32"):
+    with pytest.raises(ValueError, match="30×32"):
         degrade(torch.zeros(1, 3, 30, 32), rng())
     with pytest.raises(ValueError, match="sharpen"):
         degrade(torch.zeros(1, 3, 32, 32), rng(), "sharpen")
@@ -159,7 +159,7 @@ def test_blur_is_the_direct_convolution_with_edges_replicated():
 
 
 def measured(**changes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise on flat mid-grey images 64x3x48x48, and its deviation per image in 8-bit levels."""
+    """Noise on flat mid-grey images 64×3×48×48, and its deviation per image in 8-bit levels."""
     noise = add_noise(torch.full((64, 3, 48, 48), 128 / 255), replace(STAGE, **changes), rng()) - 128 / 255
     return noise, noise.flatten(1).std(1) * 255
 

@@ -21,7 +21,7 @@ from patchscaler.patches import PatchGrid
 from patchscaler.plan import GROUPS, SamplingPlan
 
 PLAN = SamplingPlan(0.6, 0.4, start=(20, 30, 40), steps=(1, 2, 3))
-# 40x36 becomes 160x144: a grid of 2x2 patches. 8x11 is smaller than one patch.
+# 40×36 becomes 160×144: a grid of 2×2 patches. 8×11 is smaller than one patch.
 SIZES = {"rock": (40, 36), "dot": (8, 11)}
 METHODS = ["bicubic", "coarse", "final", "random priors", "no prompt", "uniform"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -88,7 +88,7 @@ def test_rows_score_what_the_pipeline_gives(measured, tiny_pipeline, folders, tm
         final = tiny_pipeline(picture, PLAN, 3).picture
         final = read_picture(write_png(final, tmp_path / "final.png")).rgb
         assert float(rows[low.stem, "final"]["psnr_y"]) == pytest.approx(psnr_y(final, truth), abs=1e-4)
-    # `final` is that of rock, 160x144. Patches begin at 0 and 32 or 16, and end at 128 and at the edge.
+    # `final` is that of rock, 160×144. Patches begin at 0 and 32 or 16, and end at 128 and at the edge.
     seams = seam_score(final, rows=(32, 128), columns=(16, 128))
     assert float(rows["rock", "final"]["seam_score"]) == pytest.approx(seams, abs=1e-4)
     assert rows["dot", "final"]["seam_score"] == ""  # one patch has no borders
@@ -195,7 +195,7 @@ def test_reliability_is_of_all_patches(measured, tiny_pipeline, folders):
 
 
 def test_borders_are_where_patches_begin_and_end():
-    # 28x40 cells: patches begin at rows 0 and 12, at columns 0, 12 and 24.
+    # 28×40 cells: patches begin at rows 0 and 12, at columns 0, 12 and 24.
     rows, columns = evaluate.seam_borders(PatchGrid(28, 40), height=28 * 8, width=40 * 8)
     assert rows == [96, 128]
     assert columns == [96, 128, 192, 224]
@@ -270,13 +270,13 @@ def test_a_missing_or_ambiguous_file_is_named(own_folders):
 def test_a_truth_of_another_size_is_named(tiny_pipeline, own_folders, tmp_path):
     lr, hr = own_folders
     Image.new("RGB", (43, 32)).save(hr / "dot.png")
-    with pytest.raises(ImageError, match=r"dot\.png is 43x32; 4 times its input is 44x32"):
+    with pytest.raises(ImageError, match=r"dot\.png is 43×32; 4 times its input is 44×32"):
         evaluate.evaluate(tiny_pipeline, pairs.find_pairs(lr, hr), tmp_path, PLAN)
 
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> tuple[Path, Path]:
-    """Two real images cut to 160x128 at most, and their quarters."""
+    """Two real images cut to 160×128 at most, and their quarters."""
     lr, hr = tmp_path_factory.mktemp("lr"), tmp_path_factory.mktemp("hr")
     for name in ("1-astronaut.png", "6-gravel.png"):
         truth = read_picture(EXAMPLES / name).rgb[:, :128, :160]
@@ -384,7 +384,7 @@ def test_what_cannot_be_evaluated_is_refused(command, weights, own_folders, tmp_
     lr, hr = own_folders
     Image.new("RGB", (43, 32)).save(hr / "dot.png")
     assert main(arguments(command, own_folders, tmp_path / "out", weights)) == 1
-    assert "dot.png is 43x32" in capsys.readouterr().err
+    assert "dot.png is 43×32" in capsys.readouterr().err
     usage_errors = ((["--limit", 0], "0 is less than 1"), (["--device", "abacus"], "abacus"), ([], "no image rock"))
     usage_errors = ((["--lr", "no/where"], "there is no folder of images no/where"), *usage_errors)
     for more, message in usage_errors:

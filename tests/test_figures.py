@@ -9,7 +9,7 @@ from patchscaler.patches import PatchGrid
 
 
 def test_each_cell_has_its_patch_s_colour():
-    grid = PatchGrid(28, 28)  # 2x2 patches, whose cells meet in the middle: pixel 112 of 224
+    grid = PatchGrid(28, 28)  # 2×2 patches, whose cells meet in the middle: pixel 112 of 224
     overlay = qmap_overlay(torch.zeros(3, 224, 224), grid, torch.tensor([0, 1, 2, 0]))
     assert overlay.size == (224, 224)
     for group, place in zip((0, 1, 2, 0), ((10, 10), (200, 10), (10, 200), (200, 200))):

@@ -48,7 +48,17 @@ def test_the_same_seed_draws_the_same_pairs(data, tmp_path):
         assert to_8bit(first).equal(second)
 
 
+def test_files_that_are_there_stay(data, tmp_path, capsys):
+    photo = tmp_path / "hr" / "000.png"
+    photo.parent.mkdir()
+    photo.write_bytes(b"a photograph")
+    with pytest.raises(SystemExit) as stop:
+        held_out.main(["--data", str(data), "-o", str(tmp_path), "--count", "1", "--size", "64"])
+    assert stop.value.code == 1 and f"{photo.parent} has files already" in capsys.readouterr().err
+    assert photo.read_bytes() == b"a photograph" and not any((tmp_path / "lr").iterdir())
+
+
 def test_a_side_that_four_does_not_divide_is_refused(data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         held_out.main(["--data", str(data), "-o", str(tmp_path), "--size", "66"])
-    assert stop.value.code == 1 and "66x66" in capsys.readouterr().err
+    assert stop.value.code == 1 and "66×66" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
-    """128x128 that is none of the examples, which run as they are chosen."""
+    """128×128 that is none of the examples, which run as they are chosen."""
     path = tmp_path_factory.mktemp("photo") / "photo.png"
     with Image.open(EXAMPLES[0]) as example:
         example.resize((128, 128)).rotate(180).save(path)

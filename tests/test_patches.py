@@ -47,7 +47,7 @@ def test_other_patch_sizes():
 
 @pytest.mark.parametrize(("height", "width"), [(15, 16), (16, 15), (0, 40)])
 def test_latents_smaller_than_a_patch_are_refused(height, width):
-    with pytest.raises(ValueError, match=f"{height}x{width}.*16"):
+    with pytest.raises(ValueError, match=f"{height}×{width}.*16"):
         PatchGrid(height, width)
 
 
@@ -59,9 +59,9 @@ def test_stride_outside_its_range_is_refused(stride):
 
 def test_wrong_shapes_are_refused():
     grid = PatchGrid(20, 20)
-    with pytest.raises(ValueError, match="20x20"):
+    with pytest.raises(ValueError, match="20×20"):
         split(torch.zeros(1, 20, 21), grid)
-    with pytest.raises(ValueError, match="4 of 16x16"):
+    with pytest.raises(ValueError, match="4 of 16×16"):
         merge(torch.zeros(3, 1, 16, 16), grid)
 
 

@@ -16,7 +16,7 @@ NAMES = ("efficientnet-lite0", "efficientnet-lite1")
 
 @pytest.fixture(scope="module")
 def photos() -> torch.Tensor:
-    """Four crops of 128x128 of a photograph, in [-1, 1]."""
+    """Four crops of 128×128 of a photograph, in [-1, 1]."""
     photo = torch.from_numpy(data.astronaut()[:256, :256].copy()).permute(2, 0, 1) / 127.5 - 1
     return photo.unfold(1, 128, 128).unfold(2, 128, 128).permute(1, 2, 0, 3, 4).reshape(-1, 3, 128, 128)
 
@@ -50,7 +50,7 @@ def test_distance_is_0_for_equal_images_and_grows_with_blur(networks, photos, na
     assert feature_distance(truth, truth).tolist() == [0, 0, 0, 0]
     shrunk = [F.interpolate(photos, scale_factor=1 / n, mode="area") for n in (2, 4, 8)]
     soft = [F.interpolate(small, size=128, mode="bicubic") for small in shrunk]
-    distances = torch.stack([feature_distance(networks[name](each), truth) for each in soft])  # 3x4
+    distances = torch.stack([feature_distance(networks[name](each), truth) for each in soft])  # 3×4
     assert (distances[0] > 0.01).all() and (distances[1:] > 1.1 * distances[:-1]).all() and distances.max() < 4
 
 

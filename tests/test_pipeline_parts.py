@@ -77,20 +77,20 @@ def test_arrays_and_tensors_are_taken(tiny_pipeline, picture):
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        (np.zeros((4, 5, 3), np.float32), "an array 4x5x3 of float32"),
-        (np.zeros((4, 5, 4), np.uint8), "an array 4x5x4 of uint8"),
-        (np.zeros((4, 5), np.uint8), "an array 4x5 of uint8"),
-        (np.zeros((0, 5, 3), np.uint8), "an array 0x5x3 of uint8"),
-        (torch.zeros(3, 4, 5, dtype=torch.uint8), "a tensor 3x4x5 of uint8"),
-        (torch.zeros(1, 3, 4, 5), "a tensor 1x3x4x5 of float32"),
-        (torch.full((3, 4, 5), 255.0), "a tensor 3x4x5 of float32 from 255 to 255"),
-        (torch.full((3, 4, 5), float("nan")), "a tensor 3x4x5 of float32 from nan to nan"),
+        (np.zeros((4, 5, 3), np.float32), "an array 4×5×3 of float32"),
+        (np.zeros((4, 5, 4), np.uint8), "an array 4×5×4 of uint8"),
+        (np.zeros((4, 5), np.uint8), "an array 4×5 of uint8"),
+        (np.zeros((0, 5, 3), np.uint8), "an array 0×5×3 of uint8"),
+        (torch.zeros(3, 4, 5, dtype=torch.uint8), "a tensor 3×4×5 of uint8"),
+        (torch.zeros(1, 3, 4, 5), "a tensor 1×3×4×5 of float32"),
+        (torch.full((3, 4, 5), 255.0), "a tensor 3×4×5 of float32 from 255 to 255"),
+        (torch.full((3, 4, 5), float("nan")), "a tensor 3×4×5 of float32 from nan to nan"),
         (b"bytes", "bytes"),
         (None, "NoneType"),
     ],
 )
 def test_anything_else_is_refused_with_what_is_taken(tiny_pipeline, image, said):
-    with pytest.raises(TypeError, match=re.escape(said) + "; it must be .*HxWx3 of uint8.*3xHxW in"):
+    with pytest.raises(TypeError, match=re.escape(said) + "; it must be .*H×W×3 of uint8.*3×H×W in"):
         tiny_pipeline(image)
 
 
@@ -145,7 +145,7 @@ def test_nothing_is_float64(picture, plan, scheduler):
 
 
 def test_a_large_picture_through_autoencoder_kl_is_tiled():
-    """1024x1024 out: no layer is given more than a tile of 256x256, and so no memory beyond that is needed."""
+    """1024×1024 out: no layer is given more than a tile of 256×256, and so no memory beyond that is needed."""
     vae = tiny_kl(sample_size=256)
     pipeline = make_tiny_pipeline(vae)
     largest = {"encoder": 0, "decoder": 0}

@@ -169,7 +169,9 @@ def test_a_choice_or_checkbox_that_the_page_does_not_offer_is_an_error(service, 
 @pytest.mark.parametrize("query", [5, [], {}, "?plan=" + "9" * 9000, "?plan=nan,1,1,1,1,1,1,1&seed=inf", "?%00=%ff"])
 def test_a_link_that_cannot_be_sets_nothing(service, query):
     answer = service.light("linked", "link", None, query=query)
-    assert answer.status_code == 200 and all(part == {"__type__": "update"} for part in answer.json()["data"])
+    *parts, note = answer.json()["data"]
+    assert answer.status_code == 200 and all(part == {"__type__": "update"} for part in parts)
+    assert ("address cannot be" in str(note)) == ("plan=" in str(query)) and len(answer.text) < 1000
 
 
 def test_what_is_uploaded_is_no_page(service):

@@ -265,7 +265,7 @@ def test_strips_that_are_cut_off_are_refused(read, compression):
 
 
 def in_one_strip(values: np.ndarray, compression: int) -> bytes:
-    """A grey TIFF of 4x4 pixels whose one strip has all the values."""
+    """A grey TIFF of 4×4 pixels whose one strip has all the values."""
     strip = encoded(values.astype("u1")[None, :, None], "<", compression, 1)
     tags = {256: 4, 257: 4, 258: 8, 259: compression, 262: BLACK_IS_ZERO, 273: -1, 279: len(strip)}
     return tiff(tags, strip)

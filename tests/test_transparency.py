@@ -24,7 +24,7 @@ def pipeline():
 
 
 def disc(hidden: str) -> np.ndarray:
-    """48x48 RGBA: a disc in one colour with a smooth edge, and something else where it is fully transparent."""
+    """48×48 RGBA: a disc in one colour with a smooth edge, and something else where it is fully transparent."""
     y, x = np.mgrid[:48, :48] + 0.5
     alpha = np.rint(np.clip(17 - np.hypot(x - 24.2, y - 23.7), 0, 1) * 255)
     under = {"black": 0, "white": 255, "noise": np.random.default_rng(0).integers(0, 256, (48, 48, 3))}[hidden]

@@ -124,7 +124,7 @@ def tiled(image: Path, tiles: int) -> Picture:
     rgb = read_image(image).rgb  # 3×H×W
     height, width = rgb.shape[-2:]
     if min(height, width) < TILE:
-        raise ValueError(f"{image} is {width}x{height}; at least {TILE}x{TILE} is needed")
+        raise ValueError(f"{image} is {width}×{height}; at least {TILE}×{TILE} is needed")
     top, left = (height - TILE) // 2, (width - TILE) // 2
     tile = rgb[:, top : top + TILE, left : left + TILE]
     row = torch.cat([tile.flip(-1) if n % 2 else tile for n in range(tiles)], dim=-1)
@@ -273,7 +273,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     outputs.add_options(parser, "bench.md and bench.json")
-    add("--image", type=Path, default=DEFAULT_IMAGE, help="its central 128x128 are upscaled (default: an example)")
+    add("--image", type=Path, default=DEFAULT_IMAGE, help="its central 128×128 are upscaled (default: an example)")
     add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the repository's)")
     add("--device", help="auto, cpu or cuda (default: cpu, and cuda if there is one)")
     add("--quick", action="store_true", help="small outputs only, without the stand-ins")

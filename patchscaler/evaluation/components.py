@@ -28,7 +28,7 @@ def autoencoder_psnr(pipeline: PatchScalerPipeline, folder: Path) -> dict[str, f
         image = read_image(path, MAX_TRUTH_PIXELS).rgb[None]
         height, width = (side - side % LATENT_PIXELS for side in image.shape[-2:])  # whole cells
         if not min(height, width):
-            raise ImageError(f"{path} is {image.shape[3]}x{image.shape[2]}; the autoencoder needs 8x8 at least")
+            raise ImageError(f"{path} is {image.shape[3]}×{image.shape[2]}; the autoencoder needs 8×8 at least")
         image = image[..., :height, :width]  # 1×3×H×W
         latents = encode_latents(pipeline.vae, image.to(pipeline.device))  # 1×C×h×w
         psnr[path.name] = psnr_rgb(to_8bit(decode_latents(pipeline.vae, latents)[0].cpu()), image[0])

@@ -24,7 +24,7 @@ def to_8bit(image: Tensor) -> Tensor:
 def luma(image: Tensor) -> Tensor:
     """BT.601 luma H×W of an image 3×H×W in [-1, 1], from 16 (black) to 235 (white)."""
     if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image {tuple(image.shape)}: expected 3xHxW")
+        raise ValueError(f"image {tuple(image.shape)}: expected 3×H×W")
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=image.device).view(3, 1, 1)
     return 16 + (weights * (image.double() + 1) / 2).sum(0)
 
@@ -49,7 +49,7 @@ def ssim_y(a: Tensor, b: Tensor) -> float:
     check_pair(a, b)
     x, y = luma(a), luma(b)
     if min(x.shape) < 11:
-        raise ValueError(f"image {x.shape[0]}x{x.shape[1]}: SSIM needs 11x11 at least")
+        raise ValueError(f"image {x.shape[0]}×{x.shape[1]}: SSIM needs 11×11 at least")
     line = torch.exp(-((torch.arange(11, dtype=torch.float64, device=x.device) - 5) ** 2) / (2 * 1.5**2))
     line = line / line.sum()
     moments = torch.stack([x, y, x * x, y * y, x * y]).unsqueeze(1)  # [5, 1, H, W]
@@ -104,7 +104,7 @@ def mesh(images: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[int, float]
         check_pair(*pair)
     ours, true = (torch.cat([_windows(luma(image)) for image in side]) for side in (images, truths))  # M×S×S each
     if not len(true):
-        raise ValueError(f"no image holds a window of {MESH_WINDOW}x{MESH_WINDOW}")
+        raise ValueError(f"no image holds a window of {MESH_WINDOW}×{MESH_WINDOW}")
     roughness = true.diff(dim=1).abs().mean((1, 2)) + true.diff(dim=2).abs().mean((1, 2))  # M
     smooth = roughness.argsort()[: math.ceil(len(true) / 10)]
     return {period: _peak(ours[smooth], period) / _peak(true[smooth], period) for period in MESH_PERIODS}
@@ -113,7 +113,7 @@ def mesh(images: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[int, float]
 def check_pair(a: Tensor, b: Tensor) -> None:
     """ValueError unless both are colour images of one size."""
     if a.shape != b.shape or a.ndim != 3 or a.shape[0] != 3 or not a.numel():
-        raise ValueError(f"images {tuple(a.shape)} and {tuple(b.shape)}: expected both 3xHxW, of one size")
+        raise ValueError(f"images {tuple(a.shape)} and {tuple(b.shape)}: expected both 3×H×W, of one size")
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

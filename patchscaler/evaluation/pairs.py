@@ -65,7 +65,7 @@ def read_truth(path: Path, bicubic: Tensor) -> Tensor:
     """The true image 3×H×W, which must be as large as the enlarged input; ImageError if it is not."""
     truth = read_image(path, MAX_TRUTH_PIXELS).rgb
     if truth.shape != bicubic.shape:
-        sizes = [f"{image.shape[2]}x{image.shape[1]}" for image in (truth, bicubic)]
+        sizes = [f"{image.shape[2]}×{image.shape[1]}" for image in (truth, bicubic)]
         raise ImageError(f"{path} is {sizes[0]}; {SCALE} times its input is {sizes[1]}")
     return truth
 

@@ -130,7 +130,7 @@ def degrade(images: Tensor, generator: torch.Generator, kind: str = "real-esrgan
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
     height, width = images.shape[-2:]
     if height % scale or width % scale:
-        raise ValueError(f"image {height}x{width}: sides must be multiples of {scale}")
+        raise ValueError(f"image {height}×{width}: sides must be multiples of {scale}")
     size = (height // scale, width // scale)
     images = (images.float() + 1) / 2  # [B, 3, H, W] in [0, 1]
     if kind == BICUBIC:

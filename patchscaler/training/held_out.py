@@ -22,12 +22,15 @@ from patchscaler.training.pairs import SHARES
 def write_pairs(bank: ImageBank, out: Path, count: int, size: int, seed: int = 0) -> None:
     """Write `count` crops of `size` pixels to hr/000.png ... and their inputs, a quarter of that, to lr/000.png ...
 
-    Each kind of `SHARES` degrades its share of them, drawn crop by crop. ValueError if 4 does not divide `size`.
+    Each kind of `SHARES` degrades its share of them, drawn crop by crop. ValueError if 4 does not divide `size`,
+    FileExistsError if there are files in lr or hr.
     """
     generator = torch.Generator().manual_seed(seed)
     kinds, shares = list(SHARES), torch.tensor([*SHARES.values()])
-    for name in ("lr", "hr"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+    for folder in (out / "lr", out / "hr"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(f"{folder} has files already; choose another folder")
     for index in range(count):
         truth, _ = bank.crops(1, size, generator)  # 1×3×size×size
         kind = kinds[torch.multinomial(shares, 1, generator=generator).item()]
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="tar shards or a folder of images, as for the training")
-    add("-o", "--out", type=Path, required=True, help="folder for lr and hr")
+    add("-o", "--out", type=Path, required=True, help="folder for lr and hr, in which no files are yet")
     add("--count", type=int, default=96, help="pairs (default: 96)")
     add("--size", type=int, default=256, help="pixels along a side of a truth (default: 256)")
     args = parser.parse_args(argv)

@@ -36,9 +36,10 @@ class Closeups:
 
     @whole_pictures()
     def compared(self, now: Settings, left: str, right: str) -> View:
-        """Two whole pictures for the slider."""
+        """Two whole pictures for the slider, or why there are none."""
         known = self.cache.get(now.source)
-        return {"compare": pair(known, now.page.shown, (left, right)) if known else None}
+        pictures = pair(known, now.page.shown, (left, right)) if known else None
+        return {"compare": pictures, "no-side": html.NO_SIDE if known and now.page.shown and not pictures else ""}
 
     @whole_pictures()
     def zoomed(self, now: Settings, left: str, right: str, zoom: str) -> View:

@@ -80,7 +80,7 @@ def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
         settled = on(event.then, runner.settle, RUN)
         regrouped = on(settled.then, tuner.regrouped, TUNED)
         on(regrouped.then, tuner.budget_known, ["budget"])
-        on(regrouped.then, closeups.compared, ["compare"], own=["left", "right"])
+        on(regrouped.then, closeups.compared, ["compare", "no-side"], own=["left", "right"])
         on(regrouped.then, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
         on(regrouped.then, closeups.seams, ["grid"], own=["seams"])
 
@@ -109,7 +109,7 @@ def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
 
     # Looking closely.
     for side in ("left", "right"):
-        on(page[side].input, closeups.compared, ["compare"], own=["left", "right"])
+        on(page[side].input, closeups.compared, ["compare", "no-side"], own=["left", "right"])
         on(page[side].input, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
     on(page["factor"].input, closeups.zoomed, ["zoom"], own=["left", "right", "factor"])
     for panel in ("coarse", "final"):
@@ -122,7 +122,7 @@ def connect(blocks: gr.Blocks, page: dict[str, Any], runner: Runner) -> None:
     for name in LINK:
         page[name].change(None, [page[name] for name in LINK], None, js=export.LINK, **LIVE)
     query = "(_, ...others) => [window.location.search, ...others]"
-    linked = on(blocks.load, export.linked, (*LINK, "preset"), own=["query"], js=query)
+    linked = on(blocks.load, export.linked, (*LINK, "preset", "note"), own=["query"], js=query)
     regrouped = on(linked.then, tuner.regrouped, TUNED)
     on(regrouped.then, tuner.budget_known, ["budget"])
 

@@ -37,9 +37,13 @@ from patchscaler.ui.state import (
 
 
 def save_preview(image: Image.Image, name: str) -> Path:
-    """A JPEG: for looking at, and far quicker to make than a PNG."""
-    path = new_folder() / f"{name}.jpg"
-    image.convert("RGB").save(path, quality=92, subsampling=0)
+    """A JPEG: for looking at, and far quicker to make than a PNG, which only transparency needs."""
+    if image.mode == "RGBA":
+        path = new_folder() / f"{name}.png"
+        image.save(path, compress_level=1)
+    else:
+        path = new_folder() / f"{name}.jpg"
+        image.convert("RGB").save(path, quality=92, subsampling=0)
     return path
 
 
@@ -71,11 +75,13 @@ LINK = """(...values) => {
 
 
 def linked(now: Settings, query: Any) -> View:
-    """Dials, preset, colour fix, baseline and patch batch from the page's address; nothing from one that cannot be.
+    """Dials, preset, colour fix, baseline and patch batch from the page's address; a note on one that cannot be.
 
-    Plan and seed must be there, the rest may.
+    Plan and seed must be there, the rest may; an address with neither has no settings.
     """
     values = {name: texts[0] for name, texts in parse_qs(str(query).removeprefix("?")).items()}
+    if not {"plan", "seed"} & values.keys():
+        return {}
     try:
         dials = tuple(float(text) for text in values["plan"].split(","))
         plan, seed = plan_of(dials), seed_of(float(values["seed"]))
@@ -83,9 +89,9 @@ def linked(now: Settings, query: Any) -> View:
         color_fix, uniform = switch[values.get("color", "1")], switch[values.get("uniform", "0")]
         batch = batch_of(float(values["batch"]) if "batch" in values else None)
     except (KeyError, ValueError, OverflowError):
-        return {}
+        return {"note": html.BAD_LINK}
     if not in_range(dials):
-        return {}
+        return {"note": html.BAD_LINK}
     return {**dial_view(plan, seed), "color-fix": color_fix, "uniform": uniform, "batch": batch}
 
 

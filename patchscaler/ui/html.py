@@ -25,6 +25,7 @@ from patchscaler.ui.jobs import JobError
 
 NO_IMAGE = "Upload an image or choose an example, then press Run."
 NO_PATCH = '<p class="quiet">After a run, click a patch on the Qmap overlay to see what the method knows of it.</p>'
+NO_SIDE = '<p class="quiet">One of the two is not there: Final comes with a run, Uniform with the uniform baseline.</p>'
 NO_TIMING = '<p class="quiet">The seconds of every group and stage appear here after a run.</p>'
 # Label and colour, in the order of the work. In the bar refinement has the groups' colours.
 STAGE_LABELS = {
@@ -35,6 +36,7 @@ STAGE_LABELS = {
     "decode": ("Decode", "#8a6fb0"),
     "color": ("Colour fix", "#b9a3d6"),
 }
+BAD_LINK = "<p>The settings in this page's address cannot be, so none of them was taken.</p>"
 BINS = 50  # of the histogram
 MOST_TEXT = 400  # letters of an error
 log = logging.getLogger(__name__)

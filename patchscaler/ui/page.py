@@ -142,6 +142,7 @@ def _closeups(view: View) -> None:
         gr.Dropdown(list(closeup.SIDES), value=closeup.LEFT, label="Left", elem_id="left")
         gr.Dropdown(list(closeup.SIDES), value=closeup.RIGHT, label="Right", elem_id="right")
         gr.Radio(list(closeup.ZOOMS), value=closeup.ZOOM, label="Zoom", elem_id="factor")
+    gr.HTML("", elem_id="no-side")
     with gr.Row(elem_id="closeups"):
         for name, label in (("compare", "Before and after"), ("zoom", "Zoom: click a panel above to move it")):
             gr.ImageSlider(

@@ -1,10 +1,10 @@
 """How quickly the page answers, with the repository's weights: python tests/load/bars.py [PART ...].
 
 Parts, all of them unless some are named:
-  regroup   a drag of gamma 1 over a 512x512 output, through HTTP: 95th percentile of the seconds to an answer
-  coarse    in Chromium, from the click on Run to the coarse image, 128x128 input, loaded models
+  regroup   a drag of gamma 1 over a 512×512 output, through HTTP: 95th percentile of the seconds to an answer
+  coarse    in Chromium, from the click on Run to the coarse image, 128×128 input, loaded models
   rerun     a run after gamma 1 has moved a tenth of the patches, against a full run; whether the pixels are the same
-  large     overlay and inspector for a 2048x2048 output
+  large     overlay and inspector for a 2048×2048 output
   estimate  the seconds that the page expects for each example after three runs or more, against what the run takes
 """
 
