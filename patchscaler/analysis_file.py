@@ -28,10 +28,10 @@ from patchscaler.results import Analysis, Restored
 
 FORMAT = "PatchScaler analysis 2"
 ANALYSIS_STAGES = ("encode", "restore", "retrieve", "decode")
-MOST_LATENT = 1000.0  # latents have a deviation of about 1
-MOST_SECONDS = 1e6
-MOST_NOTES, NOTE_LENGTH = 8, 200  # `Picture.notes` are a few short sentences
-WRONG = "This is no analysis file that /analyze gave"
+MAX_LATENT = 1000.0  # latents have a deviation of about 1
+MAX_SECONDS = 1e6
+MAX_NOTES, NOTE_LENGTH = 8, 200  # `Picture.notes` are a few short sentences
+WRONG = "This is not an analysis file from /analyze"
 
 
 class AnalysisFileError(ValueError):
@@ -123,7 +123,7 @@ def read_analysis(path: str | Path, pipeline: PatchScalerPipeline, weights: str)
     )
 
 
-Seconds = Annotated[float, Field(strict=True, ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(strict=True, ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Note = Annotated[str, Field(max_length=NOTE_LENGTH)]
 
 
@@ -133,7 +133,7 @@ class Facts(BaseModel, extra="forbid"):
     format: Json[Literal[FORMAT]]
     weights: Json[str]  # their fingerprint
     seconds: Json[Annotated[dict[Literal[ANALYSIS_STAGES], Seconds], Field(min_length=len(ANALYSIS_STAGES))]]
-    notes: Json[Annotated[list[Note], Field(max_length=MOST_NOTES)]]
+    notes: Json[Annotated[list[Note], Field(max_length=MAX_NOTES)]]
 
 
 class Part(NamedTuple):
@@ -167,7 +167,7 @@ def _parts(
     grid = PatchGrid.covering(SCALE * height, SCALE * width, config.size)
     parts = {
         "rgb": Part("F32", (3, height, width), -1, 1),
-        "latents": Part("F32", (config.channels, grid.height, grid.width), -MOST_LATENT, MOST_LATENT),
+        "latents": Part("F32", (config.channels, grid.height, grid.width), -MAX_LATENT, MAX_LATENT),
         "confidence": Part("F32", (1, grid.height, grid.width), 0, 1),
         "patch_confidence": Part("F32", (len(grid),), 0, 1),
         "grey": Part("U8", preview_size(SCALE * width, SCALE * height)[::-1], 0, 255),

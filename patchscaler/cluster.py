@@ -235,8 +235,8 @@ def find_images(place: str, out: str, recursive: bool = False) -> tuple[dict[str
     except (OSError, ValueError, ImportError) as error:  # ImportError names the package that a protocol needs
         raise UsageError(f"{place}: {error}") from error
     images, others = ({_full(fs, posixpath.join(path, name)): name for name in part} for part in files.sort_out(names))
-    ours = posixpath.join(out, "")
-    images = {file: name for file, name in images.items() if not (file.startswith(ours) and record_of(file))}
+    ours = posixpath.join(_identity(out), "")
+    images = {file: name for file, name in images.items() if not (_identity(file).startswith(ours) and record_of(file))}
     if not images:
         raise UsageError(files.no_image(place, others))
     return images, list(others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from patchscaler.device import DTYPES
@@ -20,8 +21,9 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--seed", type=seed, default=0, help="whole number from 0 to 2^63 - 1 (default: 0)")
     add("--device", help="auto, cpu, cuda or mps (default: the fastest there is)")
-    add("--dtype", choices=DTYPES, help="precision (default: PATCHSCALER_DTYPE, or what suits the device)")
-    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: those that come along)")
+    dtype = os.environ.get("PATCHSCALER_DTYPE")  # here, so that it holds for the workers of a cluster too
+    add("--dtype", choices=DTYPES, default=dtype, help="precision (default: PATCHSCALER_DTYPE, or by the device)")
+    add("--weights", default=DEFAULT_WEIGHTS, help="pipeline folder or Hub id (default: the bundled weights)")
     add("--batch-size", type=positive, help="patches at once (default: 64 on a CPU, 256 elsewhere)")
 
 

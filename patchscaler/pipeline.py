@@ -60,7 +60,7 @@ from patchscaler.tiles import Local, tiled
 
 SCALE = 4
 TILE = 256  # cells along the side of a tile: of 2048 pixels
-LEAST_TILE = 16  # cells; what its surroundings cost is then most of it
+MIN_TILE = 16  # cells; what its surroundings cost is then most of it
 
 
 class PatchScalerPipeline(DiffusionPipeline):
@@ -340,7 +340,7 @@ class PatchScalerPipeline(DiffusionPipeline):
     def by_tiles(self, local: Local, values: Tensor) -> Tensor:
         """`local.run(values)` in tiles, smaller ones when memory is short."""
         side = min(TILE, max(values.shape[-2:]) // local.before)
-        return halving(lambda side: tiled(local, values, side), side, LEAST_TILE, values.device)
+        return halving(lambda side: tiled(local, values, side), side, MIN_TILE, values.device)
 
     def prompt(self, patches: Tensor, batch_size: int) -> tuple[Priors, Tensor]:
         """Algorithm 1 and the texture encoder, in batches: the Priors of patches N×C×V×V, on the CPU, and the prompt

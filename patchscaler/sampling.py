@@ -1,7 +1,7 @@
 """Shortcut sampling: start part-way down the diffusion from the coarse patch, then predict x0 step by step (Eq. 4-7).
 
 Functions over explicit inputs. Time t runs from 1 to 1000 and abar_t is `alphas[t - 1]`, as diffusers counts from 0.
-A schedule is any pair (start, steps) with 1 <= steps <= start <= 1000.
+A group is sampled from `start` in `steps` evaluations, 1 <= steps <= start <= 1000.
 N patches, C channels, V patch side, L prompt tokens, D width.
 """
 
@@ -85,7 +85,7 @@ def noise_generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-# One patch
+# One batch
 
 
 def noised(clean: Tensor, noise: Tensor, abar: float | Tensor) -> Tensor:

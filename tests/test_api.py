@@ -253,9 +253,9 @@ def test_damaged_files_are_refused_by_both_endpoints(call, analysis, image, tmp_
     }.items():
         (tmp_path / name).write_bytes(content)
         for endpoint in ("/regroup", "/refine"):
-            with pytest.raises(AppError, match="no analysis file that /analyze gave"):
+            with pytest.raises(AppError, match="not an analysis file from /analyze"):
                 call(endpoint, tmp_path / name)
-    with pytest.raises(AppError, match="no analysis file"):
+    with pytest.raises(AppError, match="not an analysis file"):
         call("/refine", image)
 
 

@@ -100,7 +100,7 @@ def test_the_zip_holds_every_stage_and_a_report(runner, image, plan, dials):
 )  # fmt: skip
 def test_a_link_that_does_not_work_changes_nothing_and_says_so(dials, query):
     view = export.linked(settings(None, dials), query)
-    assert view.keys() == {"note"} and "The settings in this page's address cannot be" in view["note"]
+    assert view.keys() == {"note"} and "The settings in this page's address are not valid" in view["note"]
 
 
 @pytest.mark.parametrize("query", ["", "?", "?__theme=dark"])

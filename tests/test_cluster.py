@@ -139,6 +139,16 @@ def test_urls_are_read_and_written(tiny_pipeline, tmp_path):
     assert "pixels" in worker.upscale("memory:///in/a.png", "memory://out/a.png", other, repeated=True)
     worker.upscale("memory:///in/a.png", "memory://out/a.png", job, repeated=False)
 
+    # What lies in the output folder is no input, by whatever name that folder is given.
+    (tmp_path / "in" / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in" / "out")
+    worker.upscale(str(tmp_path / "in" / "a.png"), str(tmp_path / "in" / "out" / "a.png"), job, repeated=False)
+    images, _ = cluster.find_images(str(tmp_path / "in"), str(tmp_path / "link"), recursive=True)
+    assert list(images.values()) == ["a.png"]
+    store.pipe_file("/in/out/a.png", store.cat_file("/out/a.png"))
+    images, _ = cluster.find_images("memory://in", "memory://in/out", recursive=True)
+    assert list(images.values()) == ["a.png", "sub/b.jpg"]
+
     manifest = cluster.Manifest("memory://out", job)
     assert not manifest.resumed and cluster._found(first, manifest, job) == []  # ours, and may be made again
     manifest.record("memory:///in/a.png", entry)

@@ -13,7 +13,7 @@ import torch
 
 from patchscaler.images import read_picture
 from patchscaler.ui.html import explain
-from patchscaler.ui.jobs import Jobs
+from patchscaler.ui.jobs import Jobs, StopEvents
 from patchscaler.ui.state import CachedAnalysis, SessionCache
 
 
@@ -101,3 +101,14 @@ def test_errors_of_the_machine_are_named():
     assert "memory" in explain(torch.OutOfMemoryError("CUDA")).message
     assert "KeyError" in explain(KeyError("<script>")).message
     assert explain(gr.Error("as it is")).message == "as it is"
+
+
+def test_stop_ends_all_work_of_one_visitor():
+    """An example that runs as it is chosen, and a run that waits behind it."""
+    events = StopEvents()
+    with events.of("a") as first, events.of("b") as other:
+        with events.of("a") as second:
+            events.stop("a")
+            assert first.is_set() and second.is_set() and not other.is_set()
+        assert "a" in events
+    assert "a" not in events

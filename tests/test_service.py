@@ -171,7 +171,7 @@ def test_a_link_that_cannot_be_sets_nothing(service, query):
     answer = service.light("linked", "link", None, query=query)
     *parts, note = answer.json()["data"]
     assert answer.status_code == 200 and all(part == {"__type__": "update"} for part in parts)
-    assert ("address cannot be" in str(note)) == ("plan=" in str(query)) and len(answer.text) < 1000
+    assert ("address are not valid" in str(note)) == ("plan=" in str(query)) and len(answer.text) < 1000
 
 
 def test_what_is_uploaded_is_no_page(service):

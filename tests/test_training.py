@@ -53,7 +53,7 @@ def toy_error(model, generator) -> torch.Tensor:
 def run_fit(out, steps) -> dict[str, torch.Tensor]:
     model = toy_model()
 
-    def loss(model, step, progress):
+    def loss(model, step):
         return {"loss": toy_error(model, step_generator(0, step))}
 
     args = options(out, steps=steps)
@@ -122,7 +122,7 @@ def test_the_average_keeps_memory_order_and_follows_buffers(tmp_path):
             self.calls += 1
             return self.layer(x).mean()
 
-    def loss(model, step, progress):
+    def loss(model, step):
         return {"loss": model(torch.ones(1, 2, 4, 4))}
 
     args, model = options(tmp_path, steps=5), Counting()

@@ -44,7 +44,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         take_weights(model, start.vae)
     model.to(device)
 
-    def loss(model: nn.Module, step: int, progress: float) -> dict[str, torch.Tensor]:
+    def loss(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
         generator = step_generator(args.seed, step)
         images, _ = bank.crops(batch, CROP, generator, drawn=DRAWN)
         shape = (batch, CONFIGS[args.config]["latent_channels"], CROP // LATENT_PIXELS, CROP // LATENT_PIXELS)

@@ -60,7 +60,7 @@ def bf16(device: torch.device) -> torch.autocast:
 def step_generator(seed: int, step: int, stream: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on these numbers alone, so that a resumed run draws the same.
 
-    Stream 0 is for the steps of training, 1 for what is measured beside them.
+    Stream 0 is for the steps of training, 1 for validation.
     """
     return torch.Generator(device).manual_seed((seed << 40) ^ (stream << 32) ^ step)
 
@@ -75,7 +75,7 @@ def learning_rate(peak: float, progress: float) -> float:
 def fit(
     stage: str,
     model: nn.Module,
-    loss: Callable[[nn.Module, int, float], dict[str, Tensor]],
+    loss: Callable[[nn.Module, int], dict[str, Tensor]],
     args: argparse.Namespace,
     *,
     batch: int,
@@ -86,7 +86,7 @@ def fit(
     Args:
         stage: names the checkpoint `OUT/training/STAGE.pt` and the TensorBoard log beside it. A checkpoint
             that lies there is resumed; with a budget in steps the result equals that of a run never stopped.
-        loss: (model, step, progress in [0, 1]) → named scalar tensors, of which `loss` is minimised. All of
+        loss: (model, step) → named scalar tensors, of which `loss` is minimised. All of
             its randomness must come from `step_generator`.
         batch: samples per step, for the progress bar.
         peak_rate: highest learning rate.
@@ -125,7 +125,7 @@ def fit(
     while progress() < 1:
         rate = learning_rate(peak_rate, progress())
         optimizer.set_rate(rate)
-        values = loss(model, state["step"], progress())
+        values = loss(model, state["step"])
         optimizer.zero_grad()
         values["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -63,7 +63,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     chunk = min(size, 32 if on_cpu else 512)
     pool = Pool(draw, size=size, passes=passes, batch=batch, chunk=chunk, seed=args.seed)
 
-    def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
+    def loss(model: nn.Module, step: int) -> dict[str, Tensor]:
         rows = pool.samples(step)
         target, images = rows["x_hr"].float(), clean_images(rows)
         with bf16(device):

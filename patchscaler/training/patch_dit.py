@@ -128,7 +128,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
         return predict
 
-    def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
+    def loss(model: nn.Module, step: int) -> dict[str, Tensor]:
         rows = pool.samples(step)
         coarse, truth, images = rows["y_hr"].float(), rows["x_hr"].float(), clean_images(rows)
         generator = step_generator(args.seed, step, device=device)

@@ -49,7 +49,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     size, passes = (64, 1) if args.dry_run else (pool_size(args, 8192), 10)
     pool = Pool(draw, size=size, passes=passes, batch=batch, seed=args.seed)
 
-    def loss(model: nn.Module, step: int, progress: float) -> dict[str, Tensor]:
+    def loss(model: nn.Module, step: int) -> dict[str, Tensor]:
         rows = pool.samples(step)
         generator = step_generator(args.seed, step)
         flips = [axis for axis in (-1, -2) if torch.rand((), generator=generator) < 0.5]

@@ -36,7 +36,7 @@ START, STEPS = list(PAPER.start), list(PAPER.steps)
 Groups = dict[str, Literal["simple", "medium", "hard"]]
 BY_CONFIDENCE: Groups = {}
 ANALYSIS = "_analysis.safetensors"
-MOST_CONFIDENCES = 50_000  # a square picture of 4 million pixels has some seven thousand patches
+MAX_CONFIDENCES = 50_000  # a square picture of 4 million pixels has some seven thousand patches
 
 
 class Endpoints:
@@ -256,8 +256,8 @@ def _by_hand(groups: Any) -> ByHand:
 def _confidences(values: Any) -> Tensor:
     if not isinstance(values, list) or not values or any(type(value) not in (int, float) for value in values):
         raise SettingsError("confidence is not a list of numbers")
-    if len(values) > MOST_CONFIDENCES:
-        raise SettingsError(f"{len(values):,} confidences are too many; the limit is {MOST_CONFIDENCES:,}")
+    if len(values) > MAX_CONFIDENCES:
+        raise SettingsError(f"{len(values):,} confidences are too many; the limit is {MAX_CONFIDENCES:,}")
     try:
         return tensor([float(value) for value in values])
     except OverflowError as error:  # a whole number may have any length

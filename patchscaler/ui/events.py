@@ -25,11 +25,11 @@ from patchscaler.ui.state import DIALS, Settings, View
 
 WAITING = 16  # runs that may wait their turn: `Jobs` lets one work at a time, except on ZeroGPU
 SETTINGS = ("state", "input", "color-fix", "batch", *DIALS)  # in the order of `Settings.of`
-GROUPS = ("qmap", "legend", "cost", "stale", "histogram")
-TUNED = (*DIALS, "preset", *GROUPS)
+GROUPING = ("qmap", "legend", "cost", "stale", "histogram")
+TUNED = (*DIALS, "preset", *GROUPING)
 PICTURES = ("coarse", "priors", "final", "timing", "baseline", "difference", "compare", "zoom")
 PATCH = ("facts", "inspector", "inspected")
-RUN = (*PICTURES, *GROUPS, *PATCH, "status", "run", "stop", "note")
+RUN = (*PICTURES, *GROUPING, *PATCH, "status", "run", "stop", "note")
 BATCH = ("batch-status", "outcomes", "gallery", "batch-zip", "stop-all")
 LINK = (*DIALS, "color-fix", "uniform", "batch")
 

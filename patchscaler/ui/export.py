@@ -75,7 +75,7 @@ LINK = """(...values) => {
 
 
 def linked(now: Settings, query: Any) -> View:
-    """Dials, preset, colour fix, baseline and patch batch from the page's address; a note on one that cannot be.
+    """Dials, preset, colour fix, baseline and patch batch from the page's address; a note on one that is not valid.
 
     Plan and seed must be there, the rest may; an address with neither has no settings.
     """

@@ -36,9 +36,9 @@ STAGE_LABELS = {
     "decode": ("Decode", "#8a6fb0"),
     "color": ("Colour fix", "#b9a3d6"),
 }
-BAD_LINK = "<p>The settings in this page's address cannot be, so none of them was taken.</p>"
+BAD_LINK = "<p>The settings in this page's address are not valid, so none was applied.</p>"
 BINS = 50  # of the histogram
-MOST_TEXT = 400  # letters of an error
+MAX_ERROR_TEXT = 400  # characters of an error
 log = logging.getLogger(__name__)
 
 
@@ -309,7 +309,7 @@ def _patches(count: int) -> str:
 
 
 class SettingsError(ValueError):
-    """Settings of a visitor or client that cannot be; the message names the value and the limit."""
+    """Settings of a visitor or client that are not valid; the message names the value and the limit."""
 
 
 @contextmanager
@@ -346,5 +346,5 @@ TITLES = {
 
 
 def visible_error(title: str, text: str) -> gr.Error:
-    short = text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"  # it may name a value of any length
+    short = text if len(text) <= MAX_ERROR_TEXT else f"{text[:MAX_ERROR_TEXT]}…"  # it may name a value of any length
     return gr.Error(short, title=title, print_exception=False)

@@ -141,25 +141,27 @@ class Jobs:
 
 
 class StopEvents:
-    """Visitors' means to stop what goes on for them, by their session: the latest of one kind of work counts."""
+    """Visitors' means to stop what goes on for them, by their session: all of one kind of work."""
 
     def __init__(self) -> None:
-        self._events: dict[str | None, Event] = {}
+        self._events: dict[str | None, list[Event]] = {}
 
     @contextmanager
     def of(self, session: str | None) -> Iterator[Event]:
-        """While the work goes on: the event for `Jobs.stream`, in place of that of earlier work."""
-        event = self._events[session] = Event()
+        """While the work goes on: the event for `Jobs.stream`."""
+        event = Event()
+        self._events.setdefault(session, []).append(event)
         try:
             yield event
         finally:
-            if self._events.get(session) is event:
+            self._events[session].remove(event)
+            if not self._events[session]:
                 del self._events[session]
 
     def stop(self, session: str | None) -> None:
         """Have the visitor's work, if there is any, stop at its next item."""
-        if session in self._events:
-            self._events[session].set()
+        for event in self._events.get(session, ()):
+            event.set()
 
     def __contains__(self, session: str | None) -> bool:
         return session in self._events

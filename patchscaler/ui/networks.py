@@ -130,7 +130,7 @@ def _fit(measured: np.ndarray) -> tuple[float, float]:
 
 # Seconds of a ZeroGPU device: the most that one call asks for, and what it asks for besides the work, since the
 # first call in a process moves the weights to the device.
-MOST_SECONDS = 120
+MAX_GPU_SECONDS = 120
 START_SECONDS = 5
 MARGIN = 2  # a call that outlasts its seconds is ended from outside
 # Until runs have been measured: seconds per network evaluation of a patch, and per output pixel. Those of a GPU with a
@@ -204,7 +204,7 @@ class Networks:
             if refined is None:
                 refined = work.evaluations * EVALUATION_SECONDS + work.pictures * pixels * PIXEL_SECONDS
             expected += refined
-        return min(MOST_SECONDS, math.ceil(START_SECONDS + MARGIN * expected))
+        return min(MAX_GPU_SECONDS, math.ceil(START_SECONDS + MARGIN * expected))
 
 
 def _on_cpu(model: ModelMixin) -> ModelMixin:
