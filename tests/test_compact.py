@@ -12,6 +12,7 @@ from patchscaler.color import wavelet_color_fix
 from patchscaler.evaluation.metrics import to_8bit
 from patchscaler.evaluation.scores import find_scorer
 from patchscaler.images import bicubic
+from patchscaler.patches import split
 from patchscaler.plan import GROUPS
 
 pytestmark = pytest.mark.slow  # whole pictures with the repository's weights
@@ -51,6 +52,18 @@ def test_the_same_seed_writes_the_same_file_twice(pipeline, cat, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
     other = pipeline(cat, SamplingPlan.fast(), 8).picture
     assert not torch.equal(levels(other.rgb), levels(read_picture(files[0]).rgb))
+
+
+def test_no_patch_runs_away_in_many_steps(pipeline):
+    """A network that takes noise for texture confirms that at every further step, until the patch is grain."""
+    analysis = pipeline.analyze(EXAMPLES / "2-cat.png")
+    y0 = split(analysis.latents, analysis.grid)
+    for seed in range(4):
+        one, many = (
+            ([*pipeline.refine(analysis, plan, seed)][-1].sampled.patches - y0).square().mean((1, 2, 3)).sqrt()  # N
+            for plan in (SamplingPlan.fast(), SamplingPlan.uniform())
+        )
+        assert (many < 2 * one + 0.05).all()
 
 
 def test_the_patch_batch_changes_no_pixel_by_more_than_one_level(pipeline, cat):
