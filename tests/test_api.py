@@ -77,6 +77,18 @@ def pixels(path: str) -> bytes:
         return image.tobytes()
 
 
+def test_upscale_gives_the_picture_and_reads_no_file_but_uploads(service, call, image):
+    path, report = call("/upscale", image, start=[100, 200, 300], steps=[1, 2, 3], seed=5)
+    with Image.open(path) as final, Image.open(image) as small:
+        assert final.format == "PNG" and final.size == (4 * small.width, 4 * small.height)
+        assert json.loads(final.text["plan"])["steps"] == [1, 2, 3]
+    assert report["seed"] == 5 and [group["steps"] for group in report["groups"]] == [1, 2, 3]
+
+    for bad in (str(image), {"path": str(image)}, {"path": str(image), "meta": {"_type": "gradio.FileData"}}):
+        event = service.post("call/upscale", {"data": [bad, 0.95, 0.75, [1, 2, 3], [1, 1, 1], 0, True]}).json()
+        assert "event: error" in service.web.get(f"/gradio_api/call/upscale/{event['event_id']}").text
+
+
 def test_analyze_gives_the_stages_and_says_what_it_found(analyzed, tiny_pipeline, picture):
     coarse, overlay, analysis, report = analyzed
     for path, name in ((coarse, "a_photo_coarse.png"), (overlay, "a_photo_qmap.png")):

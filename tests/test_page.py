@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from gradio_client import Client, handle_file
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -383,24 +381,3 @@ def test_nothing_is_cut_off(page, width):
     page.set_viewport_size({"width": width, "height": 900})
     expect(page.locator("#run")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") == width
-
-
-def test_the_api_upscales_and_reads_no_file_but_uploads(address, photo, tmp_path):
-    client = Client(address, verbose=False, download_files=tmp_path, httpx_kwargs={"timeout": PATIENCE / 1000})
-    arguments = {"start": [100, 200, 300], "steps": [1, 2, 3], "seed": 5, "api_name": "/upscale"}
-    path, report = client.predict(handle_file(photo), **arguments)
-    with Image.open(path) as final, Image.open(photo) as small:
-        assert final.format == "PNG" and final.size == (4 * small.width, 4 * small.height)
-        assert json.loads(final.text["plan"])["steps"] == [1, 2, 3]
-    assert report["seed"] == 5 and [group["steps"] for group in report["groups"]] == [1, 2, 3]
-    public = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(public) == {"/analyze", "/regroup", "/refine", "/upscale"}
-
-    for bad in (str(photo), {"path": str(photo)}, {"path": str(photo), "meta": {"_type": "gradio.FileData"}}):
-        body = json.dumps({"data": [bad, 0.95, 0.75, [1, 2, 3], [1, 1, 1], 0, True]}).encode()
-        headers = {"Content-Type": "application/json"}
-        call = urllib.request.Request(f"{address}gradio_api/call/upscale", body, headers)
-        with urllib.request.urlopen(call) as answer:
-            event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{address}gradio_api/call/upscale/{event}") as answer:
-            assert "event: error" in answer.read().decode()

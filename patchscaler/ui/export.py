@@ -19,7 +19,7 @@ from patchscaler.images import Picture, read_png_text, write_png
 from patchscaler.plan import SamplingPlan, assign
 from patchscaler.results import Result
 from patchscaler.ui import html
-from patchscaler.ui.html import visible_error
+from patchscaler.ui.html import SettingsError, visible_error
 from patchscaler.ui.state import (
     CachedAnalysis,
     SessionCache,
@@ -85,12 +85,12 @@ def linked(now: Settings, query: Any) -> View:
     try:
         dials = tuple(float(text) for text in values["plan"].split(","))
         plan, seed = plan_of(dials), seed_of(float(values["seed"]))
+        if not in_range(dials):
+            raise SettingsError("a dial is out of its range")
         switch = {"0": False, "1": True}
         color_fix, uniform = switch[values.get("color", "1")], switch[values.get("uniform", "0")]
         batch = batch_of(float(values["batch"]) if "batch" in values else None)
     except (KeyError, ValueError, OverflowError):
-        return {"note": html.BAD_LINK}
-    if not in_range(dials):
         return {"note": html.BAD_LINK}
     return {**dial_view(plan, seed), "color-fix": color_fix, "uniform": uniform, "batch": batch}
 
